@@ -1,0 +1,158 @@
+"""Make the embedded model: a 1M-parameter Qwen2 that plays Countdown, pre-trained from scratch on random right answers.
+
+    python data/make_tiny.py --out /tmp/wide --max-number 15 --steps 6000            # stopped after its snapshot /tmp/wide-3000
+    python data/make_tiny.py --out data/tiny-countdown --init /tmp/wide-3000 --seed 1   # 3000 steps; seeded; times in the README
+
+Every problem of the train split of data/countdown.py may be drawn. Its answer is drawn uniformly among *all* its distinct
+solutions and written in a random order of terms and factors, so that the base policy is diverse: it is that
+diversity which reinforcement learning then spends. Loss on the answer and its end alone; AdamW, warm-up, cosine to a tenth.
+
+Writes an ordinary Hugging Face folder (config, safetensors in fp32, character-level tokenizer), made_from.json (the flags)
+and curve.jsonl: step, training loss, and the loss on problems of the tune split.
+Nothing needs this script to run: data/tiny-countdown/ stands in the repository.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import countdown  # the problems, their splits and the exact solver
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the problems, the answers and the weights (default %(default)s)")
+    parser.add_argument("--init", help="start from the weights in this folder (default: random weights)")
+    parser.add_argument("--max-number", type=int, default=12, help="numbers are 1..this (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of --batch problems (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=256, help="problems a step (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default %(default)s)")
+    parser.add_argument("--problems", type=int, default=150_000, help="distinct training problems (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
+    parser.add_argument("--save-every", type=int, default=500, help="steps between snapshots in OUT-STEP (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def make_tokenizer():
+    """One token a character; the end of text and the padding are tokens of their own."""
+    vocabulary = ["<|endoftext|>", "<|pad|>", "<|unk|>", *"0123456789+-*/()=: "]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>",
+                                   unk_token="<|unk|>", clean_up_tokenization_spaces=False)
+
+
+def make_model(vocab_size):
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=512, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=0, pad_token_id=1,
+        bos_token_id=None))
+
+
+def shuffled(text, rng):
+    """The same solution (canonical text) with its terms and factors in a random order."""
+    parts, depth, start, operators = [], 0, 0, []
+    top = "+-" if any(c in "+-" for c in outside(text)) else "*/"
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if not depth and c in top:
+            parts.append(text[start:i])
+            operators.append(c)
+            start = i + 1
+    if not operators:
+        return f"({shuffled(text[1:-1], rng)})" if text[0] == "(" else text
+    parts.append(text[start:])
+    blocks = [(operator, shuffled(part, rng)) for operator, part in zip([top[0], *operators], parts)]
+    rng.shuffle(blocks)
+    first = next(i for i, block in enumerate(blocks) if block[0] == top[0])  # an expression cannot begin with - or /
+    blocks[0], blocks[first] = blocks[first], blocks[0]
+    return blocks[0][1] + "".join(operator + part for operator, part in blocks[1:])
+
+
+def outside(text):
+    """The characters of `text` outside all parentheses."""
+    depth = 0
+    for c in text:
+        depth += (c == "(") - (c == ")")
+        if not depth:
+            yield c
+
+
+def solved(n, seed, split, max_number):
+    """[(numbers, target, all distinct solutions)] of `n` problems."""
+    flags = countdown.parse_args(["--out", "-", "--n", str(n), "--seed", str(seed), "--split", split, "--max-number", str(max_number)])
+    return [(problem["numbers"], problem["target"], sorted(countdown.solutions(problem["numbers"], problem["target"])))
+            for problem in tqdm(countdown.problems(flags), f"{split} problems", n, disable=None)]
+
+
+def batch_of(pool, size, rng, tokenizer):
+    """`size` random problems of `pool` with answers: ids and labels (-100 on prompt and padding), both (size, length)."""
+    rows = []
+    for numbers, target, solutions in rng.choices(pool, k=size):
+        prompt = countdown.TEMPLATES["plain"].format(numbers=" ".join(map(str, rng.sample(numbers, len(numbers)))), target=target)
+        rows.append((prompt, shuffled(rng.choice(solutions), rng)))
+    prompts, whole = ([ids for ids in tokenizer([row[0] + row[1] * last for row in rows])["input_ids"]] for last in (0, 1))
+    length = max(map(len, whole)) + 1
+    ids, labels = torch.full((size, length), tokenizer.pad_token_id), torch.full((size, length), -100)
+    for i, (prompt, row) in enumerate(zip(prompts, whole)):
+        row = torch.tensor(row + [tokenizer.eos_token_id])
+        ids[i, :len(row)] = row
+        labels[i, len(prompt):len(row)] = row[len(prompt):]
+    return ids, labels
+
+
+def loss_of(model, ids, labels):
+    """Mean cross-entropy of the answers' tokens, in bf16 autocast over fp32 weights (1.5x here)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # right padding needs no mask: nothing looks ahead
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
+
+
+def main(args):
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    rng = random.Random(args.seed)
+    pool = solved(args.problems, args.seed, "train", args.max_number)
+    tokenizer = make_tokenizer()
+    held_out = batch_of(solved(2000, args.seed, "tune", args.max_number), 2000, random.Random(args.seed), tokenizer)
+    model = Qwen2ForCausalLM.from_pretrained(args.init, dtype=torch.float32) if args.init else make_model(len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 200) * (
+        0.55 + 0.45 * math.cos(math.pi * step / args.steps)))
+    curve, losses, began = [], [], time.monotonic()
+    for step in tqdm(range(1, args.steps + 1), "steps", disable=None):
+        loss = loss_of(model, *batch_of(pool, args.batch, rng, tokenizer))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        losses.append(loss.item())
+        if step % args.save_every == 0 or step == args.steps:
+            with torch.no_grad():
+                curve.append({"step": step, "loss": sum(losses) / len(losses), "tune_loss": loss_of(model, *held_out).item(),
+                              "seconds": round(time.monotonic() - began)})
+            losses.clear()
+            tqdm.write(json.dumps(curve[-1]))
+            folder = args.out if step == args.steps else f"{args.out}-{step}"
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            with open(os.path.join(folder, "made_from.json"), "w") as file:
+                json.dump({"script": "data/make_tiny.py", "flags": vars(args), "steps_done": step}, file, indent=1)
+            with open(os.path.join(folder, "curve.jsonl"), "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in curve)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,558 @@
+"""Stage 1: sample n completions of every prompt from a Hugging Face causal language model.
+
+    python generate.py --model data/tiny-countdown --prompts prompts.jsonl --out rollouts.jsonl --n 16 --max-new-tokens 24
+    torchrun --nproc-per-node 8 generate.py --model Qwen/Qwen2.5-Math-1.5B --prompts prompts.jsonl --out rollouts.jsonl \
+        --n 8 --temperature 0.7 --max-new-tokens 2048
+
+Reads prompts.jsonl: one problem a line with `id`, `prompt` (text) or `messages` (chat, put through the model's own chat
+template), and any other fields, which pass through untouched.
+Writes rollouts.jsonl: one sample a line, in the order of the prompt file: the problem's fields, then `sample` (0..n-1),
+`completion` (text without special tokens), `prompt_ids`, `completion_ids` (with the end-of-text token when it was sampled),
+`logprobs` (one per completion id: log-softmax of logits / T in fp32, whatever top-p and top-k were; 0 when greedy) and
+`finish_reason` ("stop" or "length"). OUT.meta.json says how.
+
+How it works, in the order of the code:
+  1. every (prompt, sample) is an item; items are sorted by prompt length and cut into chunks of at most --max-batch-tokens;
+  2. rank r of W takes the chunks r, r + W, ...; each finished chunk is one file in OUT.partial/, so a restart loses one
+     chunk at most; nothing but the file system is shared between ranks;
+  3. in a chunk, each prompt is computed once and its key-value cache repeated for its samples; one token a row and step is
+     drawn by inverse CDF from one uniform number that depends on (seed, id, sample, step) alone; finished rows are dropped;
+  4. when all chunks are there, rank 0 merges them in the prompts' order and gives the file its name.
+"""
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+# ---- Files: these lines stand in every stage alike, and tests/test_files.py holds the copies identical --------------
+def fail(message, code=2):
+    """End the stage with one line on stderr: `score.py: error: rollouts.jsonl:17: missing field 'id'`."""
+    print(f"{os.path.basename(__file__)}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (see --help)")
+
+
+def read_rows(path):
+    """Yield (where, line, row) for each line of a JSONL file: 'file:number' for messages, the bytes, the dict."""
+    def unique(pairs):
+        if len(row := dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice")
+        return row
+
+    def finite(text):
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"{text} is not a finite number")
+        return number
+
+    decode = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=finite).decode
+    row, number = None, 0
+    with open(path, "rb") as file:
+        while line := file.readline(2**24 + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > 2**24:
+                fail(f"{where}: a line above 16 MB is refused unread")
+            line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
+            if not line:
+                continue
+            try:
+                row = decode(line.decode())
+                if b"\\ud" in line.lower():  # half a surrogate pair is no text: no tokenizer takes it, no file holds it
+                    json.dumps(row, ensure_ascii=False).encode()
+                if not isinstance(row, dict):
+                    raise ValueError("not an object")
+            except (ValueError, RecursionError) as error:
+                fail(f"{where}: not a valid JSON row ({error}); mend or delete this line")
+            yield where, line, row
+    if row is None:
+        fail(f"{path}: no rows in this file")
+
+
+def describe(args, inputs, **more):
+    """The meta of an output: what made it and from what. `inputs`: files or folders (a Hub id has no digest)."""
+    def digest(path):
+        if os.path.isdir(path):
+            names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)))
+            digests = "".join(name + digest(os.path.join(path, name)) for name in names)
+            return hashlib.sha256(digests.encode()).hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def version(package):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+
+    commit, git = None, ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--verify", "HEAD"]
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return {"stage": os.path.basename(__file__), "argv": sys.argv, "flags": vars(args), "git": commit,
+            "inputs": {path: digest(path) if os.path.exists(path) else None for path in inputs},
+            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in (
+                "torch", "transformers", "tokenizers", "safetensors", "triton", "numpy", "math-verify")}}, **more}
+
+
+def claim(out, meta, ignore=(), folder=False):
+    """Lock and return the path `out`.partial; None if `out` is complete; refuse an `out` made with other flags.
+    `ignore`: flags that change no byte of the output, and those that name inputs (their digests are compared)."""
+    out = out.rstrip("/")
+    if os.path.exists(out):
+        with contextlib.suppress(Exception), open(out + ".meta.json", encoding="utf-8") as file:
+            old, new = ({**one["flags"], "inputs": list(one["inputs"].values())}
+                        for one in (json.load(file), json.loads(json.dumps(meta))))
+            flags = (old.keys() | new.keys()) - set(ignore)
+            differ = sorted(flag for flag in flags if old.get(flag) != new.get(flag))
+            if not differ:
+                return print(f"{out}: complete, left alone", file=sys.stderr)
+            fail(f"{out}: made with other {', '.join(differ)}; delete it or choose another --out")
+        fail(f"{out}: exists, and no {out}.meta.json says how it was made; delete it or choose another --out")
+    partial = out + ".partial"
+    if folder:
+        os.makedirs(partial, exist_ok=True)
+    # The lock is held until the process ends.
+    claim.lock = os.open(partial, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(claim.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(claim.lock), os.stat(partial)) and not os.path.exists(out):
+            return partial
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    fail(f"{out}: another run is writing it; wait for it or choose another --out")
+
+
+def publish(out, meta, partial=None):
+    """Give `partial` (`out`.partial) its name: contents to disk, the meta, the rename; nobody reads half a file."""
+    def sync(path):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+    out = out.rstrip("/")
+    partial = partial or out + ".partial"
+    for root, _, names in os.walk(partial):
+        for path in [os.path.join(root, name) for name in names] + [root]:
+            sync(path)
+    sync(partial)
+    with open(out + ".meta.json.partial", "w", encoding="utf-8") as file:
+        file.write(json.dumps(meta, indent=1) + "\n")
+    sync(file.name)
+    os.replace(file.name, out + ".meta.json")
+    os.replace(partial, out)
+    sync(os.path.dirname(os.path.abspath(out)))
+
+
+def run(main, args):
+    """main(args), with a full disk, a missing file, Ctrl-C or SIGTERM told in one line."""
+    signal.signal(signal.SIGTERM, lambda *_: fail("terminated; the same command carries on from here", 143))
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command carries on from here", 130)
+    except OSError as error:
+        fail(f"{error.filename or args.out or 'stdout'}: {error.strerror or error}")
+# ---- End of the lines that stand in every stage ----------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # files
+    parser.add_argument("--model", required=True, help="folder of a Hugging Face model, or a Hub id such as Qwen/Qwen2.5-0.5B")
+    parser.add_argument("--prompts", required=True, help="JSONL file of problems")
+    parser.add_argument("--out", required=True, help="JSONL file to write; OUT.partial/ holds the finished chunks until then")
+    parser.add_argument("--limit", type=int, help="only the first so many problems (default: all)")
+    # sampling; nothing is taken from the model's generation_config.json but its end-of-text ids
+    parser.add_argument("--n", type=int, default=8, help="samples a problem (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="T; 0 is greedy (default %(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep the smallest set of this probability; 1 is off (default %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 is off (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest completion, in tokens (default %(default)s)")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end a completion when it contains one of these texts")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on past end-of-text tokens, to --max-new-tokens")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all randomness (default %(default)s)")
+    # machine
+    parser.add_argument("--max-batch-tokens", type=int, default=65536, help="most rows x (prompt + new tokens) at once: bounds the "
+                        "key-value cache (default %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: float32 on a CPU, bfloat16 on CUDA")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there is one")
+    parser.add_argument("--rank-timeout", type=float, default=1800, help="seconds that rank 0 waits for the next chunk of another rank "
+                        "(default %(default)s)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the model's folder brings along")
+    args = parser.parse_args(argv)
+    for flag, low in (("n", 1), ("temperature", 0), ("top_k", 0), ("max_new_tokens", 1), ("max_batch_tokens", 1), ("limit", 1)):
+        if not low <= (getattr(args, flag) if getattr(args, flag) is not None else low) < math.inf:
+            parser.error(f"--{flag.replace('_', '-')} must be a finite number of at least {low}")
+    if not 0 < args.top_p <= 1:
+        parser.error("--top-p must be above 0 and at most 1")
+    if "" in args.stop:
+        parser.error("--stop takes texts that are not empty")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the heavy imports: --help and a wrong flag answer at once
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
+
+ROLLOUT_FIELDS = ("sample", "completion", "prompt_ids", "completion_ids", "logprobs", "finish_reason")
+
+
+def load_problems(path, limit=None):
+    """[(where, row)] of a prompt file, checked: unique string ids, and either a prompt or messages."""
+    problems, seen = [], set()
+    for where, _, row in read_rows(path):
+        if "id" not in row:
+            fail(f"{where}: missing field 'id'")
+        if not isinstance(row["id"], str):
+            fail(f"{where}: 'id' must be a string")
+        if row["id"] in seen:
+            fail(f"{where}: duplicate id {row['id']!r}")
+        if ("prompt" in row) == ("messages" in row):
+            fail(f"{where}: needs either 'prompt' or 'messages'")
+        if not isinstance(row.get("prompt", ""), str):
+            fail(f"{where}: 'prompt' must be a string")
+        messages = row.get("messages", [{"role": "", "content": ""}])
+        if not isinstance(messages, list) or not messages or not all(
+                isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in messages):
+            fail(f"{where}: 'messages' must be a list of objects with the strings 'role' and 'content'")
+        seen.add(row["id"])
+        problems.append((where, {key: row[key] for key in ("id", "prompt", "messages") if key in row}))
+        if len(problems) == limit:
+            break
+    return problems
+
+
+def check_model(name, trust_remote_code=False):
+    """Refuse what can be seen to be no model before anything is loaded; return the options of every from_pretrained."""
+    if os.path.isdir(name):
+        if not os.path.exists(os.path.join(name, "config.json")):
+            fail(f"{name}: no config.json in this folder: not a Hugging Face model")
+        if not any(file.endswith(".safetensors") for file in os.listdir(name)):
+            fail(f"{name}: no *.safetensors in this folder; other weight formats can run code and are refused")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
+        fail(f"{name}: no such model folder (a Hub id is written owner/name)")
+    return {"trust_remote_code": trust_remote_code, "local_files_only": os.path.isdir(name)}
+
+
+def load(kind, name, options, **more):
+    """kind.from_pretrained(name) from a folder or a Hub id; whatever a hostile or half-copied folder makes it raise is bad input."""
+    try:
+        return kind.from_pretrained(name, **options, **more)
+    except Exception as error:
+        fail(f"{name}: cannot be loaded: {type(error).__name__}: {error}")
+
+
+def load_model(name, dtype, device, options):
+    """The model in eval mode; safetensors only; every weight must be there and finite; its cache must be one that can be repeated."""
+    model, info = load(transformers.AutoModelForCausalLM, name, options, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if info["missing_keys"]:
+        fail(f"{name}: {len(info['missing_keys'])} weights are missing, {min(info['missing_keys'])} among them")
+    for key, weight in model.state_dict().items():
+        if not torch.isfinite(weight).all():
+            fail(f"{name}: weight {key} is not finite")
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            fail(f"{name}: unsupported architecture: a {type(layer).__name__} in its cache cannot be repeated for the samples of a prompt")
+    return model.to(device).eval()
+
+
+def encode(problems, tokenizer, config, max_new_tokens):
+    """Token ids of every prompt, unpadded. A chat template writes its own special tokens; for a text the tokenizer does."""
+    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # past this length it turns all keys anew, also those that are cached
+        positions = rope["original_max_position_embeddings"]
+    encoded = []
+    for where, row in tqdm(problems, "tokenizing", disable=None):
+        try:
+            if "prompt" in row:
+                ids = tokenizer(row["prompt"])["input_ids"]
+            else:
+                text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # no chat template, or one that refuses these roles
+            fail(f"{where}: the prompt cannot be encoded: {error}")
+        if not ids:
+            fail(f"{where}: an empty prompt: this tokenizer gives it no token to start from")
+        if max(ids) >= config.vocab_size:
+            fail(f"{where}: token id {max(ids)} is beyond the model's vocabulary of {config.vocab_size}: a tokenizer of another model?")
+        if positions and len(ids) + max_new_tokens > positions:
+            fail(f"{where}: {len(ids)} prompt tokens + {max_new_tokens} new ones exceed the model's {positions} positions; "
+                 f"lower --max-new-tokens")
+        encoded.append(ids)
+    return encoded
+
+
+def end_ids(model, tokenizer):
+    """All end-of-text ids: the model's generation config may name several, the tokenizer one."""
+    found = model.generation_config.eos_token_id
+    found = set(found if isinstance(found, list) else [found]) | {tokenizer.eos_token_id}
+    return sorted(found - {None})
+
+
+def chunks_of(lengths, n, max_new_tokens, budget):
+    """Cut all items (problem, sample), shortest prompts first, into chunks with rows x (longest prompt + new) <= budget."""
+    items = [(problem, sample) for problem in np.argsort(lengths, kind="stable").tolist() for sample in range(n)]
+    chunks, start = [], 0
+    for end in range(1, len(items) + 1):
+        if end == len(items) or (end + 1 - start) * (lengths[items[end][0]] + max_new_tokens) > budget:
+            chunks.append(items[start:end])
+            start = end
+    return chunks
+
+
+def uniforms(seed, identity, sample, steps):
+    """`steps` uniform numbers in [0, 1) from a counter-based generator (Philox) keyed by (seed, id, sample) alone."""
+    key = hashlib.sha256(json.dumps([seed, identity, sample]).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64))).random(steps)
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer that appends in place into spare room, where DynamicLayer copies the whole cache at every token."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, new = self.keys.shape[-2], key_states.shape[-2]
+        if getattr(self, "room", None) is None or self.room[0].shape[0] != key_states.shape[0] or start + new > self.room[0].shape[-2]:
+            self.room = tuple(old.new_empty(*old.shape[:2], start + new + 32 + start // 4, old.shape[-1]) for old in (self.keys, self.values))
+            for room, old in zip(self.room, (self.keys, self.values)):
+                room[:, :, :start] = old
+        for room, states in zip(self.room, (key_states, value_states)):
+            room[:, :, start:start + new] = states
+        self.keys, self.values = (room[:, :, :start + new] for room in self.room)
+        return self.keys, self.values
+
+
+def truncated(probs, top_p, top_k):
+    """Zero all but the top_k likeliest tokens, then all but the smallest set with a share of top_p. probs: (rows, vocab)."""
+    ordered, index = probs.sort(-1, descending=True)
+    if top_k:
+        ordered[:, top_k:] = 0
+    before = ordered.cumsum(-1) - ordered
+    ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
+    return torch.zeros_like(probs).scatter_(-1, index, ordered)
+
+
+def draw(logits, uniform, temperature, top_p=1.0, top_k=0):
+    """One token a row by inverse CDF. logits: (rows, vocab), uniform: (rows,) fp64 -> ids (rows,), log-probs (rows,) fp32."""
+    if temperature == 0:
+        return logits.argmax(-1), 0 * logits.amax(-1).float()  # the limit T -> 0: certain, log-prob 0 (and NaN stays NaN)
+    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
+    probs = logp.exp()
+    if top_p < 1 or top_k:
+        probs = truncated(probs, top_p, top_k)
+    cdf = probs.cumsum(-1, dtype=torch.float64)  # fp64: over 152k tokens fp32 sums drift by more than small probabilities
+    ids = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(-1)  # the first with cdf > u: never a zero
+    ids = ids.clamp_(max=logits.shape[-1] - 1)
+    return ids, logp.gather(-1, ids[:, None]).squeeze(-1)
+
+
+@torch.inference_mode()
+def sample(model, prompts, owner, uniform, ends, stopped, args):
+    """Sample one completion a row. prompts: distinct lists of ids; owner: (rows,) index of each row's prompt;
+    uniform: (rows, max_new_tokens); ends: end-of-text ids; stopped(ids): does a stop text stand at the end of this completion?
+    Returns ids and log-probs, both (rows, max_new_tokens), lengths (rows,) and whether each row stopped by itself (rows,)."""
+    device, longest = model.device, max(map(len, prompts))
+    # 1. Every prompt once, padded on the left; without any padding no mask is needed at all.
+    padding = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    mask = (torch.arange(longest, device=device) >= padding[:, None]).long() if padding.any() else None
+    positions = (torch.arange(longest, device=device) - padding[:, None]).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                   logits_to_keep=1).logits[:, -1]
+    # 2. Its cache and last logits once per sample.
+    owner = torch.as_tensor(owner, device=device)
+    cache.batch_select_indices(owner)
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = RoomyLayer
+    logits, positions = logits[owner], positions[owner, -1:]
+    mask = mask[owner] if mask is not None else None
+    # 3. One token a row and step; `alive` holds the rows that are still in the batch.
+    rows = len(owner)
+    uniform, ends = torch.as_tensor(uniform, device=device), torch.tensor(ends, dtype=torch.long, device=device)
+    tokens = torch.zeros(rows, args.max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(rows, args.max_new_tokens, device=device)
+    lengths = torch.full((rows,), args.max_new_tokens, device=device)
+    alive = torch.arange(rows, device=device)
+    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    stops = torch.zeros(rows, dtype=torch.bool, device=device)
+    tail = 8 + max(map(len, args.stop), default=0) * 4  # tokens that can hold a stop text: a token is a byte at the least
+    for step in range(args.max_new_tokens):
+        token, logp = draw(logits, uniform[alive, step], args.temperature, args.top_p, args.top_k)
+        tokens[alive, step], logprobs[alive, step] = token, logp
+        ended = torch.isin(token, ends)
+        if args.stop:
+            ended |= torch.tensor([stopped(row) for row in tokens[alive, max(0, step - tail):step + 1].tolist()], device=device)
+        ended &= ~done
+        lengths[alive[ended]] = step + 1
+        stops[alive[ended]] = True
+        done |= ended
+        left = len(done) - int(done.sum())
+        if not left or step + 1 == args.max_new_tokens:
+            break
+        if left <= 0.9 * len(done):  # dropping rows copies the cache: not for a single one
+            keep = (~done).nonzero().squeeze(-1)
+            alive, token, positions, done = alive[keep], token[keep], positions[keep], done[keep]
+            cache.batch_select_indices(keep)
+            mask = mask[keep] if mask is not None else None
+        positions = positions + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1) if mask is not None else None
+        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache,
+                       use_cache=True, logits_to_keep=1).logits[:, -1]
+    return tokens.cpu(), logprobs.cpu(), lengths.tolist(), stops.tolist()
+
+
+def run_chunk(chunk, problems, encoded, model, tokenizer, ends, args):
+    """The JSONL lines (str) of one chunk's items: the fields that this stage adds."""
+    wanted = list(dict.fromkeys(problem for problem, _ in chunk))
+    place = {problem: i for i, problem in enumerate(wanted)}
+    uniform = np.stack([uniforms(args.seed, problems[problem][1]["id"], k, args.max_new_tokens) for problem, k in chunk])
+
+    def stopped(ids):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return any(stop in text for stop in args.stop)
+
+    tokens, logprobs, lengths, stops = sample(model, [encoded[problem] for problem in wanted], [place[problem] for problem, _ in chunk],
+                                              uniform, [] if args.ignore_eos else ends, stopped, args)
+    if not torch.isfinite(logprobs).all():
+        fail(f"{args.model}: logits that are not finite, for the prompt {problems[chunk[0][0]][1]['id']!r} or near it")
+    completions = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return [json.dumps({"sample": k, "completion": text, "prompt_ids": encoded[problem], "completion_ids": ids,
+                        "logprobs": logp[:len(ids)], "finish_reason": "stop" if stop else "length"}, ensure_ascii=False) + "\n"
+            for (problem, k), text, ids, logp, stop in zip(chunk, texts, completions, logprobs.tolist(), stops)]
+
+
+def merge(path, problems, folder, chunks, out):
+    """Write the finished chunks to `out` in the order of the prompt file: each problem's own fields, then the chunk's."""
+    where = {}  # problem -> [(chunk, offset of its first line there, lines)]
+    for number, chunk in enumerate(chunks):
+        with open(f"{folder}/{number:06d}.jsonl", "rb") as file:
+            for problem, _ in chunk:
+                offset = file.tell()
+                file.readline()
+                if problem in where and where[problem][-1][0] == number:
+                    where[problem][-1][2] += 1
+                else:
+                    where.setdefault(problem, []).append([number, offset, 1])
+    with open(out, "wb") as target:
+        rows = read_rows(path)
+        for problem, (place, known) in enumerate(problems):
+            _, line, row = next(rows, (None, None, {}))
+            if known != {key: row.get(key) for key in known}:
+                fail(f"{place}: changed while its completions were sampled")
+            if any(key in row for key in ROLLOUT_FIELDS):
+                line = json.dumps({key: value for key, value in row.items() if key not in ROLLOUT_FIELDS}, ensure_ascii=False).encode()
+            head = line[:-1] + b", "
+            for number, offset, lines in where[problem]:
+                with open(f"{folder}/{number:06d}.jsonl", "rb") as file:
+                    file.seek(offset)
+                    for _ in range(lines):
+                        target.write(head + file.readline()[1:])
+
+
+def main(args):
+    began, rank, world = time.monotonic(), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # 1. Everything that can be wrong with the input is found before a model is loaded.
+    problems = load_problems(args.prompts, args.limit)
+    options = check_model(args.model, args.trust_remote_code)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device here; use --device cpu")
+    device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    dtype = {"auto": torch.bfloat16 if device != "cpu" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+    meta = describe(args, [args.prompts, args.model], device=device, dtype=str(dtype).removeprefix("torch."), world_size=world,
+                    sampling={"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "repetition_penalty": 1.0})
+    same = [meta["flags"] | {key: None for key in ("out", "prompts", "model", "rank_timeout")}, list(meta["inputs"].values()), meta["dtype"]]
+    folder = args.out + ".partial"
+
+    def begun():  # the command that this folder belongs to
+        with contextlib.suppress(OSError, ValueError), open(f"{folder}/command.json", encoding="utf-8") as file:
+            return json.load(file)
+
+    if rank == 0:
+        if claim(args.out, meta, ignore=("out", "prompts", "model", "rank_timeout"), folder=True) is None:
+            return shutil.rmtree(folder, ignore_errors=True)
+        if begun() is None:
+            for name in os.listdir(folder):
+                os.remove(f"{folder}/{name}")
+            with open(f"{folder}/command.json.new", "w", encoding="utf-8") as file:
+                json.dump(same, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{folder}/command.json.new", f"{folder}/command.json")
+        elif begun() != same:
+            fail(f"{folder}: begun with other flags or inputs; delete that folder or choose another --out")
+    while rank and begun() != same:  # rank 0 alone checks, locks and complains
+        if os.path.exists(args.out):
+            return
+        time.sleep(0.1)
+
+    # 2. The prompts' ids, the model and the chunks.
+    config, tokenizer = load(transformers.AutoConfig, args.model, options), load(transformers.AutoTokenizer, args.model, options)
+    encoded = encode(problems, tokenizer, config.get_text_config(), args.max_new_tokens)
+    model = load_model(args.model, dtype, device, options)
+    ends = end_ids(model, tokenizer)
+    if not (ends or args.stop or args.ignore_eos):
+        fail(f"{args.model}: neither the tokenizer nor generation_config.json names an end-of-text token; give --stop or --ignore-eos")
+    chunks = chunks_of([len(ids) for ids in encoded], args.n, args.max_new_tokens, args.max_batch_tokens)
+    meta.update(attention=model.config._attn_implementation, end_ids=ends, chunks=len(chunks))
+    if rank == 0:
+        print(f"{args.model} on {device} x {world}, {meta['dtype']}, attention {meta['attention']}: {len(problems)} prompts x {args.n} "
+              f"samples in {len(chunks)} chunks, T = {args.temperature}, top-p {args.top_p}, top-k {args.top_k}", file=sys.stderr)
+
+    # 3. This rank's chunks.
+    made, busy = 0, 0.0
+    for number in tqdm(range(rank, len(chunks), world), "chunks", disable=None if rank == 0 else True):
+        path = f"{folder}/{number:06d}.jsonl"
+        if os.path.exists(path) or os.path.exists(args.out):  # done before; rank 0 may even have merged it already
+            continue
+        start = time.monotonic()
+        lines = run_chunk(chunks[number], problems, encoded, model, tokenizer, ends, args)
+        with open(f"{path}.{rank}", "w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.{rank}", path)
+        busy += time.monotonic() - start
+        made += sum(line.count(",", line.index('"completion_ids"'), line.index('"logprobs"')) for line in lines)
+    if rank:
+        return
+
+    # 4. All chunks, in the prompts' order.
+    missing, since = len(chunks) + 1, time.monotonic()
+    while missing:
+        before, missing = missing, sum(not os.path.exists(f"{folder}/{number:06d}.jsonl") for number in range(len(chunks)))
+        since = time.monotonic() if missing < before else since
+        if time.monotonic() - since > args.rank_timeout:
+            fail(f"{missing} of {len(chunks)} chunks did not come from the other ranks in {args.rank_timeout:.0f} s; "
+                 f"the same command carries on from here")
+        time.sleep(0.2 if missing else 0)
+    merge(args.prompts, problems, folder, chunks, f"{folder}/merged.jsonl")
+    meta["wall_s"] = time.monotonic() - began
+    publish(args.out, meta, f"{folder}/merged.jsonl")
+    shutil.rmtree(folder, ignore_errors=True)
+    if busy:
+        print(f"{args.out}: {len(problems) * args.n} rows; {made / busy:.0f} tokens/s on rank 0", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main, ARGS)

@@ -1,0 +1,205 @@
+"""Log-prob of the sampled token, entropy of the softmax and logsumexp: one pass over the logits, one more for gradients.
+
+    logp, entropy, lse = fused_entropy(logits, targets, temperature=1.0)     # logits (..., vocab), targets (...)
+
+Eager PyTorch walks over the logits some 40 times and keeps several fp32 copies of them. Here the forward pass reads them
+once, the backward pass reads them once and writes the gradient once: the least that any implementation can do.
+
+For a row of logits x and a temperature T, with m = max x, t = (x - m)/T <= 0, s = sum e^t, w = sum t e^t, l = log s:
+    lse = m/T + l        logp = t_y - l        H = l - w/s        p = e^u with u = t - l
+H is relative to the maximum: lse - E[x/T] would subtract two numbers of the logits' size, and near 1e4 lose three digits.
+dH/dx_j = -p_j (u_j + H)/T, so upstream gradients a of logp, b of H and c of lse give
+    dx_j = (a [j = y] - p_j (a - c + b (u_j + H))) / T
+Online softmax (Milakov & Gimelshein 2018), with w beside s: where a block of logits raises the maximum from m to n,
+d = (m - n)/T, first w <- e^d (w + d s) and s <- e^d s, then the block's own terms are added.
+A masked logit, -inf, has p = 0 and must add 0 to H and to the gradient, but 0 * -inf is NaN: t, d and u stay above -1e30.
+"""
+import functools
+import importlib.util
+import math
+import os
+import sys
+
+import torch
+from torch.autograd.function import once_differentiable
+
+triton = None  # imported only where it can run
+if importlib.util.find_spec("triton") and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+    import triton
+    import triton.language as tl
+
+# Frozen, never autotuned (25 s a key). A thread takes 32 logits, four 16-byte loads in bf16, and compiled for sm_90 needs 56
+# registers forward, 40 backward, none spilled: nine programs fit an H100's SM, and while one reduces its block the others
+# keep 64 KiB on their way from memory, where 3 TB/s x 0.7 us of latency / 132 SMs asks for 16 KiB.
+BLOCK, WARPS = 4096, 4
+CHUNK = 2**19  # logits at a time on the PyTorch path: its two fp32 buffers take 4 MiB of cache
+
+if triton:
+    @triton.jit
+    def forward_kernel(x_ptr, y_ptr, logp_ptr, entropy_ptr, max_ptr, logsum_ptr, vocab, rows, x_batch, x_row,
+                       scale: tl.constexpr, BLOCK: tl.constexpr):
+        LN2: tl.constexpr = 0.6931471805599453  # scale = log2(e)/T: with t in units of log 2, e^t is a bare exp2
+        row = tl.program_id(0).to(tl.int64)     # one program a row; int32 would overflow at row 14,134 of 152k logits
+        x_ptr += row // rows * x_batch + row % rows * x_row
+        y = tl.load(y_ptr + row)
+        if y < 0:                               # ignored: not read, and the outputs hold zeros already
+            return
+        m = tl.full((), -1e30, max_ptr.dtype.element_ty)  # not -inf: a first block of -inf would give -inf - -inf
+        s, w = tl.zeros((), m.dtype), tl.zeros((), m.dtype)
+        for start in range(0, vocab, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + cols, mask=cols < vocab, other=-float("inf")).to(m.dtype)
+            n = tl.maximum(m, tl.max(x, 0))
+            t = tl.maximum((x - n) * scale, -1e30, propagate_nan=tl.PropagateNan.ALL)
+            d = tl.maximum((m - n) * scale, -1e30)
+            e, r = tl.exp2(t), tl.exp2(d)
+            w = r * (w + d * s) + tl.sum(t * e, 0)
+            s = r * s + tl.sum(e, 0)
+            m = n
+        l = tl.log2(s)
+        x_y = tl.load(x_ptr + y, mask=y < vocab, other=float("nan")).to(m.dtype)  # beyond the vocabulary: NaN
+        tl.store(logp_ptr + row, ((x_y - m) * scale - l) * LN2)
+        tl.store(entropy_ptr + row, (l - w / s) * LN2)
+        tl.store(max_ptr + row, m)
+        tl.store(logsum_ptr + row, l * LN2)
+
+    @triton.jit
+    def backward_kernel(x_ptr, y_ptr, entropy_ptr, max_ptr, logsum_ptr, a_ptr, b_ptr, c_ptr, grad_ptr, vocab, rows,
+                        x_batch, x_row, grad_batch, grad_row, scale: tl.constexpr, BLOCK: tl.constexpr):
+        LN2: tl.constexpr = 0.6931471805599453
+        row = tl.program_id(0).to(tl.int64)
+        x_ptr += row // rows * x_batch + row % rows * x_row
+        grad_ptr += row // rows * grad_batch + row % rows * grad_row
+        y = tl.load(y_ptr + row)
+        m, l = tl.load(max_ptr + row), tl.load(logsum_ptr + row) / LN2
+        a = tl.load(a_ptr + row, mask=y >= 0, other=0.0) * (scale * LN2)  # scale * LN2 = 1/T
+        b = tl.load(b_ptr + row, mask=y >= 0, other=0.0) * (scale * LN2)
+        c = tl.load(c_ptr + row, mask=y >= 0, other=0.0) * (scale * LN2)
+        constant, slope = a - c + b * tl.load(entropy_ptr + row), b * LN2
+        for start in range(0, vocab, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + cols, mask=tl.where(y >= 0, cols < vocab, False), other=-float("inf")).to(m.dtype)
+            u = tl.maximum((x - m) * scale - l, -1e30, propagate_nan=tl.PropagateNan.ALL)
+            grad = tl.where(cols == y, a, 0.0) - tl.exp2(u) * (constant + slope * u)
+            tl.store(grad_ptr + cols, grad, mask=cols < vocab)
+
+
+def launch(kernel, x, *pointers, strides, temperature):
+    with torch.cuda.device_of(x):
+        kernel[(x.shape[0] * x.shape[1],)](x, *pointers, x.shape[2], x.shape[1], *strides,
+                                           scale=math.log2(math.e) / temperature, BLOCK=BLOCK, num_warps=WARPS)
+
+
+@functools.cache  # so that the choice is told once
+def choose_backend(device):
+    """"triton" on CUDA where Triton is installed, else "torch". `device`: a device type, as in tensor.device.type."""
+    backend = "triton" if triton and device == "cuda" else "torch"
+    print(f"fused_entropy: backend {backend} on {device}", file=sys.stderr)
+    return backend
+
+
+def softmax_chunks(x, y, temperature, peak=None):
+    """Walk over the rows with y >= 0. Yield their index, max (n, 1), t = (x - max)/T and softmax(t), both (n, vocab)."""
+    rows, dtype = max(1, CHUNK // x.shape[2]), torch.promote_types(x.dtype, torch.float32)
+    buffers = torch.empty(2, min(rows, y.shape[1]), x.shape[2], dtype=dtype, device=x.device)
+    for batch, kept in enumerate(y >= 0):
+        for chunk in filter(len, kept.nonzero().squeeze(1).split(rows)):
+            first, last = int(chunk[0]), int(chunk[-1])  # adjacent rows are a view of x, others a copy
+            index = batch, slice(first, last + 1) if last - first == len(chunk) - 1 else chunk
+            m = x[index].amax(1, keepdim=True).to(dtype) if peak is None else peak[index].unsqueeze(1)
+            t, p = buffers[:, :len(chunk)]
+            torch.sub(x[index], m, out=t)
+            if temperature != 1:
+                t.div_(temperature)
+            yield index, m, t.clamp_(min=-1e30), torch.softmax(t, 1, out=p)
+
+
+def entropy_forward(x, y, temperature, backend):
+    """Forward without autograd: x (batch, rows, vocab), y (batch, rows) -> logp, entropy, m, l, each (batch, rows)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    logp, entropy, peak, logsum = results = [torch.zeros(y.shape, dtype=dtype, device=x.device) for _ in range(4)]
+    if backend == "triton":
+        launch(forward_kernel, x, y, *results, strides=x.stride()[:2], temperature=temperature)
+        return results
+    for index, m, t, p in softmax_chunks(x, y, temperature):
+        # softmax is PyTorch's fastest exp (0.37 ns a logit on one AVX-512 core, torch.exp 0.59), but its sum is up to
+        # 1e-5 off at 152k logits. So p counts as e^t up to a factor: the largest e^t is 1, hence s = sum p / max p.
+        # expand: PyTorch sums a lone row in another order than one of several, and no row may depend on its company.
+        company = max(2, len(p)), -1
+        sum_p, max_p = p.expand(company).sum(1)[:len(p)], p.amax(1)
+        l = (sum_p / max_p).log()
+        entropy[index] = l - p.mul_(t).expand(company).sum(1)[:len(p)] / sum_p
+        logp[index] = ((x[index].gather(1, y[index].unsqueeze(1)) - m) / temperature).squeeze(1) - l
+        peak[index], logsum[index] = m.squeeze(1), l
+    return results
+
+
+def entropy_backward(x, y, entropy, peak, logsum, upstream, temperature, backend, grad):
+    """Write the gradient of the logits to `grad`, which may be x itself. `upstream`: of logp, entropy, lse; None is 0."""
+    a, b, c = (torch.zeros_like(peak) if one is None else one.contiguous() for one in upstream)
+    if backend == "triton":
+        return launch(backward_kernel, x, y, entropy, peak, logsum, a, b, c, grad,
+                      strides=(*x.stride()[:2], *grad.stride()[:2]), temperature=temperature)
+    grad[(y < 0).nonzero(as_tuple=True)] = 0
+    constant, slope = (c - a - b * (entropy - logsum)) / temperature, -b / temperature  # in t, where Triton has u = t - l
+    for index, _, t, p in softmax_chunks(x, y, temperature, peak):
+        right = (-logsum[index]).exp() / p.amax(1)  # the largest p is 1/s: puts softmax's sum right
+        factor = (constant[index] * right).unsqueeze(1)
+        if upstream[1] is not None:                 # the entropy is in the loss
+            factor = t.mul_((slope[index] * right).unsqueeze(1)).add_(factor)
+        p.mul_(factor).scatter_add_(1, y[index].unsqueeze(1), (a[index] / temperature).unsqueeze(1))
+        grad[index] = p.to(grad.dtype)
+
+
+class FusedEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, temperature, inplace, backend):
+        logp, entropy, peak, logsum = entropy_forward(x, y, temperature, backend)
+        ctx.save_for_backward(x, y, entropy, peak, logsum)
+        ctx.set_materialize_grads(False)
+        ctx.settings = temperature, inplace, backend
+        return logp, entropy, peak / temperature + logsum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        x, *saved = ctx.saved_tensors
+        temperature, inplace, backend = ctx.settings
+        grad = x.detach() if inplace else torch.empty_like(x, memory_format=torch.contiguous_format)
+        entropy_backward(x, *saved, upstream, temperature, backend, grad)
+        if inplace:  # the logits are gone: a second backward must raise, not take gradients for logits
+            torch.autograd.graph.increment_version(x)
+        return grad, None, None, None, None
+
+
+def fused_entropy(logits, targets, temperature=1.0, inplace_backward=False, backend=None):
+    """Log-prob of the targets, entropy and logsumexp of softmax(logits / temperature); formulas at the head of this file.
+
+    logits       (..., vocab), bf16, fp16, fp32 or fp64, any strides; -inf masks a token, NaN stays in its row
+    targets      (...), integers; a negative one ignores its row: results 0, gradient 0, logits not read. So pad shifted
+                 targets with -1, and never slice logits[:, :-1], whose backward copies them. Beyond the vocabulary: an
+                 error on the PyTorch path, NaN from Triton
+    temperature  T > 0
+    inplace_backward  let the gradient overwrite the logits, which then nothing else may need; saves a copy of them
+    backend      "triton", "torch", or None for choose_backend's choice
+    Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 logits), differentiable, once.
+    Raises ValueError on wrong shapes, types or settings. torch.compile leaves it as it is: a graph break.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(fused_entropy)(logits, targets, temperature, inplace_backward, backend)
+    if not logits.is_floating_point() or not logits.dim() or not logits.shape[-1] or targets.shape != logits.shape[:-1]:
+        raise ValueError(f"no logits (..., vocab), targets (...): {logits.dtype} {[*logits.shape]}, {[*targets.shape]}")
+    if targets.is_floating_point() or targets.dtype == torch.bool or targets.device != logits.device:
+        raise ValueError(f"targets must be integers on {logits.device}, not {targets.dtype} on {targets.device}")
+    if not 0 < (temperature := float(temperature)) < math.inf:
+        raise ValueError(f"temperature must be a positive number, not {temperature}")
+    if inplace_backward and (logits.is_leaf and logits.requires_grad or 0 in logits.stride()):
+        raise ValueError("inplace_backward would overwrite a leaf, or rows that share memory")
+    backend = backend or choose_backend(logits.device.type)
+    if backend not in ("torch", "triton") or backend == "triton" and not triton:
+        raise ValueError(f"backend {backend!r} is neither torch nor, with Triton installed and a GPU, triton")
+    flat = logits.dim() < 3 or logits.is_contiguous()  # otherwise rows lie at two strides, as in logits[:, :-1]
+    x = logits.reshape(1, -1, logits.shape[-1]) if flat else logits.reshape(-1, *logits.shape[-2:])
+    x = x if x.stride(2) == 1 else x.contiguous()
+    y = targets.long().reshape(x.shape[:2]).contiguous()
+    return tuple(one.view(targets.shape) for one in FusedEntropy.apply(x, y, temperature, inplace_backward, backend))

@@ -1,0 +1,228 @@
+"""A long fuzz campaign against score.py's Countdown verifier.
+
+    python tests/fuzz.py --strings 1000000 --seed 0
+
+Strings are grown from right and wrong answers by mutation and splicing; a string that shows the verifier a new pair of
+neighbouring tokens under some verdict is kept and grown further. Every verdict is held against an independent oracle: it
+reads the string with Python's own parser and looks its tree up among all the trees that solve the problem, which were
+enumerated before. Where the string is right, the canonical text must be one of those of data/countdown.py's solver.
+
+Prints a table of figures; exit status 1 if there was a false accept, a false reject, a wrong canonical text or an
+exception. Time against length is measured on hostile families of up to 10^5 characters.
+"""
+import argparse
+import ast
+import functools
+import itertools
+import os
+import random
+import re
+import sys
+import time
+import warnings
+from fractions import Fraction
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+sys.path[:0] = [ROOT, os.path.join(ROOT, "data")]
+import countdown  # noqa: E402
+import score  # noqa: E402
+
+warnings.simplefilter("ignore", SyntaxWarning)  # the oracle's parser warns of "(1)(2)"
+OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+
+
+# ---- The oracle: every solution, by enumeration ----------------------------------------------------------------------
+@functools.lru_cache(maxsize=None)
+def trees(numbers):
+    """All (tree, value) over a sorted tuple of numbers, each used once; a tree is an int or (operator, left, right)."""
+    if len(numbers) == 1:
+        return ((numbers[0], Fraction(numbers[0])),)
+    found = {}
+    for size in range(1, len(numbers)):
+        for chosen in itertools.combinations(range(len(numbers)), size):
+            left = tuple(numbers[i] for i in chosen)
+            right = tuple(numbers[i] for i in range(len(numbers)) if i not in chosen)
+            for (a, x), (b, y) in itertools.product(trees(left), trees(right)):
+                found[("+", a, b)], found[("-", a, b)], found[("*", a, b)] = x + y, x - y, x * y
+                if y:
+                    found[("/", a, b)] = x / y
+    return tuple(found.items())
+
+
+def shape(node):
+    """The tree of Python's own syntax tree; None inside for anything but + - * / and whole numbers."""
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)], shape(node.left), shape(node.right)
+    return node.value if isinstance(node, ast.Constant) and type(node.value) is int else None
+
+
+def oracle(completion, solved):
+    """Whether a completion answers the problem whose solving trees are `solved`."""
+    if "<answer>" in completion:
+        completion = (re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", completion, re.DOTALL) or [""])[-1]
+    answer = completion.strip(" \t\r\n")
+    if not 0 < len(answer) <= 200 or set(answer) - set("0123456789+-*/() \t\r\n"):
+        return False
+    if re.search(r"(?<![0-9])0[0-9]", answer):
+        return False
+    try:
+        return shape(ast.parse(re.sub(r"[\t\r\n]", " ", answer), mode="eval").body) in solved
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+
+
+# ---- Strings ----------------------------------------------------------------------------------------------------------
+PIECES = [*"0123456789+-*/() \n\t\r", *"+-*/()" * 2, "**", "//", ".", ",", "_", "e", "=", " = 24", "0x", "<answer>",
+          "</answer>", "<think>", "\0", "\u2212", "\u00d7", "\u00f7", "\uff0b", "\uff11", "\u0663", "\u00b2", "\u00a0",
+          "\u2028", "\u200b", "\x1c", "\ufeff", "9" * 30, "(" * 40, "1+", "-(", "--", "\\frac", "__import__('os')"]
+
+
+def spell(tree, rng):
+    """A tree as text, in random brackets and blanks; never ambiguous."""
+    blank = lambda: rng.choice(["", "", "", " ", "  ", "\n", "\t", "\r\n"])  # noqa: E731
+    if isinstance(tree, int):
+        text = str(tree)
+    else:
+        text = f"{bracket(tree, 1, rng)}{blank()}{tree[0]}{blank()}{bracket(tree, 2, rng)}"
+    while rng.random() < 0.1:
+        text = f"({blank()}{text}{blank()})"
+    return text
+
+
+def bracket(tree, side, rng):
+    """A child's text, in brackets where they are needed, and sometimes where not."""
+    child, text = tree[side], spell(tree[side], rng)
+    if isinstance(child, int):
+        return text
+    weak = child[0] in "+-" and tree[0] in "*/"
+    same = (child[0] in "+-") == (tree[0] in "+-")
+    return f"({text})" if weak or side == 2 and same or rng.random() < 0.2 else text
+
+
+def mutate(text, corpus, rng):
+    for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
+        at, to = sorted(rng.randrange(len(text) + 1) for _ in "ab")
+        way = rng.randrange(8)
+        if way <= 1:
+            text = text[:at] + rng.choice(PIECES) + text[at:]
+        elif way == 2:
+            text = text[:at] + text[min(to, at + 3):]
+        elif way == 3:
+            text = text[:at] + rng.choice(PIECES) + text[at + 1:]
+        elif way == 4:
+            text = text[:at] + text[at:to] * rng.choice([2, 2, 3]) + text[to:]
+        elif way == 5:
+            other = rng.choice(corpus)
+            text = text[:at] + other[rng.randrange(len(other) + 1):]
+        elif way == 6:
+            wrap = rng.choice(["{}<answer>{}</answer>{}", "<answer>{}{}{}</answer>", "{}({}){}"])
+            text = wrap.format(text[:at], text[at:to], text[to:])
+        else:
+            swap = list(text)
+            rng.shuffle(swap)
+            text = "".join(swap) if len(text) < 30 else text[::-1]
+    return text[:2000]
+
+
+KIND = re.compile(r"<answer>|</answer>|[0-9]+|[-+*/()]|[ \t\r\n]+|.", re.DOTALL)
+
+
+def states(text, reason):
+    """What a string shows the verifier: neighbouring kinds of tokens, with the verdict."""
+    kinds = ["^"] + ["1" if token.isascii() and token.isdigit() else token if len(token) > 2 or token in "+-*/()" else
+                     " " if token.isspace() else "?" for token in KIND.findall(text[:300])] + ["$"]
+    return {(reason, *pair) for pair in zip(kinds, kinds[1:])}
+
+
+# ---- The campaign -----------------------------------------------------------------------------------------------------
+PROBLEMS = [  # some of them without a solution
+    ((1, 2), 3), ((5, 5), 1), ((3, 7), 21), ((0, 4), 0), ((3, 3, 8), 1), ((1, 2, 3), 6), ((2, 5, 10), 20), ((25, 4, 100), 0),
+    ((1, 1, 1), 1), ((0, 0, 7), 7), ((3, 3, 8, 8), 24), ((1, 2, 3, 4), 24), ((2, 2, 2, 2), 2), ((10, 5, 15, 9), 41),
+    ((1, 5, 5, 5), 24), ((6, 4, 6, 2), 2), ((0, 1, 2, 3), 6), ((12, 1, 21, 11), 11), ((1, 7, 8, 11), -8), ((1, 2, 3, 4), 77)]
+
+
+def campaign(strings, seed):
+    """Figures of `strings` verdicts: a dict; `failures` holds up to 20 of the strings that were judged wrongly."""
+    rng, seen, figures = random.Random(seed), set(), dict.fromkeys(
+        ("strings", "right", "false accepts", "false rejects", "wrong canonical texts", "exceptions"), 0)
+    score.judge_countdown.cache_clear()
+    failures, problems = [], []
+    for numbers, target in PROBLEMS:
+        solved = {tree for tree, value in trees(tuple(sorted(numbers))) if value == target}
+        every = [tree for tree, _ in trees(tuple(sorted(numbers)))]
+        problems.append(({"numbers": list(numbers), "target": target}, solved, sorted(solved, key=repr) or every,
+                         countdown.solutions(numbers, target), [spell(rng.choice(every), rng) for _ in range(4)]))
+    for _ in range(strings):
+        row, solved, ordered, texts, corpus = rng.choice(problems)
+        text = rng.choice(corpus) if rng.random() < 0.6 else spell(rng.choice(ordered), rng)
+        if rng.random() < 0.8:
+            text = mutate(text, corpus, rng)
+        right = oracle(text, solved)
+        figures["strings"] += 1
+        figures["right"] += right
+        try:
+            fields = score.verify_countdown(text, row)
+        except Exception as error:  # the campaign goes on and counts
+            fields = {"correct": None, "reason": repr(error)}
+        wrong = ("exceptions" if fields["correct"] is None else "false accepts" if fields["correct"] > right else
+                 "false rejects" if fields["correct"] < right else
+                 "wrong canonical texts" if right and fields["solution"] not in texts else None)
+        if wrong:
+            figures[wrong] += 1
+            failures = [*failures, (wrong, row, text)][:20]
+        if new := states(text, fields["reason"]) - seen:
+            seen |= new
+            corpus.append(text)
+    return {**figures, "states reached": len(seen), "strings kept": sum(len(one[4]) for one in problems), "failures": failures}
+
+
+FAMILIES = {
+    "9999..": lambda n: "9" * n,
+    "1+1+1..": lambda n: "1+" * (n // 2),
+    "((((..": lambda n: "(" * n,
+    "blanks": lambda n: " " * n,
+    "unicode digits": lambda n: "\u0663" * n,
+    "<answer>..": lambda n: "<answer>" * (n // 8),
+    "</answer>..": lambda n: "</answer>" * (n // 9),
+    "<answer><answer..": lambda n: "<answer" * (n // 7),
+    "many pairs": lambda n: "<answer>1+2</answer>" * (n // 20),
+    "nested pairs": lambda n: "<answer>" * (n // 17) + "</answer>" * (n // 17),
+    "one long pair": lambda n: "<answer>" + "(1+" * (n // 3) + "</answer>",
+}
+
+
+def timings(lengths=(1000, 10_000, 100_000), repeats=20):
+    """{family: [microseconds at each length]}, the best of `repeats`."""
+    table = {}
+    for name, family in FAMILIES.items():
+        for length in lengths:
+            text, best = family(length), float("inf")
+            for _ in range(repeats):
+                score.judge_countdown.cache_clear()
+                start = time.perf_counter()
+                score.verify_countdown(text, {"numbers": [1, 2], "target": 3})
+                best = min(best, time.perf_counter() - start)
+            table.setdefault(name, []).append(best * 1e6)
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strings", type=int, default=100_000, help="strings to try (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed (default %(default)s)")
+    args = parser.parse_args()
+    start = time.time()
+    figures = campaign(args.strings, args.seed)
+    failures = figures.pop("failures")
+    for name, value in {**figures, "seconds": round(time.time() - start)}.items():
+        print(f"{name:24}{value:>12,}")
+    print(f"\n{'microseconds at':24}{'10^3':>12}{'10^4':>12}{'10^5':>12}   characters")
+    for name, best in timings().items():
+        print(f"{name:24}" + "".join(f"{value:12.1f}" for value in best))
+    for failure in failures:
+        print(*map(repr, failure))
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""The lines that stand in every stage: identical copies; bad rows, locks, crashes and full disks."""
+import argparse
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings, strategies
+
+import evaluate as stage
+
+ROOT = pathlib.Path(stage.__file__).parent
+STAGES = ("generate.py", "score.py", "train.py", "evaluate.py", "data/countdown.py", "data/maths.py")
+FIRST, LAST = "# ---- Files: these lines stand in every stage", "# ---- End of the lines that stand in every stage"
+
+
+def block(path):
+    text = (ROOT / path).read_text()
+    assert text.count(FIRST) == text.count(LAST) == 1
+    return text[text.index(FIRST):text.index("\n", text.index(LAST))]
+
+
+@pytest.mark.parametrize("path", STAGES)
+def test_copies_are_identical(path):
+    if not (ROOT / path).exists():
+        pytest.skip("not written yet")
+    assert block(path) == block("evaluate.py")
+
+
+def test_no_other_file_holds_a_copy():
+    files = [path for pattern in ("*.py", "data/*.py", "kernels/*.py") for path in ROOT.glob(pattern)]
+    assert {str(path.relative_to(ROOT)) for path in files if FIRST in path.read_text()} <= set(STAGES)
+
+
+def refused(capsys, function, *args, code=2, **flags):
+    """The one line on stderr of a call that must end with this exit code."""
+    with pytest.raises(SystemExit) as end:
+        function(*args, **flags)
+    err = capsys.readouterr().err
+    assert end.value.code == code and err.count("\n") == 1 and err.startswith("evaluate.py: error: ")
+    return err
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handler():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def make(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+# ---- fail and Parser -------------------------------------------------------------------------------------------------
+def test_an_error_is_one_line_whatever_the_message(capsys):
+    assert refused(capsys, stage.fail, "two\nlines\r\n\u2028and\x85more") == "evaluate.py: error: two lines and more\n"
+    assert refused(capsys, stage.fail, "refused", 3, code=3).endswith(" refused\n")
+    done = subprocess.run([sys.executable, "evaluate.py", b"\xff\n.jsonl"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 2 and done.stderr == b"evaluate.py: error: \\udcff .jsonl: No such file or directory\n"
+
+
+def test_wrong_flags_print_no_usage(capsys):
+    parser = stage.Parser()
+    parser.add_argument("--n", type=int)
+    assert refused(capsys, parser.parse_args, ["--n", "x"]).endswith("(see --help)\n")
+
+
+# ---- read_rows -------------------------------------------------------------------------------------------------------
+def rows(path):
+    return list(stage.read_rows(path))
+
+
+def test_rows_with_their_place_and_bytes(tmp_path):
+    one, two, three = b'{"a": 1}', b'{"a": "\xc3\xa9", "b": [2.5, null]}', b'{"c": "\\ud83d\\ude00"}'
+    path = make(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + one + b"\r\n\n  \r\n" + two + b"\n\t" + three)
+    assert rows(path) == [(f"{path}:1", one, {"a": 1}), (f"{path}:4", two, {"a": "\u00e9", "b": [2.5, None]}),
+                          (f"{path}:5", three, {"c": "\U0001f600"})]
+
+
+@pytest.mark.parametrize("line, told", [
+    (b'{"id": "a", "samp', "Unterminated string"), (b'{"a": 1} {"b": 2}', "Extra data"), (b'{"a": 1', "delimiter"),
+    (b'\xef\xbb\xbf{"a": 1}', "Expecting value"), (b'{"a": 1, "b": {"c": 1, "c": 2}}', "a key stands twice"),
+    (b'{"a": NaN}', "NaN is not a finite"), (b'{"a": [-Infinity]}', "-Infinity is not"),
+    (b'{"a": 1e999}', "1e999 is not"),
+    (b"[" * 100_000, "recursion"), (b'{"a":' * 100_000, "recursion"), (b'{"a": "\\ud800"}', "surrogates not allowed"),
+    (b'{"\\uDFFF": 1}', "surrogates not allowed"), (b'{"a": "\xed\xa0\x80"}', "decode"), (b'{"a": "\xff"}', "decode"),
+    (b"[1, 2]", "not an object"), (b"null", "not an object"), (b'"text"', "not an object"),
+    (b"{'a': 1}", "property name"),
+    (b'{"a": ' + b"1" * 5000 + b"}", "digits"), (b'{"a": "\x01"}', "Invalid control"), (b'{"a": 01}', "delimiter"),
+])
+def test_a_bad_line_is_named(tmp_path, capsys, line, told):
+    path = make(tmp_path / "a.jsonl", b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
+    message = refused(capsys, rows, path)
+    assert f"{path}:3: not a valid JSON row (" in message and told in message and "mend or delete this line" in message
+
+
+def test_the_rows_before_a_torn_line_are_given(tmp_path, capsys):
+    reader = stage.read_rows(make(tmp_path / "a.jsonl", '{"a": 1}\n{"a": '))
+    assert next(reader)[2] == {"a": 1}
+    refused(capsys, next, reader)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n \r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
+def test_a_file_without_rows_is_bad_input(tmp_path, capsys, content):
+    assert "no rows in this file" in refused(capsys, rows, make(tmp_path / "a.jsonl", content))
+
+
+def test_a_line_of_16_mb_is_read_and_a_longer_one_is_not(tmp_path, capsys):
+    line = b'{"a": "' + b"x" * (2**24 - 10) + b'"}'
+    assert len(line) == 2**24 - 1 and len(rows(make(tmp_path / "a.jsonl", line + b"\n"))) == 1
+    path = make(tmp_path / "b.jsonl", b'{"a": 1}\n' + b"x" * 2**25)
+    assert f"{path}:2: a line above 16 MB is refused unread" in refused(capsys, rows, path)
+
+
+KEYS = strategies.text("ab\u00e9\u2028", max_size=2)
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() |
+    strategies.floats(allow_nan=False, allow_infinity=False) |
+    strategies.text(strategies.characters(exclude_categories=["Cs"])),      # every character but half surrogates
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(KEYS, inner, max_size=3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(strategies.lists(strategies.dictionaries(KEYS, JSON, max_size=4), min_size=1, max_size=4), strategies.booleans())
+def test_what_json_writes_is_read_back(tmp_path_factory, written, ascii_only):
+    path = make(tmp_path_factory.mktemp("rows") / "a.jsonl",
+                "".join(json.dumps(one, ensure_ascii=ascii_only) + "\n" for one in written))
+    assert [row for _, _, row in rows(path)] == written
+
+
+# ---- describe --------------------------------------------------------------------------------------------------------
+def test_meta_names_flags_inputs_and_versions(tmp_path):
+    data = make(tmp_path / "in.jsonl", "x")
+    folder = tmp_path / "model"
+    (folder / "deeper").mkdir(parents=True)
+    make(folder / "w", "1")
+    flags = argparse.Namespace(n=8, out="o")
+    meta = stage.describe(flags, [data, str(folder), "owner/name"], seed=3)
+    assert meta["stage"] == "evaluate.py" and meta["flags"] == {"n": 8, "out": "o"} and meta["seed"] == 3
+    assert meta["inputs"][data] == hashlib.sha256(b"x").hexdigest()
+    assert meta["inputs"]["owner/name"] is None and meta["versions"]["numpy"] and json.dumps(meta)
+    before = meta["inputs"][str(folder)]
+    make(folder / "w", "2")
+    assert stage.describe(flags, [str(folder)])["inputs"][str(folder)] != before
+    os.rename(folder / "w", folder / "v")
+    assert stage.describe(flags, [str(folder)])["inputs"][str(folder)] != before
+
+
+def test_meta_without_git(tmp_path, monkeypatch):
+    """No git program, no repository, a repository without a commit: null each time."""
+    copy = tmp_path / "evaluate.py"
+    copy.write_text((ROOT / "evaluate.py").read_text())
+    ask = [sys.executable, "-c", "import evaluate, argparse; print(evaluate.describe(argparse.Namespace(), [])['git'])"]
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+
+    def answer(**more):
+        return subprocess.check_output(ask, cwd=tmp_path, env={**environment, **more}, text=True).strip()
+
+    assert answer() == "None" and answer(PATH=str(tmp_path)) == "None"
+    if subprocess.run(["git", "init", "-q", str(tmp_path)], capture_output=True).returncode == 0:
+        assert answer() == "None"
+
+
+# ---- claim and publish -----------------------------------------------------------------------------------------------
+@pytest.fixture
+def claim():
+    """stage.claim that lets go of its locks at the end, as a process does."""
+    held = []
+
+    def call(*args, **flags):
+        try:
+            return stage.claim(*args, **flags)
+        finally:
+            if hasattr(stage.claim, "lock"):
+                held.append(stage.claim.__dict__.pop("lock"))
+    call.release = lambda: [os.close(held.pop()) for _ in range(len(held))]
+    yield call
+    call.release()
+
+
+def meta_of(inputs=(), **flags):
+    return stage.describe(argparse.Namespace(**flags), list(inputs))
+
+
+def finish(claim, out, meta, content="done"):
+    make(pathlib.Path(claim(out, meta)), content)
+    stage.publish(out, meta)
+    claim.release()
+
+
+def test_complete_output_is_left_alone(tmp_path, capsys, claim):
+    out, data = str(tmp_path / "o"), make(tmp_path / "in", "x")
+    finish(claim, out, meta_of([data], n=8, workers=1, top=(1, 2)))
+    moved = make(tmp_path / "elsewhere", "x")       # inputs are compared by content, not by name
+    for inputs in (data, moved):
+        assert claim(out, meta_of([inputs], n=8, workers=4, top=(1, 2)), ignore=("workers",)) is None
+        assert capsys.readouterr().err == f"{out}: complete, left alone\n"
+    assert os.listdir(tmp_path) and not os.path.exists(out + ".partial")
+
+
+def test_output_made_otherwise_is_refused_and_named(tmp_path, capsys, claim):
+    out, data = str(tmp_path / "o"), make(tmp_path / "in", "x")
+    finish(claim, out, meta_of([data], n=8, seed=0))
+    assert "made with other n, seed; delete it" in refused(capsys, claim, out, meta_of([data], n=9, seed=1))
+    assert "made with other extra;" in refused(capsys, claim, out, meta_of([data], n=8, seed=0, extra=1))
+    make(tmp_path / "in", "y")
+    assert "made with other inputs;" in refused(capsys, claim, out, meta_of([data], n=8, seed=0))
+    assert pathlib.Path(out).read_text() == "done"
+
+
+@pytest.mark.parametrize("meta", [
+    None, "", "{", "[]", "{}", '{"flags": 1, "inputs": {}}', '{"flags": {}, "inputs": []}', "\ud800"])
+def test_output_of_unknown_origin_is_refused(tmp_path, capsys, claim, meta):
+    out = make(tmp_path / "o", "somebody's work")
+    if meta is not None:
+        (tmp_path / "o.meta.json").write_text(meta, errors="surrogatepass")
+    assert f"no {out}.meta.json says how it was made" in refused(capsys, claim, out, meta_of())
+    assert pathlib.Path(out).read_text() == "somebody's work"
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_second_run_is_refused_while_the_first_works(tmp_path, capsys, claim, folder):
+    out = str(tmp_path / "o")
+    assert claim(out, meta_of(), folder=folder) == out + ".partial"
+    assert "another run is writing it" in refused(capsys, claim, out, meta_of(), folder=folder)
+    code = f"import evaluate; evaluate.claim({out!r}, {{}}, folder={folder})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "another run is writing it" in done.stderr
+    claim.release()
+    assert claim(out, meta_of(), folder=folder) == out + ".partial"
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_partial_of_a_killed_run_is_taken_over_with_its_content(tmp_path, claim, folder):
+    out = str(tmp_path / "o")
+    code = (f"import evaluate, os, signal\nname = evaluate.claim({out!r}, {{}}, folder={folder})\n"
+            f"open(name + '/part' * {folder}, 'w').write('half')\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
+    partial = pathlib.Path(claim(out, meta_of(), folder=folder))
+    assert (partial / "part" if folder else partial).read_text() == "half"
+
+
+def test_partial_renamed_under_the_lock_is_not_claimed(tmp_path, capsys, claim, monkeypatch):
+    """The first run finishes between the second one's look for the output and its lock: nothing is made twice."""
+    out, flock = str(tmp_path / "o"), fcntl.flock
+    make(tmp_path / "o.partial", "done")
+
+    def finished_meanwhile(*args):
+        if os.path.exists(out + ".partial"):
+            os.replace(out + ".partial", out)
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
+    assert "another run is writing it" in refused(capsys, claim, out, meta_of())
+    monkeypatch.undo()
+    os.replace(out, out + ".other")
+    exists = os.path.exists     # the output appears after the look for it, and its partial is gone
+    looks = iter([False])
+    monkeypatch.setattr(os.path, "exists", lambda path: next(looks, True) if path == out else exists(path))
+    assert "another run is writing it" in refused(capsys, claim, out, meta_of())
+
+
+def test_folder_with_a_slash_at_the_end(tmp_path, claim):
+    out = str(tmp_path / "o")
+    partial = claim(out + "/", meta_of(out=1), folder=True)
+    assert partial == out + ".partial"
+    make(pathlib.Path(partial) / "w", "1")
+    stage.publish(out + "/", meta_of(out=1))
+    assert sorted(os.listdir(tmp_path)) == ["o", "o.meta.json"] and os.listdir(out) == ["w"]
+    assert claim(out + "/", meta_of(out=1), folder=True) is None
+
+
+def test_publish_syncs_then_meta_then_name(tmp_path, monkeypatch):
+    """Contents reach the disk before any name, the meta takes its name first, and then the parent folder is synced."""
+    out, events = str(tmp_path / "o"), []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append((old, new)), replace(old, new)))
+    (tmp_path / "o.partial" / "deeper").mkdir(parents=True)
+    for name in ("a", "deeper/b"):
+        make(tmp_path / "o.partial" / name, "1")
+    stage.publish(out, {"flags": {}})
+    names = events.index((out + ".meta.json.partial", out + ".meta.json"))
+    contents = {f"{out}{rest}" for rest in (".partial", ".partial/a", ".partial/deeper", ".partial/deeper/b")}
+    assert contents | {out + ".meta.json.partial"} <= set(events[:names])
+    assert events[names + 1:] == [(out + ".partial", out), str(tmp_path)]
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_killed_between_the_two_renames(tmp_path, claim, monkeypatch, calls):
+    """Whatever rename it dies before, the output's name is not there, and the same command then finishes it."""
+    out, meta, replace, left = str(tmp_path / "o"), meta_of(n=1), os.replace, [calls]
+
+    def dies(old, new):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace(old, new)
+
+    make(pathlib.Path(claim(out, meta)), "done")
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        stage.publish(out, meta)
+    assert not os.path.exists(out) and os.path.exists(out + ".meta.json") == bool(calls)
+    monkeypatch.undo()
+    claim.release()
+    assert pathlib.Path(claim(out, meta)).read_text() == "done"
+    stage.publish(out, meta)
+    assert sorted(os.listdir(tmp_path)) == ["o", "o.meta.json"]
+
+
+def test_full_disk_at_the_sync_leaves_the_output_unnamed(tmp_path, capsys, claim, monkeypatch):
+    out = str(tmp_path / "o")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work(args):
+        make(pathlib.Path(claim(out, meta_of())), "done")
+        monkeypatch.setattr(os, "fsync", full)
+        stage.publish(out, meta_of())
+
+    assert refused(capsys, stage.run, work, argparse.Namespace(out=out)) == (
+        f"evaluate.py: error: {out}: No space left on device\n")
+    assert os.listdir(tmp_path) == ["o.partial"]
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+def test_run_tells_errors_in_one_line(tmp_path, capsys):
+    def end(error, out="o"):
+        def main(args):
+            raise error
+        return refused(capsys, stage.run, main, argparse.Namespace(out=out), code=130 if error is interrupt else 2)
+
+    interrupt = KeyboardInterrupt()
+    assert end(interrupt) == "evaluate.py: error: interrupted; the same command carries on from here\n"
+    assert end(FileNotFoundError(errno.ENOENT, "No such file", "in.jsonl")).endswith(" in.jsonl: No such file\n")
+    assert end(OSError(errno.ENOSPC, "No space left on device")).endswith(" o: No space left on device\n")
+    assert end(OSError("a message alone")).endswith(" o: a message alone\n")
+    assert end(BrokenPipeError(errno.EPIPE, "Broken pipe"), out=None).endswith(" stdout: Broken pipe\n")
+    told = refused(capsys, stage.run, lambda args: rows(str(tmp_path)), argparse.Namespace(out="o"))
+    assert told.endswith(f" {tmp_path}: Is a directory\n")
+
+
+def test_run_lets_a_defect_show_itself():
+    def main(args):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        stage.run(main, argparse.Namespace(out="o"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_in_one_line(number, code):
+    script = ("import argparse, evaluate, time\n"
+              "evaluate.run(lambda args: (print('ready', flush=True), time.sleep(60)), argparse.Namespace(out='o'))")
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code and err.count("\n") == 1 and "the same command carries on from here" in err

@@ -1,0 +1,785 @@
+"""generate.py: what is sampled, what is stored about it, and what happens when files are bad or a run is cut short."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, Phi3Config,
+                          Phi3ForCausalLM, PreTrainedTokenizerFast)
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+import generate
+
+ROOT = os.path.dirname(os.path.abspath(generate.__file__))
+
+
+# ---- Helpers ----------------------------------------------------------------------------------------------------------
+def run(model, prompts, out, *flags):
+    """The rows that generate.py writes to `out` (at most 24 new tokens unless told)."""
+    argv = ["--model", model, "--prompts", str(prompts), "--out", str(out), "--device", "cpu", "--max-new-tokens", "24", *map(str, flags)]
+    generate.main(generate.parse_args(argv))
+    return read(out)
+
+
+def read(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def ids_of(rows):
+    return [(row["id"], row["sample"], row["completion_ids"]) for row in rows]
+
+
+def refused(capfd, *argv):
+    """The one line on stderr with which generate.py ends, exit code 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        generate.run(generate.main, generate.parse_args([str(word) for word in argv]))
+    lines = capfd.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("generate.py: error: "), lines
+    return lines[0]
+
+
+def write_prompts(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def forced(model, row, temperature):
+    """log-softmax of logits / T (completion, vocab) of a plain pass over one row, without cache, padding or batch."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row["prompt_ids"] + row["completion_ids"]]), use_cache=False).logits[0].float()
+    return torch.log_softmax(logits[len(row["prompt_ids"]) - 1:-1] / temperature, -1)
+
+
+def gap(model, rows, temperature):
+    """Largest difference between stored log-probs and those of a plain pass."""
+    return max((forced(model, row, temperature).gather(1, torch.tensor(row["completion_ids"])[:, None]).squeeze(1)
+                - torch.tensor(row["logprobs"])).abs().max().item() for row in rows)
+
+
+def reload(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def copy_of(folder, target, **files):
+    """A copy of a model folder in which the JSON files named by the keywords are updated (None removes a key)."""
+    shutil.copytree(folder, target)
+    for name, changes in files.items():
+        path = target / f"{name}.json"
+        content = json.loads(path.read_text()) if path.exists() else {}
+        content.update(changes)
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return str(target)
+
+
+def release():
+    """What the end of a process does to its lock."""
+    os.close(generate.claim.lock)
+
+
+@pytest.fixture(scope="module")
+def bpe_model(tmp_path_factory):
+    """Folder of a random Llama whose tokenizer is a byte-level BPE trained here, with a BOS that it adds to texts and a chat template."""
+    folder = str(tmp_path_factory.mktemp("bpe"))
+    text = ["<think>so 3 * 4 is 12, and 12 + 8 is 20</think>\n<answer>3 * 4 + 8</answer>", "naïve café, 数学, the answer is not here"] * 4
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>", "<|im_end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.chat_template = ("{{ bos_token }}{% for turn in messages %}[{{ turn['role'] }}] {{ turn['content'] }}\n{% endfor %}"
+                               "{% if add_generation_prompt %}[assistant] {% endif %}")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                 intermediate_size=48, max_position_embeddings=512, bos_token_id=0, eos_token_id=[1, 2], pad_token_id=1)
+                     ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model, prompts, tmp_path_factory):
+    """(path, rows) of 12 x 8 samples at T = 0.7 with the settings that other tests vary."""
+    out = tmp_path_factory.mktemp("base") / "rollouts.jsonl"
+    return out, run(tiny_model, prompts, out, "--temperature", 0.7)
+
+
+# ---- What is sampled ----------------------------------------------------------------------------------------------------
+def test_pitfall_01_a_hostile_generation_config_changes_nothing(tiny_model, prompts, base, tmp_path):
+    hostile = copy_of(tiny_model, tmp_path / "hostile", generation_config={
+        "do_sample": True, "temperature": 0.01, "top_p": 0.1, "top_k": 1, "min_p": 0.5, "typical_p": 0.2, "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 2, "max_new_tokens": 1, "min_new_tokens": 20, "num_beams": 4, "suppress_tokens": [3, 4, 5], "max_length": 3,
+        "bad_words_ids": [[6]], "forced_eos_token_id": 0, "renormalize_logits": True, "num_return_sequences": 3, "use_cache": False})
+    run(hostile, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
+    assert (tmp_path / "out.jsonl").read_bytes() == base[0].read_bytes()
+    meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
+    assert meta["sampling"] == {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_pitfall_02_04_logprobs_equal_a_plain_pass_with_padded_prompts(temperature, tiny_model, prompts, tmp_path):
+    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", temperature, "--n", 2)
+    assert len({len(row["prompt_ids"]) for row in rows}) > 3  # so prompts were padded
+    assert gap(reload(tiny_model), rows, temperature) < 1e-5
+    assert json.loads((tmp_path / "out.jsonl.meta.json").read_text())["sampling"]["temperature"] == temperature
+    assert np.std([x for row in rows for x in row["logprobs"]]) > 0.3  # a uniform policy would prove little
+
+
+def test_pitfall_03_ends_are_part_of_the_action(base):
+    stopped = [row for row in base[1] if row["finish_reason"] == "stop"]
+    assert 5 < len(stopped) < len(base[1])
+    for row in base[1]:
+        assert len(row["logprobs"]) == len(row["completion_ids"])
+        assert 0 not in row["completion_ids"][:-1]
+        assert (row["completion_ids"][-1] == 0) == (row["finish_reason"] == "stop")
+        assert row["finish_reason"] == "stop" or len(row["completion_ids"]) == 24
+        assert "<|" not in row["completion"].replace("<|unk|>", "").replace("<|pad|>", "")
+
+
+def test_pitfall_03_pad_may_be_eos_and_pad_may_be_sampled(tiny_model, prompts, base, tmp_path):
+    """Masks come from lengths: another pad token, even the EOS, changes no row; a sampled pad id (1) is a token like any other."""
+    model = copy_of(tiny_model, tmp_path / "model", config={"pad_token_id": 0}, generation_config={"pad_token_id": 0},
+                    tokenizer_config={"pad_token": "<|endoftext|>"})
+    rows = run(model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
+    assert [row["completion_ids"] for row in rows] == [row["completion_ids"] for row in base[1]]
+    assert [row["logprobs"] for row in rows] == [row["logprobs"] for row in base[1]]
+    assert any(1 in row["completion_ids"][:-1] for row in rows)
+
+
+def test_pitfall_03_several_ends(tiny_model, prompts, base, tmp_path):
+    model = copy_of(tiny_model, tmp_path / "model", generation_config={"eos_token_id": [0, 5, 9]})
+    rows = run(model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
+    for row, before in zip(rows, base[1]):
+        ids = before["completion_ids"]
+        cut = next((k + 1 for k, token in enumerate(ids) if token in (0, 5, 9)), len(ids))
+        assert row["completion_ids"] == ids[:cut] and row["finish_reason"] == ("stop" if ids[cut - 1] in (0, 5, 9) else "length")
+        assert row["logprobs"] == pytest.approx(before["logprobs"][:cut], abs=1e-5)
+    assert {row["completion_ids"][-1] for row in rows if row["finish_reason"] == "stop"} == {0, 5, 9}
+
+
+def test_pitfall_04_ids_are_stored_without_padding(tiny_model, prompts, base):
+    tokenizer, problems = AutoTokenizer.from_pretrained(tiny_model), read(prompts)
+    assert [(row["id"], row["sample"]) for row in base[1]] == [(problem["id"], k) for problem in problems for k in range(8)]
+    for row in base[1]:
+        assert row["prompt_ids"] == tokenizer(row["prompt"])["input_ids"]
+        assert row["completion"] == tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+
+
+def test_pitfall_06_no_logits_are_kept(tiny_model, prompts, tmp_path, monkeypatch):
+    seen, draw = [], generate.draw
+
+    def spy(logits, *args):
+        assert sum(ref() is not None for ref in seen) <= 1  # the step before this one at most
+        seen.append(weakref.ref(logits))
+        return draw(logits, *args)
+
+    monkeypatch.setattr(generate, "draw", spy)
+    run(tiny_model, prompts, tmp_path / "out.jsonl", "--ignore-eos")
+    assert len(seen) == 24
+
+
+def test_pitfall_07_every_row_has_a_stream_of_its_own(tiny_model, prompts, base, tmp_path):
+    """Streams depend on (seed, id, sample) alone: not on n, on the other problems, on the batch or on the length limit."""
+    keys = [(seed, identity, k) for seed in (0, 1) for identity in ("a", "b", "1", "a1") for k in (0, 1, 11)]
+    streams = np.stack([generate.uniforms(*key, 50) for key in keys])
+    assert len({stream.tobytes() for stream in streams}) == len(keys) and 0 <= streams.min() and streams.max() < 1
+    assert np.array_equal(generate.uniforms(0, "a", 1, 7), generate.uniforms(0, "a", 1, 50)[:7])
+    assert np.abs(np.corrcoef(streams) - np.eye(len(keys))).max() < 0.6
+    reordered = write_prompts(tmp_path / "few.jsonl", read(prompts)[5:1:-1])
+    few = run(tiny_model, reordered, tmp_path / "few-out.jsonl", "--temperature", 0.7, "--n", 3, "--max-new-tokens", 9)
+    full = {(row["id"], row["sample"]): row["completion_ids"] for row in base[1]}
+    assert [row["completion_ids"] for row in few] == [full[row["id"], row["sample"]][:9] for row in few]
+    other = run(tiny_model, prompts, tmp_path / "other.jsonl", "--temperature", 0.7, "--seed", 1)
+    assert sum(a == b for a, b in zip(ids_of(other), ids_of(base[1]))) < 10
+
+
+@pytest.mark.parametrize("budget, limit, chunks", [(1, 3, 24), (300, 12, 11), (2000, 12, 2)])
+def test_pitfall_07_the_batch_size_changes_no_stream(budget, limit, chunks, tiny_model, prompts, base, tmp_path):
+    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7, "--max-batch-tokens", budget, "--limit", limit)
+    assert json.loads((tmp_path / "out.jsonl.meta.json").read_text())["chunks"] == chunks
+    assert ids_of(rows) == ids_of(base[1][:8 * limit])
+    assert max(abs(x - y) for a, b in zip(rows, base[1]) for x, y in zip(a["logprobs"], b["logprobs"])) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_pitfall_07_ranks_change_no_bit(ranks, tiny_model, prompts, tmp_path):
+    """Chunks are dealt to the ranks whole, so that the rows are bitwise those of one process."""
+    flags = ["--temperature", 0.7, "--max-batch-tokens", 300]
+    run(tiny_model, prompts, tmp_path / "one.jsonl", *flags)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "generate.py"]
+    done = subprocess.run([*map(str, torchrun), "--model", tiny_model, "--prompts", prompts, "--out", str(tmp_path / "many.jsonl"),
+                           "--device", "cpu", "--max-new-tokens", "24", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"on cpu x {ranks}" in done.stderr and "11 chunks" in done.stderr
+    assert (tmp_path / "many.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert not (tmp_path / "many.jsonl.partial").exists()
+    assert json.loads((tmp_path / "many.jsonl.meta.json").read_text())["world_size"] == ranks
+
+
+def test_pitfall_08_prompts_are_computed_once_and_finished_rows_dropped(tiny_model, prompts, base, tmp_path, monkeypatch):
+    shapes, load_model = [], generate.load_model
+
+    def spied(*args):
+        model = load_model(*args)
+        model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(generate, "load_model", spied)
+    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
+    assert ids_of(rows) == ids_of(base[1])
+    longest = max(len(row["prompt_ids"]) for row in rows)
+    assert shapes[0] == (12, longest) and shapes[1][1] == 1 and len(shapes) == 24
+    assert 87 <= shapes[1][0] <= 96 and [rows for rows, _ in shapes[1:]] == sorted((rows for rows, _ in shapes[1:]), reverse=True)
+    ended = [sum(len(row["completion_ids"]) <= step for row in rows) for step in range(1, 24)]
+    assert all(96 - count <= shape[0] <= (96 - count) / 0.9 + 1 for count, shape in zip(ended, shapes[1:]))
+
+
+def test_greedy_and_top_k_1(tiny_model, prompts, tmp_path):
+    model = reload(tiny_model)
+    greedy = run(tiny_model, prompts, tmp_path / "greedy.jsonl", "--temperature", 0, "--n", 2)
+    for row in greedy:
+        assert row["completion_ids"] == forced(model, row, 1).argmax(-1).tolist()
+        assert row["logprobs"] == [0.0] * len(row["completion_ids"])
+    one = run(tiny_model, prompts, tmp_path / "one.jsonl", "--top-k", 1, "--n", 2)
+    assert ids_of(one) == ids_of(greedy)
+    assert gap(model, one, 1) < 1e-5  # of the full softmax: not 0
+
+
+@pytest.mark.parametrize("top_p, top_k", [(0.8, 0), (1.0, 3), (0.6, 4)])
+def test_top_p_and_top_k_cut_the_draw_and_not_the_logprobs(top_p, top_k, tiny_model, prompts, tmp_path):
+    model = reload(tiny_model)
+    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.9, "--top-p", top_p, "--top-k", top_k, "--n", 3)
+    assert gap(model, rows, 0.9) < 1e-5
+    for row in rows:
+        probs = forced(model, row, 0.9).exp()
+        for token, p in zip(row["completion_ids"], probs):
+            better = p[p > p[token] + 1e-6]
+            best = p.sort(descending=True).values[:top_k or None].sum()
+            assert not top_k or len(better) < top_k
+            assert better.sum() < top_p * best + 1e-5
+
+
+# ---- The draw -----------------------------------------------------------------------------------------------------------
+def cut_by_loop(probs, top_p, top_k):
+    """The definition: keep the k likeliest, then add the likeliest of these until their share reaches top_p; all in fp64."""
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])[:top_k or None]
+    total, kept, share = sum(probs[i] for i in order), [0.0] * len(probs), 0.0
+    for i in order:
+        if share >= top_p * total:
+            break
+        kept[i], share = probs[i], share + probs[i]
+    return kept
+
+
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.9, 0), (0.5, 0), (0.01, 0), (1.0, 1), (1.0, 7), (1.0, 50), (0.7, 5)])
+def test_truncated_equals_a_loop(top_p, top_k):
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.softmax(torch.randn(40, 17, generator=generator) * 3, -1)
+    assert torch.allclose(generate.truncated(probs.clone(), top_p, top_k),
+                          torch.tensor([cut_by_loop(row, top_p, top_k) for row in probs.double().tolist()]).float(), atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (2.0, 0.9, 0), (1.0, 1.0, 4), (0.7, 0.8, 9)])
+def test_draws_follow_the_softmax(temperature, top_p, top_k):
+    """Chi-square of 40,000 draws whose uniforms come from (seed, id, sample, step), against exact shares; and an exact count on a grid."""
+    torch.manual_seed(3)
+    logits = torch.randn(1, 16) * 1.5
+    logits[0, 5] = -math.inf
+    full = torch.softmax(logits[0].double() / temperature, -1)
+    share = torch.tensor(cut_by_loop(full.tolist(), top_p, top_k), dtype=torch.float64)
+    share /= share.sum()
+    uniform = torch.tensor(np.concatenate([generate.uniforms(0, f"id-{i}", k, 20) for i in range(200) for k in range(10)]))
+    ids, logp = generate.draw(logits.expand(len(uniform), -1), uniform, temperature, top_p, top_k)
+    count, expected = torch.bincount(ids, minlength=16), share * len(uniform)
+    assert (count[share == 0] == 0).all()
+    chi = ((count - expected) ** 2 / expected)[share > 0].sum()
+    freedom = int((share > 0).sum()) - 1
+    assert chi < freedom + 4 * (2 * freedom) ** 0.5  # about four standard deviations of chi-square
+    assert torch.allclose(logp.double(), full[ids].log(), atol=1e-5)
+    grid = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    ids, _ = generate.draw(logits.expand(len(grid), -1), grid, temperature, top_p, top_k)
+    assert (torch.bincount(ids, minlength=16) - share * len(grid)).abs().max() < 1.1
+    assert (ids.diff() >= 0).all()  # inverse CDF
+
+
+@pytest.mark.parametrize("logits", [[-math.inf, 0.0, -math.inf, 1.0, -math.inf], [-200.0, 0.0, -300.0, 5.0, -1e4], [-math.inf, 3.0] + [-math.inf] * 3])
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.7, 0.999999, 0), (1.3, 1.0, 2)])
+def test_the_ends_of_the_unit_interval_draw_no_impossible_token(logits, temperature, top_p, top_k):
+    uniform = torch.tensor([0.0, 2.0 ** -53, 0.5, 1 - 2.0 ** -53], dtype=torch.float64)
+    ids, logp = generate.draw(torch.tensor([logits]).expand(4, -1), uniform, temperature, top_p, top_k)
+    assert set(ids.tolist()) <= {1, 3} and torch.isfinite(logp).all()
+
+
+def test_the_first_token_follows_the_softmax_end_to_end(tiny_model, prompts, tmp_path):
+    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--limit", 1, "--n", 3000, "--max-new-tokens", 1)
+    share = forced(reload(tiny_model), rows[0], 1)[0].exp().double()
+    count = torch.bincount(torch.tensor([row["completion_ids"][0] for row in rows]), minlength=len(share))
+    often = share * len(rows) > 5
+    chi = ((count - share * len(rows)) ** 2 / (share * len(rows)))[often].sum()
+    assert chi < often.sum() + 4 * (2 * often.sum()) ** 0.5
+
+
+def test_chunks_hold_every_item_once_and_keep_to_the_budget():
+    lengths = [5, 3, 9, 3, 40, 1, 9]
+    for budget in (1, 50, 64, 200, 10**6):
+        chunks = generate.chunks_of(lengths, 4, 8, budget)
+        items = [item for chunk in chunks for item in chunk]
+        assert sorted(items) == [(problem, k) for problem in range(7) for k in range(4)]
+        assert [lengths[problem] for problem, _ in items] == sorted(lengths[problem] for problem, _ in items)
+        assert all(len(chunk) == 1 or len(chunk) * (max(lengths[problem] for problem, _ in chunk) + 8) <= budget for chunk in chunks)
+    assert len(generate.chunks_of(lengths, 4, 8, 10**6)) == 1
+
+
+def test_a_logit_that_is_not_finite_is_refused(tiny_model, prompts, tmp_path, monkeypatch, capfd):
+    load_model = generate.load_model
+
+    def broken(*args):
+        model = load_model(*args)
+        model.lm_head.register_forward_hook(lambda _, __, logits: logits * math.nan)
+        return model
+
+    monkeypatch.setattr(generate, "load_model", broken)
+    for temperature in (0, 1):
+        capfd.readouterr()
+        with pytest.raises(SystemExit):
+            run(tiny_model, prompts, tmp_path / f"{temperature}.jsonl", "--temperature", temperature)
+        assert "logits that are not finite" in capfd.readouterr().err
+        assert not (tmp_path / f"{temperature}.jsonl").exists()
+
+
+# ---- The cache ----------------------------------------------------------------------------------------------------------
+def test_pitfall_08_the_roomy_cache_equals_the_plain_one(tiny_model):
+    """Over 60 steps (the spare room is outgrown), with rows dropped on the way and left-padded prompts."""
+    model = reload(tiny_model)
+    torch.manual_seed(0)
+    prompt, tokens = torch.randint(3, 22, (4, 11)), torch.randint(3, 22, (12, 60))
+    mask = (torch.arange(11) >= torch.tensor([0, 3, 7, 10])[:, None]).long()
+    owner, results = torch.arange(4).repeat_interleave(3), []
+    for roomy in (False, True):
+        cache, logits, rows = DynamicCache(config=model.config), [], torch.arange(12)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            model(input_ids=prompt, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            cache.batch_select_indices(owner)
+            if roomy:
+                for layer in cache.layers:
+                    assert type(layer) is DynamicLayer
+                    layer.__class__ = generate.RoomyLayer
+            seen, position = mask[owner], positions[owner, -1:]
+            for step in range(60):
+                if step in (5, 6, 30, 50):
+                    keep = torch.arange(len(rows)) != len(rows) // 2
+                    rows, seen, position = rows[keep], seen[keep], position[keep]
+                    cache.batch_select_indices(keep.nonzero().squeeze(-1))
+                position, seen = position + 1, torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
+                logits.append(model(input_ids=tokens[rows, step:step + 1], attention_mask=seen, position_ids=position,
+                                    past_key_values=cache).logits)
+        results.append(torch.cat(logits))
+    assert (results[0] - results[1]).abs().max() < 1e-5 and len(results[0]) == 5 * 12 + 1 * 11 + 24 * 10 + 20 * 9 + 10 * 8
+
+
+# ---- Stopping -------------------------------------------------------------------------------------------------------------
+def test_stop_texts_work_across_token_boundaries(bpe_model, tmp_path):
+    """Against the same rows sampled without --stop, cut by a loop after the first token with which a stop text is complete."""
+    tokenizer = AutoTokenizer.from_pretrained(bpe_model)
+    problems = write_prompts(tmp_path / "p.jsonl", [{"id": str(i), "prompt": "the answer is " + "3 * 4 " * i} for i in range(6)])
+    plain = run(bpe_model, problems, tmp_path / "plain.jsonl", "--temperature", 1, "--ignore-eos", "--max-new-tokens", 40)
+    texts = [[tokenizer.decode([token], skip_special_tokens=True) for token in row["completion_ids"]] for row in plain]
+    across = [pieces[k][-1] + pieces[k + 1] + pieces[k + 2][:1] for pieces in texts for k in range(3, 37)
+              if all(piece.isascii() and piece.isprintable() and piece for piece in pieces[k:k + 3])]
+    stops = [across[0], across[7], "".join(texts[0][20:40])]  # two that span three tokens, and a long one
+    assert all(stop not in piece for stop in stops for row in texts for piece in row)  # no token holds one whole
+    rows = run(bpe_model, problems, tmp_path / "stop.jsonl", "--temperature", 1, "--ignore-eos", "--max-new-tokens", 40, "--stop", *stops)
+    for row, before in zip(rows, plain):
+        ids = before["completion_ids"]
+        ends = [k for k in range(1, 41) if any(stop in tokenizer.decode(ids[:k], skip_special_tokens=True) for stop in stops)]
+        assert row["completion_ids"] == ids[:ends[0] if ends else 40]
+        assert row["finish_reason"] == ("stop" if ends else "length")
+        assert any(stop in row["completion"] for stop in stops) == bool(ends)
+        assert len(row["logprobs"]) == len(row["completion_ids"])
+    assert 2 <= sum(row["finish_reason"] == "stop" for row in rows) < len(rows)
+
+
+def test_ignore_eos_goes_on_to_the_limit(tiny_model, prompts, base, tmp_path):
+    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7, "--ignore-eos")
+    for row, before in zip(rows, base[1]):
+        assert len(row["completion_ids"]) == 24 and row["finish_reason"] == "length"
+        assert row["completion_ids"][:len(before["completion_ids"])] == before["completion_ids"]
+    assert any(0 in row["completion_ids"][:-1] for row in rows)
+
+
+# ---- Rows in, rows out --------------------------------------------------------------------------------------------------
+def test_limit_takes_the_first_problems(tiny_model, prompts, base, tmp_path):
+    assert ids_of(run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7, "--limit", 5)) == ids_of(base[1][:40])
+
+
+def test_rows_are_spliced_byte_for_byte(tiny_model, tmp_path):
+    """BOM, CRLF, blank lines, spaces inside and after, nested objects, escapes, odd ids, fields of an earlier rollout."""
+    lines = [rb'{"id": "../../x", "prompt": "1 2=3:"}', rb'  {"id":"test/precalculus/807.json","prompt":"10 2=5:" , "more": {"a": [1, {"b": null}]} }   ',
+             b'{"id": "\xf0\x9f\x98\x80", "prompt": "4 6=24:", "answer": "\xe6\x95\xb0 \\u00e9 \\n", "big": 1E5, "small": 1e-07, "int": 123456789012345678901}',
+             rb'{"id": "", "prompt": "1 2 3=7:", "completions": "}, {", "s": "\"sample\": 3"}', rb'{"id": "nul \u0000", "prompt": "1=1:"}']
+    stale = {"id": "again", "prompt": "2 2=4:", "sample": 7, "completion": "old", "logprobs": [], "finish_reason": "stop", "kept": 1}
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n   \n".join([*lines, json.dumps(stale).encode()]))
+    rows = run(tiny_model, path, tmp_path / "out" / ".." / "out.jsonl" if (tmp_path / "out").mkdir() else tmp_path / "out.jsonl",
+               "--n", 3, "--max-batch-tokens", 150)
+    written = (tmp_path / "out.jsonl").read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines):
+        for k in range(3):
+            assert written[3 * number + k].startswith(line.strip()[:-1] + b', "sample": %d, "completion": ' % k)
+    assert [(row["id"], row["sample"]) for row in rows[-3:]] == [("again", 0), ("again", 1), ("again", 2)]
+    assert rows[-1]["kept"] == 1 and rows[-1]["prompt"] == "2 2=4:" and list(rows[-1])[:3] == ["id", "prompt", "kept"]
+    for line, row in zip(written, rows):  # no key stands twice
+        assert len(json.loads(line, object_pairs_hook=list)) == len(row)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out", "out.jsonl", "out.jsonl.meta.json"]
+
+
+def test_samples_of_one_prompt_may_straddle_chunks(tiny_model, prompts, base, tmp_path):
+    chunks = generate.chunks_of([len(row["prompt_ids"]) for row in base[1][::8]], 8, 24, 200)
+    assert any(chunk[-1][0] == after[0][0] for chunk, after in zip(chunks, chunks[1:]))
+    assert ids_of(run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7, "--max-batch-tokens", 200)) == ids_of(base[1])
+
+
+def test_a_prompt_file_that_changes_meanwhile_is_refused(tiny_model, prompts, tmp_path, monkeypatch, capfd):
+    path, run_chunk = tmp_path / "in.jsonl", generate.run_chunk
+    shutil.copy(prompts, path)
+
+    def meddled(*args):
+        path.write_bytes(path.read_bytes().replace(b"4 6=24:", b"4 6=10:"))
+        return run_chunk(*args)
+
+    monkeypatch.setattr(generate, "run_chunk", meddled)
+    with pytest.raises(SystemExit):
+        run(tiny_model, path, tmp_path / "out.jsonl")
+    assert f"{path}:3: changed while" in capfd.readouterr().err and not (tmp_path / "out.jsonl").exists()
+
+
+def test_chat_messages_go_through_the_template_and_get_one_bos(bpe_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(bpe_model)
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is 3 * 4?"}]
+    problems = write_prompts(tmp_path / "p.jsonl", [{"id": "chat", "messages": turns, "answer": "12"}, {"id": "text", "prompt": "3 * 4 is"}])
+    chat, text = run(bpe_model, problems, tmp_path / "out.jsonl", "--n", 1)
+    assert tokenizer.decode(chat["prompt_ids"]) == "<s>[system] be brief\n[user] what is 3 * 4?\n[assistant] "
+    assert tokenizer.decode(text["prompt_ids"]) == "<s>3 * 4 is"
+    assert chat["prompt_ids"].count(0) == text["prompt_ids"].count(0) == 1
+    assert chat["messages"] == turns and chat["answer"] == "12" and "prompt" not in chat
+    assert gap(reload(bpe_model), [chat, text], 1) < 1e-5
+
+
+# ---- Cut short and started again -----------------------------------------------------------------------------------------
+def test_a_killed_run_resumed_ends_byte_equal(tiny_model, prompts, tmp_path):
+    flags = ["--ignore-eos", "--max-new-tokens", 64, "--max-batch-tokens", 300, "--n", 4]
+    run(tiny_model, prompts, tmp_path / "whole.jsonl", *flags)
+    out = tmp_path / "killed.jsonl"
+    child = subprocess.Popen([sys.executable, "generate.py", "--model", tiny_model, "--prompts", prompts, "--out", str(out), "--device", "cpu",
+                              *map(str, flags)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "killed.jsonl.partial"
+    while child.poll() is None and not (folder / "000002.jsonl").exists():
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not out.exists() and child.returncode == -signal.SIGKILL
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("??????.jsonl")}
+    assert 3 <= len(kept) < 15
+    (folder / f"{len(kept):06d}.jsonl.0").write_text('{"sample": 0, "compl')  # a torn chunk
+    made, run_chunk = [], generate.run_chunk
+    generate.run_chunk = lambda chunk, *args: made.append(chunk) or run_chunk(chunk, *args)
+    try:
+        run(tiny_model, prompts, out, *flags)
+    finally:
+        generate.run_chunk = run_chunk
+    assert len(made) == json.loads((tmp_path / "whole.jsonl.meta.json").read_text())["chunks"] - len(kept)  # none was done twice
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not folder.exists()
+
+
+def test_a_complete_output_is_left_alone_and_other_flags_are_refused(tiny_model, prompts, tmp_path, capfd):
+    out = tmp_path / "out.jsonl"
+    flags = ["--model", tiny_model, "--prompts", prompts, "--out", out, "--device", "cpu", "--max-new-tokens", 24, "--n", 2]
+    run(tiny_model, prompts, out, "--n", 2)
+    before = (out.stat().st_mtime_ns, out.read_bytes(), (tmp_path / "out.jsonl.meta.json").read_bytes())
+    capfd.readouterr()
+    run(tiny_model, prompts, out, "--n", 2)
+    assert capfd.readouterr().err == f"{out}: complete, left alone\n"
+    shutil.copytree(tiny_model, tmp_path / "same")  # the same contents at another place are the same input
+    run(str(tmp_path / "same"), prompts, out, "--n", 2)
+    assert "made with other n;" in refused(capfd, *flags[:-1], 3)
+    assert "made with other seed, temperature;" in refused(capfd, *flags, "--seed", 1, "--temperature", 0.5)
+    other = write_prompts(tmp_path / "other.jsonl", read(prompts)[:-1])
+    assert "made with other inputs;" in refused(capfd, "--model", tiny_model, "--prompts", other, *flags[4:])
+    assert (out.stat().st_mtime_ns, out.read_bytes(), (tmp_path / "out.jsonl.meta.json").read_bytes()) == before
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_a_half_done_output_is_not_continued_with_other_flags(tiny_model, prompts, tmp_path, monkeypatch, capfd):
+    out, run_chunk, calls = tmp_path / "out.jsonl", generate.run_chunk, []
+
+    def cut_short(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run_chunk(*args)
+
+    monkeypatch.setattr(generate, "run_chunk", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, prompts, out, "--max-batch-tokens", 300)
+    assert "another run is writing it" in refused(capfd, "--model", tiny_model, "--prompts", prompts, "--out", out)  # it holds the lock
+    release()
+    assert "begun with other flags" in refused(capfd, "--model", tiny_model, "--prompts", prompts, "--out", out, "--max-batch-tokens", 300)
+    release()
+    rows = run(tiny_model, prompts, out, "--max-batch-tokens", 300)
+    assert rows == run(tiny_model, prompts, tmp_path / "whole.jsonl", "--max-batch-tokens", 300)
+
+
+def test_a_rank_that_comes_late_leaves_a_merged_output_alone(tiny_model, prompts, tmp_path, monkeypatch):
+    """All chunks may be there already when a restart begins: rank 0 may have merged and cleared them while rank 1 was loading."""
+    load_model = generate.load_model
+
+    def slow(*args):
+        model = load_model(*args)
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        run(tiny_model, prompts, tmp_path / "out.jsonl")
+        return model
+
+    (tmp_path / "out.jsonl.partial").mkdir()
+    generate_args = ["--model", tiny_model, "--prompts", prompts, "--out", str(tmp_path / "out.jsonl"), "--device", "cpu", "--max-new-tokens", "24"]
+    args = generate.parse_args(generate_args)
+    begun = [{**vars(args), "out": None, "prompts": None, "model": None, "rank_timeout": None},
+             list(generate.describe(args, [args.prompts, args.model])["inputs"].values()), "float32"]
+    (tmp_path / "out.jsonl.partial" / "command.json").write_text(json.dumps(begun))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "load_model", lambda *args: (patch.setattr(generate, "load_model", load_model), slow(*args))[1])
+        generate.main(args)
+    assert len(read(tmp_path / "out.jsonl")) == 96 and not (tmp_path / "out.jsonl.partial").exists()
+
+
+# ---- Bad input ----------------------------------------------------------------------------------------------------------
+GOOD = {"id": "a", "prompt": "1 2=3:"}
+BAD_ROWS = {
+    "missing id": ([GOOD, {"prompt": "1"}], ":2: missing field 'id'"),
+    "duplicate id": ([GOOD, {"id": "b", "prompt": "1"}, GOOD], ":3: duplicate id 'a'"),
+    "id not a string": ([{"id": 3, "prompt": "1"}], ":1: 'id' must be a string"),
+    "no prompt": ([{"id": "a"}], ":1: needs either 'prompt' or 'messages'"),
+    "prompt and messages": ([{**GOOD, "messages": [{"role": "user", "content": "x"}]}], ":1: needs either 'prompt' or 'messages'"),
+    "prompt not a string": ([{"id": "a", "prompt": ["1"]}], ":1: 'prompt' must be a string"),
+    "messages a string": ([{"id": "a", "messages": "hello"}], ":1: 'messages' must be a list"),
+    "messages empty": ([{"id": "a", "messages": []}], ":1: 'messages' must be a list"),
+    "content missing": ([{"id": "a", "messages": [{"role": "user"}]}], ":1: 'messages' must be a list"),
+    "content a list": ([{"id": "a", "messages": [{"role": "user", "content": [{"type": "image"}]}]}], ":1: 'messages' must be a list"),
+    "not an object": ([[1, 2]], ":1: not a valid JSON row"),
+    "empty prompt": ([GOOD, {"id": "b", "prompt": ""}], ":2: an empty prompt"),
+    "prompt too long": ([GOOD, {"id": "b", "prompt": "1" * 200}], ":2: 200 prompt tokens + 64 new ones exceed the model's 256 positions"),
+    "no chat template": ([{"id": "a", "messages": [{"role": "user", "content": "hi"}]}], ":1: the prompt cannot be encoded"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_end_with_one_line_before_any_model_is_loaded(case, tiny_model, tmp_path, capfd, monkeypatch):
+    rows, message = BAD_ROWS[case]
+    monkeypatch.setattr(generate, "load_model", None)
+    path = write_prompts(tmp_path / "p.jsonl", rows)
+    assert f"{path}{message}" in refused(capfd, "--model", tiny_model, "--prompts", path, "--out", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", ": no rows"), (b"\n \r\n", ": no rows"), (b'{"id": "a", "prompt": "1"', ":1: not a valid JSON row"),
+    (b'{"id": "a", "prompt": "\xff"}', ":1: not a valid JSON row"), (b'{"id": "a", "id": "b", "prompt": "1"}', ":1: not a valid JSON row"),
+    (b'{"id": "a", "prompt": "1", "x": NaN}', ":1: not a valid JSON row"), (b'{"id": "a", "prompt": "\\ud800"}', ":1: not a valid JSON row"),
+    (b'{"id": "a", "prompt": "1", "x": 1e999}', ":1: not a valid JSON row"), (b"[" * 100_000, ":1: not a valid JSON row")])
+def test_bad_files_end_with_one_line(content, message, tiny_model, tmp_path, capfd):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    assert f"p.jsonl{message}" in refused(capfd, "--model", tiny_model, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out.jsonl")
+    assert "No such file" in refused(capfd, "--model", tiny_model, "--prompts", tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"), (["--n", "0"], "--n"), (["--top-p", "0"], "--top-p"),
+    (["--top-p", "1.5"], "--top-p"), (["--top-k", "-1"], "--top-k"), (["--max-new-tokens", "0"], "--max-new-tokens"), (["--stop", ""], "--stop"),
+    (["--limit", "0"], "--limit"), (["--what"], "--what"), (["--device", "tpu"], "--device")])
+def test_wrong_flags_end_with_one_line(flags, message, capfd):
+    assert message in refused(capfd, "--model", "m", "--prompts", "p", "--out", "o", *flags)
+
+
+def missing_folder(tiny_model, path):
+    return str(path / "none"), "no such model folder"
+
+
+def a_file(tiny_model, path):
+    (path / "model.bin").write_bytes(b"x")
+    return str(path / "model.bin"), "no such model folder"
+
+
+def empty_folder(tiny_model, path):
+    (path / "model").mkdir()
+    return str(path / "model"), "no config.json"
+
+
+def pickle_only(tiny_model, path):
+    folder = copy_of(tiny_model, path / "model")
+    os.remove(f"{folder}/model.safetensors")
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(path / "executed"),)
+
+    torch.save({"weight": Bomb()}, f"{folder}/pytorch_model.bin")
+    return folder, "no *.safetensors"
+
+
+def pickle_beside_safetensors(tiny_model, path):
+    """Safetensors that belong to something else do not make the library fall back to a pickle."""
+    shutil.copy(f"{tiny_model}/model.safetensors", path / "adapter.safetensors")
+    folder, _ = pickle_only(tiny_model, path)
+    shutil.move(path / "adapter.safetensors", f"{folder}/adapter.safetensors")
+    return folder, "cannot be loaded"
+
+
+def code_in_auto_map(tiny_model, path):
+    folder = copy_of(tiny_model, path / "model", config={"model_type": "mine", "auto_map": {
+        "AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}}, tokenizer_config={"auto_map": {"AutoTokenizer": ["code.Mine", None]}})
+    (path / "model" / "code.py").write_text(f"import os\nos.mkdir({str(path / 'executed')!r})\nclass Mine: pass\n")
+    return folder, "cannot be loaded"
+
+
+def truncated_weights(tiny_model, path):
+    folder = copy_of(tiny_model, path / "model")
+    os.truncate(f"{folder}/model.safetensors", os.path.getsize(f"{folder}/model.safetensors") // 2)
+    return folder, "cannot be loaded"
+
+
+def flipped_header(tiny_model, path):
+    folder = copy_of(tiny_model, path / "model")
+    with open(f"{folder}/model.safetensors", "r+b") as file:
+        file.seek(20)
+        file.write(b"\xff\xff\xff")
+    return folder, "cannot be loaded"
+
+
+def damaged(change):
+    def make(tiny_model, path):
+        folder = copy_of(tiny_model, path / "model")
+        weights = load_file(f"{folder}/model.safetensors")
+        message = change(weights)
+        save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+        return folder, message
+    make.__name__ = change.__name__
+    return make
+
+
+@damaged
+def nan_weight(weights):
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
+    return "weight model.layers.1.mlp.up_proj.weight is not finite"
+
+
+@damaged
+def infinite_weight(weights):
+    weights["model.norm.weight"][0] = math.inf
+    return "weight model.norm.weight is not finite"
+
+
+@damaged
+def missing_weights(weights):
+    del weights["model.layers.0.self_attn.q_proj.weight"], weights["model.layers.2.mlp.up_proj.weight"]
+    return "2 weights are missing, model.layers.0.self_attn.q_proj.weight among them"
+
+
+@damaged
+def wrong_shape(weights):
+    weights["model.norm.weight"] = torch.ones(7)
+    return "cannot be loaded"
+
+
+def broken_config(tiny_model, path):
+    folder = copy_of(tiny_model, path / "model")
+    (path / "model" / "config.json").write_text('{"model_type": "qwen2", ')
+    return folder, "cannot be loaded"
+
+
+def no_tokenizer(tiny_model, path):
+    folder = copy_of(tiny_model, path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.remove(f"{folder}/{name}")
+    return folder, "cannot be loaded"
+
+
+def tokenizer_of_another_model(tiny_model, path):
+    folder = copy_of(tiny_model, path / "model")
+    tokenizer = json.loads((path / "model" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["="] = 900
+    (path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder, "token id 900 is beyond the model's vocabulary"
+
+
+def no_end(tiny_model, path):
+    return copy_of(tiny_model, path / "model", config={"eos_token_id": None}, generation_config={"eos_token_id": None},
+                   tokenizer_config={"eos_token": None}), "names an end-of-text token; give --stop or --ignore-eos"
+
+
+def a_state_that_is_no_cache_of_keys(tiny_model, path):
+    folder = copy_of(tiny_model, path / "model")
+    os.remove(f"{folder}/config.json")
+    MambaForCausalLM(MambaConfig(vocab_size=22, hidden_size=16, num_hidden_layers=1, eos_token_id=0)).save_pretrained(folder)
+    return folder, "unsupported architecture"
+
+
+def longrope_past_its_turn(tiny_model, path):
+    """Its rotation of every earlier key changes when the original length is passed; what is cached would be of the old one."""
+    folder = copy_of(tiny_model, path / "model")
+    os.remove(f"{folder}/config.json")
+    Phi3ForCausalLM(Phi3Config(
+        vocab_size=22, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=256,
+        original_max_position_embeddings=64, eos_token_id=0, pad_token_id=1, bos_token_id=None,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+                         "original_max_position_embeddings": 64})).save_pretrained(folder)
+    return folder, "exceed the model's 64 positions"
+
+
+@pytest.mark.parametrize("make", [
+    missing_folder, a_file, empty_folder, pickle_only, pickle_beside_safetensors, code_in_auto_map, truncated_weights, flipped_header, nan_weight,
+    infinite_weight, missing_weights, wrong_shape, broken_config, no_tokenizer, tokenizer_of_another_model, no_end,
+    a_state_that_is_no_cache_of_keys, longrope_past_its_turn], ids=lambda make: make.__name__)
+def test_bad_models_end_with_one_line_and_run_no_code(make, tiny_model, prompts, tmp_path, capfd):
+    folder, message = make(tiny_model, tmp_path)
+    line = refused(capfd, "--model", folder, "--prompts", prompts, "--out", tmp_path / "out.jsonl", "--device", "cpu")
+    assert folder in line or prompts in line
+    assert message in line
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "out.jsonl").exists()
+
+
+def test_without_an_end_a_stop_text_or_the_limit_will_do(tiny_model, prompts, base, tmp_path):
+    model, _ = no_end(tiny_model, tmp_path)
+    rows = run(model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7, "--stop", "1")
+    assert any("1" in row["completion"] for row in rows)
+    assert all(("1" in row["completion"]) == (row["finish_reason"] == "stop") for row in rows)
+    assert all(len(row["completion_ids"]) == 24 for row in run(model, prompts, tmp_path / "limit.jsonl", "--ignore-eos"))
+
+
+def test_errors_of_a_process_are_one_line_too(tiny_model, tmp_path):
+    """Started as people start it: nothing but that line reaches stderr; --help and wrong flags answer without importing torch."""
+    path = write_prompts(tmp_path / "p.jsonl", [GOOD, {"id": "b"}])
+    done = subprocess.run([sys.executable, "generate.py", "--model", tiny_model, "--prompts", str(path), "--out", str(tmp_path / "o")],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"generate.py: error: {path}:2: needs either 'prompt' or 'messages'\n"
+    for flags, code in (["--help"], 0), (["--what"], 2):
+        done = subprocess.run([sys.executable, "-X", "importtime", "generate.py", *flags], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code and " torch" not in done.stderr and " transformers" not in done.stderr
