@@ -392,8 +392,8 @@ def print_table(report):
         if k:
             value, low, high = (f"{entry[name][k][key]:{'+' * diff}.3f}" for key in CELL[3 * diff:3 * diff + 3])
             return f"{value} [{low}, {high}]"
-        value = None if diff else entry[name]
-        return f"{value:.3f}" if name in FIGURES and value is not None else str("" if value is None else value)
+        value = entry[name]
+        return "" if diff else "-" if value is None else f"{value:.3f}" if name in FIGURES else str(value)
 
     columns = [(run, diff) for run in runs for diff in (False, True) if not diff or run is not runs[0]]
     grid = [[""] + [run["name"] + f" - {report['reference']}" * diff for run, diff in columns]]
@@ -488,7 +488,7 @@ def plot_training(metrics, path):
 
 
 def main(args):
-    start = time.time()
+    start = time.monotonic()
     if args.training:
         return plot_training(read_metrics(args.training), args.plot)
     meta = describe(args, args.files, seed=args.seed, device="cpu", world_size=1)
@@ -509,7 +509,7 @@ def main(args):
     if partial:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(json.dumps(report, indent=1) + "\n")
-        publish(args.out, {**meta, "wall_s": time.time() - start})
+        publish(args.out, {**meta, "wall_s": time.monotonic() - start})
     if args.plot:
         plot_passk(report, args.plot)
     print_table(report)

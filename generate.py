@@ -305,7 +305,7 @@ def end_ids(model, tokenizer):
     """All end-of-text ids: the model's generation config may name several, the tokenizer one."""
     found = model.generation_config.eos_token_id
     found = set(found if isinstance(found, list) else [found]) | {tokenizer.eos_token_id}
-    return sorted(found - {None})
+    return sorted(token for token in found if isinstance(token, int) and 0 <= token < model.config.get_text_config().vocab_size)
 
 
 def chunks_of(lengths, n, max_new_tokens, budget):
@@ -327,17 +327,26 @@ def uniforms(seed, identity, sample, steps):
 
 class RoomyLayer(DynamicLayer):
     """A cache layer that appends in place into spare room, where DynamicLayer copies the whole cache at every token."""
+    room = ()
+
+    def view(self, length):
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
 
     def update(self, key_states, value_states, *args, **kwargs):
-        start, new = self.keys.shape[-2], key_states.shape[-2]
-        if getattr(self, "room", None) is None or self.room[0].shape[0] != key_states.shape[0] or start + new > self.room[0].shape[-2]:
-            self.room = tuple(old.new_empty(*old.shape[:2], start + new + 32 + start // 4, old.shape[-1]) for old in (self.keys, self.values))
-            for room, old in zip(self.room, (self.keys, self.values)):
-                room[:, :, :start] = old
+        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if not self.room or end > self.room[0].shape[-2]:
+            old, self.room = (self.keys, self.values), tuple(
+                old.new_empty(*old.shape[:2], end + 16 + start // 2, old.shape[-1]) for old in (self.keys, self.values))
+            for room, states in zip(self.room, old):
+                room[:, :, :start] = states
         for room, states in zip(self.room, (key_states, value_states)):
-            room[:, :, start:start + new] = states
-        self.keys, self.values = (room[:, :, :start + new] for room in self.room)
+            room[:, :, start:end] = states
+        self.view(end)
         return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        self.room = tuple(room[indices] for room in self.room or (self.keys, self.values))
+        self.view(self.keys.shape[-2])
 
 
 def truncated(probs, top_p, top_k):
@@ -480,7 +489,8 @@ def main(args):
     device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     dtype = {"auto": torch.bfloat16 if device != "cpu" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
     meta = describe(args, [args.prompts, args.model], device=device, dtype=str(dtype).removeprefix("torch."), world_size=world,
-                    sampling={"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "repetition_penalty": 1.0})
+                    sampling={"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "repetition_penalty": 1.0,
+                              "max_new_tokens": args.max_new_tokens})
     same = [meta["flags"] | {key: None for key in ("out", "prompts", "model", "rank_timeout")}, list(meta["inputs"].values()), meta["dtype"]]
     folder = args.out + ".partial"
 
@@ -508,6 +518,8 @@ def main(args):
 
     # 2. The prompts' ids, the model and the chunks.
     config, tokenizer = load(transformers.AutoConfig, args.model, options), load(transformers.AutoTokenizer, args.model, options)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        fail(f"{args.model}: a tokenizer without a vocabulary: are its files missing?")
     encoded = encode(problems, tokenizer, config.get_text_config(), args.max_new_tokens)
     model = load_model(args.model, dtype, device, options)
     ends = end_ids(model, tokenizer)

@@ -467,7 +467,7 @@ def work(seconds):
     sys.addaudithook(guard)
     os.write(out, b"ready\n")
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, seconds + 5)
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)
         try:
             word = judge_maths(*json.loads(line))
         except MemoryError:
@@ -556,7 +556,7 @@ FIELDS = {  # field: (what it must be, in words)
     "sample": (lambda value: type(value) is int and 0 <= value < 2**20, "a whole number from 0 to 2^20 - 1"),
     "completion": (lambda value: isinstance(value, str), "a text"),
     "finish_reason": (lambda value: value in ("stop", "length"), "'stop' or 'length'"),
-    "task": (lambda value: value in ("countdown", "math"), "'countdown' or 'math'"),
+    "task": (lambda value: value in OWN, "one of the tasks that score.py knows"),
     "numbers": (lambda value: isinstance(value, list) and value and all(type(one) is int for one in value),
                 "a list of whole numbers"),
     "target": (lambda value: type(value) is int, "a whole number"),
@@ -564,7 +564,9 @@ FIELDS = {  # field: (what it must be, in words)
                "a text, a number or a list of these, and not empty"),
 }
 COMMON = ("id", "sample", "completion", "finish_reason", "task")
+# A task: the fields of its rows, and (completion, row) -> the new fields. Maths answers go to the workers instead.
 OWN = {"countdown": ("numbers", "target"), "math": ("answer",)}
+VERIFIERS = {"countdown": verify_countdown}
 
 
 def check(where, row, seen):
@@ -622,8 +624,8 @@ def judged(rows, workers):
     for where, line, row in rows:
         check(where, row, seen)
         word = None
-        if row["task"] == "countdown":
-            fields = verify_countdown(row["completion"], row)
+        if row["task"] in VERIFIERS:
+            fields = VERIFIERS[row["task"]](row["completion"], row)
         else:
             gold = gold_of(where, row)
             pred = extract_maths(row["completion"], len(gold[0]))
@@ -659,13 +661,13 @@ def sampling_of(path):
 
 def show(row, fields):
     """One row readably; repr, because a completion may hold control characters for the terminal."""
-    task = f"{row['numbers']} -> {row['target']}" if row["task"] == "countdown" else f"gold {row['answer']!r}"
+    task = ", ".join(f"{field} {row[field]!r}" for field in OWN[row["task"]])
     print(f"{row['id'][:80]!r} sample {row['sample']}: {task}\n  completion (its end) {row['completion'][-300:]!r}\n"
           f"  answer {str(fields['pred'])[:200]!r}: {fields['reason']}, reward {fields['reward']:g}")
 
 
 def main(args):
-    start = time.time()
+    start = time.monotonic()
     meta = describe(args, [args.rollouts], sampling=sampling_of(args.rollouts), device="cpu", world_size=1)
     partial = claim(args.out, meta, ignore=("rollouts", "out", "workers", "show"))
     if partial is None:
@@ -682,7 +684,7 @@ def main(args):
         workers.close()
     total = reasons.total()
     counts = {reason: reasons[reason] for reason in REASONS}
-    publish(args.out, {**meta, "rows": total, "reasons": counts, "wall_time": time.time() - start})
+    publish(args.out, {**meta, "rows": total, "reasons": counts, "wall_s": time.monotonic() - start})
     print(f"{args.out}: {total} rows, {reasons['ok'] / total:.1%} correct")
     for reason in REASONS:
         print(f"  {reason:10}{reasons[reason]:10}{reasons[reason] / total:8.1%}")

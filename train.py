@@ -16,8 +16,8 @@ The objective, for n rollouts y_1..y_n of each prompt x, sampled from pi_old, r_
     rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
     loss  = - sum over tokens of min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t) / all completion tokens of the update
 
-All log-probs are of logits / T. The update, in the order of the code: read and group the rows; pi_old of all rows (skipped when a
-single update follows: then it is this update's own forward pass); per update, micro-batches without padding in the head, each
+All log-probs are of logits / T. The update, in the order of the code: read and group the rows; pi_old of all rows before any step
+(the first update's is its own forward pass, at no cost); per update, micro-batches without padding in the head, each
 prompt computed once for all its samples; loss; clipped AdamW step on fp32 masters; metrics summed over micro-batches and ranks.
 """
 import argparse
@@ -210,7 +210,7 @@ def parse_args(argv=None):
     parser.add_argument("--reset-optimizer", action="store_true", help="start with fresh moments and step 0")
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default %(default)s)")
     # machine
-    parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="most tokens, padding included, in one forward and backward pass "
+    parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="most tokens, padding included, in one forward and backward pass "
                         "(default %(default)s)")
     parser.add_argument("--share-prompts", action=argparse.BooleanOptionalAction, help="compute each prompt once for all its samples, with "
                         "gradients through its key-value cache (default: yes, unless --checkpoint-activations or --shard)")
@@ -666,6 +666,29 @@ def refuse(out, rows, members, step, loss, grad_norm, rank):
     sys.exit(3)
 
 
+def memory_estimate(policy, device, dtype, tokens, ranks=1):
+    """(bytes of fp32 weights, gradients and both Adam moments; bytes that a micro-batch of `tokens` keeps for its backward pass).
+
+    The first is counted, 16 bytes a weight over `ranks` shards. The second is what autograd saves in two small forward passes,
+    carried on in proportion to the tokens: so it holds for any architecture, with autocast and with activation checkpointing."""
+    own = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
+
+    def saved(count):
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+                torch.autocast(device.split(":")[0], torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = policy([[0]], [np.zeros(count, np.int64)])  # held until the sum is taken, so that no storage is used twice
+        return sum(size for pointer, size in kept.items() if pointer not in own) + 0 * len(out)
+
+    few, many = saved(64), saved(192)
+    return sum(weight.numel() for weight in policy.parameters()) * 16 // ranks, int(few + (many - few) / 128 * max(tokens - 64, 0))
+
+
 def update(args):
     began, rank, world = time.monotonic(), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # 1. Everything that can be wrong with the input is found before a model is loaded; rank 0 checks, locks and complains.
@@ -717,6 +740,7 @@ def update(args):
             for name in ("p", "dropout", "attention_dropout"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
+    static, activations = memory_estimate(policy, device, dtype, args.micro_batch_tokens, world if args.shard else 1)
     ddp, no_sync = policy, contextlib.nullcontext
     if args.shard and world > 1:
         ddp, no_sync = shard(policy, device)
@@ -728,7 +752,8 @@ def update(args):
     if rank == 0:
         print(f"{args.model} on {device} x {world}{' sharded' if args.shard and world > 1 else ''}, {meta['dtype']} over fp32 weights, attention "
               f"{policy.model.config._attn_implementation}, prompts {'shared' if args.share_prompts else 'repeated'}: {len(groups)} groups x "
-              f"{n}, {args.updates} updates of {args.method}, T = {sampling['temperature']}", file=sys.stderr)
+              f"{n}, {args.updates} updates of {args.method}, T = {sampling['temperature']}; memory: {static / 2**30:.2f} GiB for weights, gradients and "
+              f"Adam, up to {activations / 2**30:.2f} GiB for a micro-batch of {args.micro_batch_tokens} tokens", file=sys.stderr)
 
     # 3. The plan: shuffled groups, dealt into updates whose sizes differ by at most one; pi_old of all comes before the first.
     order = np.random.default_rng(args.seed).permutation(len(groups))
@@ -748,9 +773,10 @@ def update(args):
 
     if args.ref_model:
         fill(ref_logp, Policy(load_model(args.ref_model, device, options)[0], sampling["temperature"], args.share_prompts), "reference", plans)
-    if args.updates > 1 or args.smooth_level == "reward":
-        level = args.smooth_level == "reward"  # whose statistics need the log-probs of masked rows, too
-        fill(old_logp, ddp, "pi_old", [plan_update(rows, members, rank, world, args, masked=level) for members in updates])
+    level = args.smooth_level == "reward"  # its statistics need all log-probs of a group beforehand, of masked rows, too;
+    first = 0 if level else 1              # otherwise pi_old of the first update is that update's own forward pass
+    fill(old_logp, ddp, "pi_old", [plan_update(rows, members, rank, world, args, masked=level) for members in updates[first:]])
+    if level:
         mean_logp = torch.zeros(len(rows), device=device)
         for i, part in old_logp.items():
             mean_logp[i] = part.mean()
@@ -778,7 +804,7 @@ def update(args):
             with contextlib.nullcontext() if last else no_sync():
                 logp, entropy, row = forward(ddp, rows, batch, device, dtype)
                 if batch:
-                    old = torch.cat([old_logp[i] for i in batch]) if old_logp else logp.detach()
+                    old = torch.cat([old_logp[i] for i in batch]) if batch[0] in old_logp else logp.detach()
                     adv = advantage(reward, correct, old, row, args.method, args.adv_norm, args.gamma_p, args.gamma_n, args.smooth_level,
                                     args.pass_k, args.positive_weight, mean_logp=mean_logp)
                     loss, low, high = policy_loss(logp, old, adv, args.clip_low, args.clip_high, args.method)

@@ -10,7 +10,8 @@ k = 1, 2, 4, .., 128) and reported on the test split with other seeds. A run is 
 
 Writes, after every run, in assets/: tuning.csv (arm, setting, lr, k, pass_at_k); results.csv (arm, distribution, seed, k, pass_at_k);
 counts.jsonl (arm, distribution, seed, and for every held-out problem: n, correct, distinct solutions found, solutions that exist),
-from which assets/figures.py takes all intervals; curves.csv (training curves). Runs stand in runs/paper/.
+from which assets/figures.py takes all intervals; curves.csv (training curves); gamma.csv (gamma_p, gamma_n, k, pass_at_k).
+Runs stand in runs/paper/.
 """
 import argparse
 import concurrent.futures
@@ -45,6 +46,7 @@ LEARNING_RATES = ("1e-4", "2e-4", "4e-4")
 CORE = ("grpo", "ds-token", "ds-entropy", "entropy-bonus", "entropy-penalty")
 FURTHER = ("ds-sequence", "ds-reward", "ds-positive", "ds-negative", "passk", "cispo", "w-reinforce")
 TUNING_SEED = 100
+GRID = [(p, n) for p in (0.1, 0.3, 1.0) for n in (0.0, 0.03, 0.3)]  # the ablation over gamma_p x gamma_n, token level, seed 1
 
 
 def parse_args():
@@ -162,12 +164,16 @@ def tune(args, run):
             {"arm": label[0], "setting": label[1], "lr": label[2], "k": k, "pass_at_k": value} for k, value in result["pass_at_k"].items()])
 
     rates = todo(("grpo", 0, CANDIDATES["grpo"][0], lr) for lr in LEARNING_RATES)
-    if args.list:
-        return print(f"tuning: {len(rates)} learning rates left")
+    if args.list and rates:
+        return print(f"tuning: {len(rates)} learning rates left, then the arms")
     run(rates, keep)
     lr = chosen(read_csv("tuning.csv"), "grpo")[1]
     wanted = [arm for arm in CANDIDATES if not args.arms or arm in args.arms or (arm == "ds-token" and {"ds-positive", "ds-negative"} & set(args.arms))]
-    run(todo((arm, i, flags, lr) for arm in wanted for i, flags in enumerate(CANDIDATES[arm]) if len(CANDIDATES[arm]) > 1), keep)
+    left = todo((arm, i, flags, lr) for arm in wanted for i, flags in enumerate(CANDIDATES[arm]) if len(CANDIDATES[arm]) > 1)
+    if args.list:
+        print(f"tuning: {len(left)} runs left at learning rate {lr}")
+    else:
+        run(left, keep)
     return lr
 
 
@@ -210,7 +216,14 @@ def main():
             file.write(json.dumps({"arm": arm, "distribution": distribution, "seed": seed, "problems": result["counts"]}) + "\n")
         shutil.rmtree(os.path.join(ROOT, "runs", "paper", f"{arm}-{distribution}-{seed}"))
 
+    grid = [(p, n) for p, n in GRID if not args.arms and (f"{p}", f"{n}") not in {(row["gamma_p"], row["gamma_n"]) for row in read_csv("gamma.csv")}]
+    if args.list:
+        return print(f"{len(todo)} runs and {len(grid)} of the gamma grid left: " + ", ".join(" ".join(map(str, label)) for label, _, _ in todo))
     run(todo, keep)
+    run([(("gamma", p, n), one_run, (f"paper/gamma-{p}-{n}", ["--method", "ds-grpo", "--gamma-p", f"{p}", "--gamma-n", f"{n}"], lr, args.rounds, 1,
+                                     "main", "test", 300, 256)) for p, n in grid],
+        lambda label, result: write_csv("gamma.csv", read_csv("gamma.csv") + [
+            {"gamma_p": label[1], "gamma_n": label[2], "k": k, "pass_at_k": value} for k, value in result["pass_at_k"].items()]))
 
 
 if __name__ == "__main__":

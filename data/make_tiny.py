@@ -33,7 +33,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems, the answers and the weights (default %(default)s)")
     parser.add_argument("--init", help="start from the weights in this folder (default: random weights)")
-    parser.add_argument("--max-number", type=int, default=12, help="numbers are 1..this (default %(default)s)")
+    parser.add_argument("--max-number", type=int, default=9, help="numbers are 1..this (default %(default)s)")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of --batch problems (default %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="problems a step (default %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default %(default)s)")

@@ -1,18 +1,17 @@
-"""Log-prob of the sampled token, entropy of the softmax and logsumexp: one pass over the logits, one more for gradients.
+"""Log-prob of the sampled token, entropy of the softmax and logsumexp: one pass over the logits, one for gradients.
 
     logp, entropy, lse = fused_entropy(logits, targets, temperature=1.0)     # logits (..., vocab), targets (...)
 
-Eager PyTorch walks over the logits some 40 times and keeps several fp32 copies of them. Here the forward pass reads them
-once, the backward pass reads them once and writes the gradient once: the least that any implementation can do.
+Eager PyTorch makes some 40 passes; this reads the logits once forward, and backward once more, writing their gradient.
 
 For a row of logits x and a temperature T, with m = max x, t = (x - m)/T <= 0, s = sum e^t, w = sum t e^t, l = log s:
     lse = m/T + l        logp = t_y - l        H = l - w/s        p = e^u with u = t - l
-H is relative to the maximum: lse - E[x/T] would subtract two numbers of the logits' size, and near 1e4 lose three digits.
+H is relative to the maximum: lse - E[x/T] would subtract two numbers of the logits' size, and near 1e4 lose 3 digits.
 dH/dx_j = -p_j (u_j + H)/T, so upstream gradients a of logp, b of H and c of lse give
     dx_j = (a [j = y] - p_j (a - c + b (u_j + H))) / T
 Online softmax (Milakov & Gimelshein 2018), with w beside s: where a block of logits raises the maximum from m to n,
 d = (m - n)/T, first w <- e^d (w + d s) and s <- e^d s, then the block's own terms are added.
-A masked logit, -inf, has p = 0 and must add 0 to H and to the gradient, but 0 * -inf is NaN: t, d and u stay above -1e30.
+A masked logit, -inf, has p = 0 and must add 0 to H and to the gradient, but 0 * -inf is NaN: so t, d, u stay >= -1e30.
 """
 import functools
 import importlib.util
@@ -21,16 +20,14 @@ import os
 import sys
 
 import torch
-from torch.autograd.function import once_differentiable
 
 triton = None  # imported only where it can run
 if importlib.util.find_spec("triton") and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     import triton
     import triton.language as tl
 
-# Frozen, never autotuned (25 s a key). A thread takes 32 logits, four 16-byte loads in bf16, and compiled for sm_90 needs 56
-# registers forward, 40 backward, none spilled: nine programs fit an H100's SM, and while one reduces its block the others
-# keep 64 KiB on their way from memory, where 3 TB/s x 0.7 us of latency / 132 SMs asks for 16 KiB.
+# Frozen, never autotuned (25 s a key). 32 logits a thread take 56 registers forward, 40 back (bf16, sm_90), no spills:
+# 9 programs an SM, 64 KiB in flight while one of them reduces; 3 TB/s x 0.7 us latency / 132 SMs asks for 16 KiB.
 BLOCK, WARPS = 4096, 4
 CHUNK = 2**19  # logits at a time on the PyTorch path: its two fp32 buffers take 4 MiB of cache
 
@@ -99,7 +96,7 @@ def choose_backend(device):
 
 
 def softmax_chunks(x, y, temperature, peak=None):
-    """Walk over the rows with y >= 0. Yield their index, max (n, 1), t = (x - max)/T and softmax(t), both (n, vocab)."""
+    """Walk over rows with y >= 0: yield their index, max (n, 1), t = (x - max)/T and softmax(t), both (n, vocab)."""
     rows, dtype = max(1, CHUNK // x.shape[2]), torch.promote_types(x.dtype, torch.float32)
     buffers = torch.empty(2, min(rows, y.shape[1]), x.shape[2], dtype=dtype, device=x.device)
     for batch, kept in enumerate(y >= 0):
@@ -122,26 +119,26 @@ def entropy_forward(x, y, temperature, backend):
         launch(forward_kernel, x, y, *results, strides=x.stride()[:2], temperature=temperature)
         return results
     for index, m, t, p in softmax_chunks(x, y, temperature):
-        # softmax is PyTorch's fastest exp (0.37 ns a logit on one AVX-512 core, torch.exp 0.59), but its sum is up to
-        # 1e-5 off at 152k logits. So p counts as e^t up to a factor: the largest e^t is 1, hence s = sum p / max p.
+        # softmax is PyTorch's fastest exp (0.37 ns a logit on an AVX-512 core, torch.exp 0.59), but its sum is up to
+        # 1e-5 off at 152k logits: take p as e^t up to a factor, then the largest e^t is 1 and s = sum p / max p.
         # expand: PyTorch sums a lone row in another order than one of several, and no row may depend on its company.
-        company = max(2, len(p)), -1
-        sum_p, max_p = p.expand(company).sum(1)[:len(p)], p.amax(1)
+        n, company = len(p), (max(2, len(p)), -1)
+        sum_p, max_p = p.expand(company).sum(1)[:n], p.amax(1)
         l = (sum_p / max_p).log()
-        entropy[index] = l - p.mul_(t).expand(company).sum(1)[:len(p)] / sum_p
+        entropy[index] = l - p.mul_(t).expand(company).sum(1)[:n] / sum_p
         logp[index] = ((x[index].gather(1, y[index].unsqueeze(1)) - m) / temperature).squeeze(1) - l
         peak[index], logsum[index] = m.squeeze(1), l
     return results
 
 
 def entropy_backward(x, y, entropy, peak, logsum, upstream, temperature, backend, grad):
-    """Write the gradient of the logits to `grad`, which may be x itself. `upstream`: of logp, entropy, lse; None is 0."""
+    """Write the logits' gradient to `grad`, which may be x. `upstream`: that of logp, entropy, lse; None is 0."""
     a, b, c = (torch.zeros_like(peak) if one is None else one.contiguous() for one in upstream)
     if backend == "triton":
         return launch(backward_kernel, x, y, entropy, peak, logsum, a, b, c, grad,
                       strides=(*x.stride()[:2], *grad.stride()[:2]), temperature=temperature)
     grad[(y < 0).nonzero(as_tuple=True)] = 0
-    constant, slope = (c - a - b * (entropy - logsum)) / temperature, -b / temperature  # in t, where Triton has u = t - l
+    constant, slope = (c - a - b * (entropy - logsum)) / temperature, -b / temperature  # in t, not u = t - l
     for index, _, t, p in softmax_chunks(x, y, temperature, peak):
         right = (-logsum[index]).exp() / p.amax(1)  # the largest p is 1/s: puts softmax's sum right
         factor = (constant[index] * right).unsqueeze(1)
@@ -161,10 +158,10 @@ class FusedEntropy(torch.autograd.Function):
         return logp, entropy, peak / temperature + logsum
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream):
-        x, *saved = ctx.saved_tensors
-        temperature, inplace, backend = ctx.settings
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("fused_entropy can be differentiated only once")
+        (x, *saved), (temperature, inplace, backend) = ctx.saved_tensors, ctx.settings
         grad = x.detach() if inplace else torch.empty_like(x, memory_format=torch.contiguous_format)
         entropy_backward(x, *saved, upstream, temperature, backend, grad)
         if inplace:  # the logits are gone: a second backward must raise, not take gradients for logits
@@ -173,24 +170,22 @@ class FusedEntropy(torch.autograd.Function):
 
 
 def fused_entropy(logits, targets, temperature=1.0, inplace_backward=False, backend=None):
-    """Log-prob of the targets, entropy and logsumexp of softmax(logits / temperature); formulas at the head of this file.
+    """Log-prob of the targets, entropy and logsumexp of softmax(logits / temperature); formulas: head of this file.
 
     logits       (..., vocab), bf16, fp16, fp32 or fp64, any strides; -inf masks a token, NaN stays in its row
-    targets      (...), integers; a negative one ignores its row: results 0, gradient 0, logits not read. So pad shifted
-                 targets with -1, and never slice logits[:, :-1], whose backward copies them. Beyond the vocabulary: an
-                 error on the PyTorch path, NaN from Triton
-    temperature  T > 0
+    targets      (...), integers; negative: the row is not read, its results and gradient are 0 (so pad shifted targets
+                 with -1, never slice logits[:, :-1], whose backward copies); >= vocab: an error, or NaN from Triton
+    temperature  T > 0;  backend: "triton", "torch", or None for choose_backend's choice
     inplace_backward  let the gradient overwrite the logits, which then nothing else may need; saves a copy of them
-    backend      "triton", "torch", or None for choose_backend's choice
     Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 logits), differentiable, once.
     Raises ValueError on wrong shapes, types or settings. torch.compile leaves it as it is: a graph break.
     """
     if torch.compiler.is_compiling():
         return torch.compiler.disable(fused_entropy)(logits, targets, temperature, inplace_backward, backend)
-    if not logits.is_floating_point() or not logits.dim() or not logits.shape[-1] or targets.shape != logits.shape[:-1]:
-        raise ValueError(f"no logits (..., vocab), targets (...): {logits.dtype} {[*logits.shape]}, {[*targets.shape]}")
-    if targets.is_floating_point() or targets.dtype == torch.bool or targets.device != logits.device:
-        raise ValueError(f"targets must be integers on {logits.device}, not {targets.dtype} on {targets.device}")
+    fit = logits.is_floating_point() and logits.dim() and logits.shape[-1] and targets.shape == logits.shape[:-1]
+    if not fit or targets.is_floating_point() or targets.dtype == torch.bool or targets.device != logits.device:
+        raise ValueError("logits (..., vocab) and integer targets (...) on one device needed, not " + " and ".join(
+            f"{one.dtype} {tuple(one.shape)} on {one.device}" for one in (logits, targets)))
     if not 0 < (temperature := float(temperature)) < math.inf:
         raise ValueError(f"temperature must be a positive number, not {temperature}")
     if inplace_backward and (logits.is_leaf and logits.requires_grad or 0 in logits.stride()):

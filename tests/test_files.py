@@ -28,8 +28,6 @@ def block(path):
 
 @pytest.mark.parametrize("path", STAGES)
 def test_copies_are_identical(path):
-    if not (ROOT / path).exists():
-        pytest.skip("not written yet")
     assert block(path) == block("evaluate.py")
 
 
@@ -365,5 +363,5 @@ def test_signals_end_in_one_line(number, code):
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == code and err.count("\n") == 1 and "the same command carries on from here" in err

@@ -1,0 +1,433 @@
+"""kernels/fused_entropy.py against the closed form in fp64, on both backends.
+
+Triton runs here on a GPU, or through its interpreter, which must be switched on before Triton is imported: so
+test_triton_through_the_interpreter starts a process of its own that runs the Triton half of this file and of
+test_linear_kernel.py. Small BLOCK and CHUNK make small vocabularies cross many blocks and chunks.
+"""
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(os.path.join(ROOT, "kernels"))  # as train.py does (pitfall 31)
+import fused_entropy as kernel  # noqa: E402
+from fused_entropy import fused_entropy  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+VOCABS = [1, 2, 255, 256, 257, 1003]
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@pytest.fixture(params=["torch", "triton"] if kernel.triton else ["torch"])
+def backend(request, monkeypatch):
+    monkeypatch.setattr(kernel, "BLOCK", 256)
+    monkeypatch.setattr(kernel, "CHUNK", 2000)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def repeatable():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def draw(rows, vocab, spread=3.0, dtype=torch.float32):
+    """Logits and targets, the first and the last token among them, and upstream gradients that differ from row to row."""
+    x = (torch.randn(rows, vocab) * spread).to(dtype).to(DEVICE)
+    y = torch.randint(vocab, (rows,))
+    y[0], y[-1] = 0, vocab - 1
+    return x, y.to(DEVICE), torch.randn(3, rows).to(DEVICE)
+
+
+def closed_form(x, y, temperature, upstream):
+    """logp, entropy, lse and the gradient of upstream . (logp, entropy, lse), from the formulas, in fp64."""
+    a, b, c = upstream.double().unsqueeze(2)
+    x = x.double()
+    m = x.amax(1, keepdim=True)
+    t = ((x - m) / temperature).clamp(min=-1e30)
+    l = t.exp().sum(1, keepdim=True).log()
+    u, p = t - l, (t - l).exp()
+    entropy = -(p * u).sum(1, keepdim=True)
+    chosen = torch.zeros_like(x).scatter_(1, y[:, None], 1)
+    grad = (a * chosen - p * (a - c + b * (u + entropy))) / temperature
+    return u.gather(1, y[:, None])[:, 0], entropy[:, 0], (m / temperature + l)[:, 0], grad
+
+
+def run(x, y, temperature, upstream, backend, **settings):
+    """The same four from the kernel. `upstream`: rows of zeros stand for results that the loss leaves out."""
+    x = x.detach().requires_grad_()
+    results = fused_entropy(x, y, temperature, backend=backend, **settings)
+    used = [(one, up.to(one.dtype)) for one, up in zip(results, upstream) if up.any()]
+    grad, = torch.autograd.grad([one for one, _ in used], x, [up for _, up in used])
+    return *results, grad
+
+
+def error(got, want):
+    """Largest |got - want| / max(1, |want|)."""
+    return ((got.double() - want).abs() / want.abs().clamp(min=1)).max().item()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1, 2.0])
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_pitfall_02_closed_form(backend, vocab, temperature):
+    x, y, upstream = draw(7, vocab)
+    results = run(x, y, temperature, upstream, backend)
+    for got, want in zip(results, closed_form(x, y, temperature, upstream)):
+        assert got.shape == want.shape and got.dtype == torch.float32 and error(got, want) <= 2e-6
+    logp, entropy, _, grad = results
+    assert (logp <= 1e-6).all() and (entropy >= -1e-6).all() and (entropy <= torch.log(torch.tensor(vocab)) + 1e-5).all()
+    zero_sum = run(x, y, temperature, upstream * torch.tensor([[1], [1], [0]], device=DEVICE), backend)[3].double().sum(1)
+    assert zero_sum.abs().max() < 2e-5 / min(temperature, 1)
+
+
+@pytest.mark.parametrize("only", [0, 1, 2])
+def test_one_upstream_gradient_alone(backend, only):
+    x, y, upstream = draw(5, 1003)
+    upstream *= torch.eye(3, device=DEVICE)[only][:, None]
+    for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
+        assert error(got, want) <= 2e-6
+
+
+@pytest.mark.parametrize("spread", [0.1, 3, 8])
+def test_the_largest_vocabulary(backend, spread, monkeypatch):
+    """Summed in the wrong order, 152k terms cost more than the 2e-6 (eager PyTorch: up to 1e-5 in H, 3e-5 in gradients)."""
+    monkeypatch.undo()
+    x, y, upstream = draw(2 if INTERPRETED else 8, 151936, spread)
+    for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
+        assert error(got, want) <= 2e-6
+
+
+def test_gradcheck(backend):
+    x = torch.randn(4, 300, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = torch.tensor([3, -1, 0, 299], device=DEVICE)
+    check = dict(fast_mode=True) if INTERPRETED else {}
+    assert torch.autograd.gradcheck(lambda x: fused_entropy(x, y, 0.7, backend=backend), x, **check)
+    x = torch.randn(2, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: fused_entropy(x, y[:2], 1.3, backend=backend), x)
+
+
+def test_masked_logits(backend):
+    """-inf for half of a row, for its first blocks, for all but one token, for the target: nothing but logp is -inf."""
+    x, y, upstream = draw(5, 1003)
+    x[0, ::2] = x[1, :700] = x[2, 1:] = x[3, y[3]] = -float("inf")
+    y[0], y[1], y[2] = 1, 1000, 0
+    results = run(x, y, 0.7, upstream, backend)
+    wanted = closed_form(x, y, 0.7, upstream)
+    assert results[0][3] == -float("inf")
+    results[0][3] = wanted[0][3] = 0
+    for got, want in zip(results, wanted):
+        assert torch.isfinite(got).all() and error(got, want) <= 2e-6
+    assert results[1][2] == 0 and (results[3][x == -float("inf")][:-1] == 0).all()
+
+
+def test_logits_far_from_zero(backend):
+    """At logits near 1e4 lse - E[x] would lose three digits; H relative to the maximum does not."""
+    x, y, upstream = draw(6, 1003)
+    x += 1e4
+    for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
+        assert error(got, want) <= 2e-6
+    naive = x.logsumexp(1) - (x.softmax(1) * x).sum(1)
+    assert error(naive, closed_form(x, y, 1, upstream)[1]) > 1e-4
+
+
+def test_peaked_rows(backend):
+    x, y, upstream = draw(6, 1003)
+    x[range(6), y] += 60
+    results = run(x, y, 1, upstream, backend)
+    for got, want in zip(results, closed_form(x, y, 1, upstream)):
+        assert error(got, want) <= 2e-6
+    assert (results[1] >= 0).all() and (results[0] <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pitfall_15_half_precision(backend, dtype):
+    """fp32 inside: the ratio of two log-probs is good to 1e-6, where log_softmax in bf16 is off by per cents."""
+    x, y, upstream = draw(9, 1003, dtype=dtype)
+    upstream[:, 1] = 0
+    *results, grad = run(x, y, 1, upstream, backend)
+    *wanted, want_grad = closed_form(x, y, 1, upstream)
+    for got, want in zip(results, wanted):
+        assert got.dtype == torch.float32 and error(got, want) <= 2e-6
+    assert grad.dtype == dtype
+    ulp = torch.finfo(dtype).eps * (1 if INTERPRETED else 0.5)  # the interpreter truncates where the GPU rounds
+    assert ((grad.double() - want_grad).abs() <= ulp * 1.001 * want_grad.abs() + 1e-7).all()
+
+    leaf = x.detach().requires_grad_()
+    logps = leaf.log_softmax(1)
+    plain = logps.gather(1, y[:, None])[:, 0], -(logps.exp() * logps).sum(1)
+    plain_grad, = torch.autograd.grad(plain, leaf, list(upstream[:2].to(dtype)))
+    upstream[2] = 0
+    mine = run(x, y, 1, upstream, backend)[3]
+    want_grad = closed_form(x, y, 1, upstream)[3]
+    assert error(plain[0], wanted[0]) > 1e-3 / (8 if dtype == torch.float16 else 1)
+    assert error(mine, want_grad) <= error(plain_grad, want_grad)
+
+
+def test_fp64_stays_fp64(backend):
+    x, y, upstream = draw(4, 300, dtype=torch.float64)
+    for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
+        assert got.dtype == torch.float64 and error(got, want) <= 1e-13
+
+
+def test_strides_and_shapes(backend):
+    """Any layout gives the bits of the contiguous copy, and a sliced 3-D view is read where it lies."""
+    wide = torch.randn(4, 6, 700, device=DEVICE)
+    layouts = {"rows far apart": wide[:, 0, :601], "slice of a sequence": wide[:, :-1], "columns apart": wide[0].T,
+               "one row": wide[0, 0], "four dimensions": wide.view(2, 2, 6, 700)[:, :, 1:], "expanded": wide[:1].expand(3, 6, 700),
+               "batch last": wide.transpose(0, 1)}
+    for name, x in layouts.items():
+        y = torch.randint(-1, x.shape[-1], x.shape[:-1], device=DEVICE, dtype=torch.int32)
+        upstream = torch.randn(3, *y.shape, device=DEVICE).unbind()
+        got, want = run(x, y, 0.7, upstream, backend), run(x.contiguous(), y, 0.7, upstream, backend)
+        assert all(torch.equal(one, other) for one, other in zip(got, want)), name
+        assert got[0].shape == y.shape and got[3].shape == x.shape
+
+
+def test_ignored_rows_are_not_read(backend):
+    x, y, upstream = draw(9, 1003)
+    want = run(x[::2], y[::2], 0.7, upstream[:, ::2], backend)
+    y[1::2] = -100
+    x[1::2] = float("nan")
+    upstream[:, 1] = float("nan")
+    for got, kept in zip(run(x, y, 0.7, upstream, backend), want):
+        assert (got[1::2] == 0).all() and torch.equal(got[::2], kept)
+    everything = run(x, torch.full_like(y, -1), 0.7, upstream, backend)
+    assert all((one == 0).all() for one in everything)
+
+
+def test_a_nan_row_stays_alone(backend):
+    x, y, upstream = draw(6, 1003)
+    want = run(x, y, 0.7, upstream, backend)
+    x[2, 500] = float("nan")
+    x[4] = -float("inf")  # every token masked: no distribution
+    others = torch.tensor([0, 1, 3, 5], device=DEVICE)
+    for got, clean in zip(run(x, y, 0.7, upstream, backend), want):
+        assert not torch.isfinite(got[[2, 4]]).any() and torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("vocab", [1003, 40000])
+def test_a_row_does_not_depend_on_its_company(backend, vocab, monkeypatch):
+    """Bit for bit, alone or in any batch, on one thread or two (PyTorch splits the sum of a lone row among threads)."""
+    monkeypatch.undo()
+    x, y, upstream = draw(5, vocab)
+    want = run(x, y, 0.7, upstream, backend)
+    torch.set_num_threads(2)
+    for chunk in (vocab, 2 * vocab, 2**20):
+        monkeypatch.setattr(kernel, "CHUNK", chunk)
+        for rows in (slice(0, 1), slice(3, 5), slice(0, 5)):
+            got = run(x[rows], y[rows], 0.7, upstream[:, rows], backend)
+            assert all(torch.equal(one, other[rows]) for one, other in zip(got, want))
+
+
+def test_no_rows(backend):
+    x = torch.zeros(0, 10, device=DEVICE, requires_grad=True)
+    results = fused_entropy(x, torch.zeros(0, dtype=torch.long, device=DEVICE), backend=backend)
+    sum(one.sum() for one in results).backward()
+    assert all(one.shape == (0,) for one in results) and x.grad.shape == (0, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_in_place(backend, dtype, sliced):
+    """The same bits, in the logits' own memory; the logits are gone, so a second backward raises."""
+    leaf = torch.randn(3, 4, 700, device=DEVICE, requires_grad=True)
+    y = torch.randint(-1, 700, (3, 4), device=DEVICE)[:, :3 if sliced else 4]
+    upstream = torch.randn(3, *y.shape, device=DEVICE).unbind()
+
+    def logits():
+        return (leaf * 1).to(dtype)[:, :3 if sliced else 4]
+
+    x = logits()
+    want, = torch.autograd.grad(fused_entropy(x, y, 0.7, backend=backend), x, upstream)
+    x = logits()
+    before = x.detach().clone()
+    results = fused_entropy(x, y, 0.7, inplace_backward=True, backend=backend)
+    assert torch.equal(x, before)
+    got, = torch.autograd.grad(results, x, upstream, retain_graph=True)
+    assert torch.equal(got, want) and torch.equal(x, want) and x.data_ptr() == got.data_ptr() and not got.requires_grad
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(results, leaf, upstream)
+
+
+def test_in_place_refuses_what_it_would_break():
+    y = torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ValueError, match="leaf"):
+        fused_entropy(torch.zeros(3, 5, requires_grad=True), y, inplace_backward=True, backend="torch")
+    with pytest.raises(ValueError, match="share memory"):
+        fused_entropy((torch.zeros(1, 5, requires_grad=True) * 1).expand(3, 5), y, inplace_backward=True, backend="torch")
+
+
+def test_differentiating_twice_raises(backend):
+    x, y, _ = draw(3, 20)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="only once"):
+        torch.autograd.grad(fused_entropy(x, y, backend=backend)[1].sum(), x, create_graph=True)
+
+
+def test_backward_twice_out_of_place(backend):
+    x, y, upstream = draw(3, 300)
+    x.requires_grad_()
+    results = fused_entropy(x, y, backend=backend)
+    first, second = (torch.autograd.grad(results, x, upstream.unbind(), retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("x, y, settings, message", [
+    (torch.zeros(3, 5), torch.zeros(4, dtype=torch.long), {}, "needed"),
+    (torch.zeros(3, 0), torch.zeros(3, dtype=torch.long), {}, "needed"),
+    (torch.tensor(1.0), torch.tensor(1), {}, "needed"),
+    (torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, dtype=torch.long), {}, "needed"),
+    (torch.zeros(3, 5), torch.zeros(3), {}, "integer"),
+    (torch.zeros(3, 5), torch.zeros(3, dtype=torch.bool), {}, "integer"),
+    (torch.zeros(3, 5), torch.zeros(3, dtype=torch.long), {"temperature": 0}, "temperature"),
+    (torch.zeros(3, 5), torch.zeros(3, dtype=torch.long), {"temperature": float("nan")}, "temperature"),
+    (torch.zeros(3, 5), torch.zeros(3, dtype=torch.long), {"backend": "cuda"}, "backend"),
+])
+def test_wrong_inputs(x, y, settings, message):
+    with pytest.raises(ValueError, match=message):
+        fused_entropy(x, y, **settings)
+
+
+def test_target_beyond_the_vocabulary(backend):
+    x, y, _ = draw(3, 20)
+    y[1] = 20
+    if backend == "triton":
+        logp = fused_entropy(x, y, backend=backend)[0]
+        assert logp[1].isnan() and torch.isfinite(logp[[0, 2]]).all()
+    elif DEVICE == "cpu":
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            fused_entropy(x, y, backend=backend)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size in bytes of the largest memory that an operation allocates."""
+    def __init__(self, *known):
+        super().__init__()
+        self.known, self.bytes = {one.untyped_storage().data_ptr() for one in known}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, one.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_does_not_grow_with_the_rows(dtype, monkeypatch):
+    monkeypatch.setattr(kernel, "CHUNK", 2**14)
+    x = torch.randn(512, 1000, requires_grad=True).to(dtype) * 1
+    y = torch.randint(1000, (512,))
+    with LargestTensor(x) as largest:
+        results = fused_entropy(x, y, 0.7, inplace_backward=True, backend="torch")
+        torch.autograd.grad([one.sum() for one in results[:2]], x)
+    assert 0 < largest.bytes <= 2 * 2**14 * 4
+
+
+def test_the_choice_of_backend_is_told_once(capsys):
+    kernel.choose_backend.cache_clear()
+    x, y = torch.randn(2, 5), torch.tensor([1, 2])
+    fused_entropy(x, y)
+    fused_entropy(x, y)
+    assert capsys.readouterr().err == "fused_entropy: backend torch on cpu\n"
+    if not kernel.triton:
+        with pytest.raises(ValueError, match="triton"):
+            fused_entropy(x, y, backend="triton")
+
+
+def test_torch_compile(backend):
+    """Compiled code around the function gives the same results and gradients."""
+    x, y, upstream = draw(4, 300)
+
+    def loss(x):
+        logp, entropy, _ = fused_entropy((x.sin() * 3), y, 0.7, inplace_backward=True, backend=backend)
+        return (logp * upstream[0]).cos().sum() + (entropy * upstream[1]).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager" if DEVICE == "cpu" else "inductor")
+    eager, again = (torch.autograd.grad(one(leaf), leaf)[0] for one in (loss, compiled)
+                    for leaf in [x.detach().requires_grad_()])
+    assert error(again, eager.double()) < 1e-6
+
+
+@pytest.mark.skipif(not kernel.triton, reason="test_triton_through_the_interpreter runs this one")
+def test_triton_kernels_truly_run(monkeypatch):
+    """Fails if the PyTorch path answers in Triton's place, or if the interpreter is not the one that runs the kernels."""
+    launched, launch = [], kernel.launch
+    monkeypatch.setattr(kernel, "softmax_chunks", None)
+    monkeypatch.setattr(kernel, "launch", lambda *args, **more: launched.append(args[0]) or launch(*args, **more))
+    x, y, upstream = draw(4, 300)
+    for got, want in zip(run(x, y, 0.7, upstream, "triton"), closed_form(x, y, 0.7, upstream)):
+        assert error(got, want) <= 2e-6
+    assert launched == [kernel.forward_kernel, kernel.backward_kernel]
+    assert type(kernel.forward_kernel).__name__ == ("InterpretedFunction" if INTERPRETED else "JITFunction")
+    with pytest.raises(TypeError):  # the PyTorch path would have failed
+        fused_entropy(x, y, backend="torch")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_triton_through_the_interpreter():
+    if not importlib.util.find_spec("triton"):
+        pytest.skip("Triton is not installed")
+    files = [os.path.join(ROOT, "tests", name) for name in ("test_kernel.py", "test_linear_kernel.py")]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", *files], cwd=ROOT,
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0 and passed and int(passed[1]) >= 60, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def test_pitfall_31_names(tmp_path):
+    """Hugging Face's package `kernels` wins `import kernels` where it is installed, and this folder serves all the same;
+    where it is not, kernels.fused_entropy can be imported too. On a CPU neither import costs Triton's."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(): return 'Hugging Face'\n")
+    with_package = ("import sys, kernels; assert kernels.get_kernel() == 'Hugging Face'; sys.path.append('kernels'); "
+                    "from fused_entropy import fused_entropy; from fused_linear_entropy import fused_linear_entropy; ")
+    without = ("import sys; from kernels.fused_entropy import fused_entropy; "
+               "from kernels.fused_linear_entropy import fused_linear_entropy; ")
+    check = "import torch; assert torch.cuda.is_available() or 'triton' not in sys.modules"
+    for code, path in (with_package, f"{ROOT}{os.pathsep}{tmp_path}"), (without, ROOT):
+        env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        done = subprocess.run([sys.executable, "-c", code + check], cwd=ROOT, env={**env, "PYTHONPATH": path},
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@on_gpu
+def test_more_than_2_31_elements():
+    """Row 14,134 of a 152k vocabulary lies beyond the reach of int32 offsets."""
+    rows, vocab = 14400, 151936
+    if torch.cuda.mem_get_info()[0] < 2.2 * rows * vocab * 2:
+        pytest.skip("needs 10 GB of GPU memory")
+    x = torch.randn(rows, vocab, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    y = torch.randint(vocab, (rows,), device=DEVICE)
+    upstream = torch.randn(3, rows, device=DEVICE)
+    results = fused_entropy(x, y, 0.7, backend="triton")
+    grad, = torch.autograd.grad(results, x, upstream.unbind())
+    ends = torch.tensor([0, 14133, 14134, 14135, rows - 1], device=DEVICE)
+    *wanted, want_grad = closed_form(x.detach()[ends], y[ends], 0.7, upstream[:, ends])
+    assert all(error(got[ends], want) <= 2e-6 for got, want in zip(results, wanted))
+    assert error(grad[ends], want_grad) <= 0.01
+
+
+@on_gpu
+def test_peak_memory():
+    """Forward, and backward in place, take less than 1 MiB beside the logits."""
+    x = torch.randn(8192, 32000, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) * 1
+    y = torch.randint(32000, (8192,), device=DEVICE)
+    upstream = torch.randn(3, 8192, device=DEVICE).unbind()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = fused_entropy(x, y, inplace_backward=True, backend="triton")
+    assert torch.cuda.max_memory_allocated() - before < 2**20
+    torch.autograd.grad(results, x, upstream)
+    assert torch.cuda.max_memory_allocated() - before < 2**20
