@@ -49,7 +49,9 @@ from tqdm import tqdm
 # ---- Files: these lines stand in every stage alike, and tests/test_files.py holds the copies identical --------------
 def fail(message, code=2):
     """End the stage with one line on stderr: `score.py: error: rollouts.jsonl:17: missing field 'id'`."""
-    print(f"{os.path.basename(__file__)}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    line = " ".join(str(message).split())  # it may quote hostile text, which must not command the terminal
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    print(f"{os.path.basename(__file__)}: error: {line}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -275,8 +277,10 @@ def read_run(path, name, reference=None):
     """One file as {"name", "file", "n", "sampling", "problems"}; an error unless it holds the reference's problems."""
     problems, n = read_problems(path)
     sampling = None
-    with contextlib.suppress(OSError, ValueError, AttributeError), open(path + ".meta.json", encoding="utf-8") as file:
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError), open(path + ".meta.json", encoding="utf-8") as file:
         sampling = json.load(file).get("sampling")
+    if not isinstance(sampling, dict):
+        sampling = None
     run = {"name": name, "file": path, "n": n, "sampling": sampling, "problems": problems}
     for one, other in ((run, reference), (reference, run)) if reference else ():
         for key, problem in one["problems"].items():
@@ -427,8 +431,11 @@ def new_figure(rows, columns, width, height):
 
 def save(figure, path):
     """Under its name stands the old figure or the new one, never half of it."""
-    figure.savefig(path + ".partial", format=path[-3:], dpi=200)
-    os.replace(path + ".partial", path)
+    with open(path + ".partial", "wb") as file:
+        figure.savefig(file, format=path[-3:], dpi=200)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
 
 
 def plot_passk(report, path):

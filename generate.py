@@ -37,7 +37,9 @@ import time
 # ---- Files: these lines stand in every stage alike, and tests/test_files.py holds the copies identical --------------
 def fail(message, code=2):
     """End the stage with one line on stderr: `score.py: error: rollouts.jsonl:17: missing field 'id'`."""
-    print(f"{os.path.basename(__file__)}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    line = " ".join(str(message).split())  # it may quote hostile text, which must not command the terminal
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    print(f"{os.path.basename(__file__)}: error: {line}", file=sys.stderr)
     sys.exit(code)
 
 

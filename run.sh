@@ -49,8 +49,10 @@ while [ $# -gt 0 ]; do
   esac
 done
 for key in rounds seed keep prompts_per_round n max_new_tokens updates eval_problems eval_n nproc; do
-  [[ "${!key}" =~ ^[0-9]+$ ]] || die "--${key//_/-} must be a whole number, not '${!key}'"
+  [[ "${!key}" =~ ^[0-9]{1,9}$ ]] || die "--${key//_/-} must be a whole number, not '${!key}'"
+  printf -v "$key" %d "$((10#${!key}))"
 done
+[[ " ds-grpo grpo passk cispo w-reinforce " == *" $method "* ]] || die "no --method '$method' (see --help)"
 [ "$keep" -ge 1 ] && [ "$rounds" -ge 1 ] || die "--keep and --rounds must be at least 1"
 python() { command python3 "$@"; }
 command -v python3 >/dev/null || die "no python3 on the PATH"
@@ -64,12 +66,22 @@ settings+=" max_new_tokens=$max_new_tokens updates=$updates lr=$lr countdown=$co
 if [ -f "$dir/settings" ] && [ "$(cat "$dir/settings")" != "$settings" ]; then
   die "$dir was begun with other flags ($(cat "$dir/settings")); choose another --name or delete it"
 fi
-echo "$settings" > "$dir/settings.new" && mv "$dir/settings.new" "$dir/settings"
+echo "$settings" > "$dir/settings.new"
+mv "$dir/settings.new" "$dir/settings"
 
 last=0  # the last finished round
-for folder in "$dir"/round-[0-9][0-9][0-9]; do
-  [ -d "$folder" ] && last=$((10#${folder##*-}))
+for folder in "$dir"/round-*/; do
+  id=${folder%/} id=${id##*-}
+  if [[ "$id" =~ ^[0-9]+$ ]] && [ "$((10#$id))" -gt "$last" ]; then last=$((10#$id)); fi
 done
+prune() {  # keep the last K rounds up to $1; what a killed run did not get to remove goes, too
+  local path id
+  for path in "$dir"/{prompts,rollouts,scored,round}-[0-9]*; do
+    id=${path##*-} id=${id%%.*}
+    if [[ "$id" =~ ^[0-9]+$ ]] && [ "$((10#$id))" -le "$(($1 - keep))" ]; then rm -rf "$path"; fi
+  done
+}
+prune "$last"
 round_path() { if [ "$1" -eq 0 ]; then echo "$model"; else printf '%s/round-%03d' "$dir" "$1"; fi; }
 
 for ((round = last + 1; round <= rounds; round++)); do
@@ -88,11 +100,7 @@ for ((round = last + 1; round <= rounds; round++)); do
   say python score.py "$dir/rollouts-$id.jsonl" --out "$dir/scored-$id.jsonl"
   launch train.py --model "$(round_path $((round - 1)))" --rollouts "$dir/scored-$id.jsonl" --out "$dir/round-$id" --method "$method" \
     --updates "$updates" --lr "$lr" --seed "$seed" "$@"
-  old=$((round - keep))
-  if [ "$old" -ge 1 ]; then
-    id=$(printf %03d "$old")
-    rm -rf "$dir/round-$id" "$dir/round-$id.meta.json" "$dir"/{prompts,rollouts,scored}-"$id".jsonl{,.meta.json}
-  fi
+  prune "$round"
 done
 
 if [ "$eval_problems" -gt 0 ]; then

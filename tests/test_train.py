@@ -20,6 +20,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers.models.qwen2 import modeling_qwen2
 
 import train
 
@@ -123,7 +124,7 @@ def run(model, rollouts, out, *flags):
 
 @pytest.fixture
 def fp64(monkeypatch):
-    """train.py in fp64: the model, the rewards and all that follows from them."""
+    """train.py in fp64: the model, its norms (which transformers computes in fp32), the rewards and all that follows from them."""
     original = train.load_model
 
     def load_double(*args):
@@ -131,6 +132,8 @@ def fp64(monkeypatch):
         return model.double(), tokenizer
 
     monkeypatch.setattr(train, "load_model", load_double)
+    monkeypatch.setattr(modeling_qwen2.Qwen2RMSNorm, "forward",
+                        lambda self, x: self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

@@ -1,0 +1,696 @@
+"""Speed and memory of the stages beside what one would use instead, measured in one process tree, A and B in turns.
+
+    python tests/bench.py --out assets/bench_cpu.json                       # everything; some 15 minutes of one core
+    python tests/bench.py --sizes tiny --only generate step --rounds 5
+    python tests/bench.py --only scale --plot assets/scale.png
+
+    generate  generate.py against `model.generate` (the best of three batch sizes) and `generate_batch` (continuous batching)
+    update    train.py's update against a plain one: prompt and completion in padded rows, full logits
+    step      generate.py, score.py and train.py against a step of TRL's GRPOTrainer at equal settings, if TRL is installed
+    scale     each stage as a process of its own at growing numbers of rows: time and peak memory
+    fixed     what a round costs before it does anything: process start, imports, loading, saving
+
+Sizes: `tiny` is the embedded model with its own prompts and its end-of-text token; the others are random Qwen2 models
+which never stop early: 25m, and the shapes of Qwen2.5-0.5B and 1.5B with their vocabulary of 151,936. On a GPU the
+same arms run in bf16 (fp32 masters in the updates); there --sizes 0.5b 1.5b is what makes sense.
+
+How it is measured. Each round runs a matrix product, a matrix-vector product and all arms once; a ratio is taken within a round,
+and the table shows medians and the range. Before the first round each arm runs once, with a quarter of the new tokens.
+On a CPU with one thread (the default) times are CPU seconds of the process, so that neighbours on the machine disturb
+little; otherwise wall seconds. Both stand in the JSON. Loading of models and digests of files are left out of all arms
+and reported under `fixed`. Tokens are completion tokens. `roofline` is the time that the *needed* work (each prompt once,
+no padding) takes at the measured rates, as a share of the time that it took: products at the rate of the matrix product, or the reading
+of weights and cache at the rate of the matrix-vector product, whichever is longer. `extra` is the peak of memory beyond what
+is held before: weights and optimizer, and in `update` the gradients, too.
+Writes --out as JSON; the entries of an existing file that this call does not measure stay as they are.
+"""
+import argparse
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import io
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from unittest import mock
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@dataclasses.dataclass
+class Size:
+    """A model and the work it is given."""
+    prompts: int
+    n: int                      # samples a prompt
+    prompt_tokens: int | None   # None: the embedded model's own prompts
+    new_tokens: int
+    batches: tuple              # batch sizes that model.generate may choose from
+    config: dict | None = None  # of a random Qwen2; None: the embedded model
+    update_n: int | None = None  # samples a prompt in `update`, where all of them do not fit into memory the plain way
+
+
+def qwen2(vocab, hidden, layers, heads, kv_heads, intermediate):
+    return {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "tie_word_embeddings": True,
+            "bos_token_id": None, "eos_token_id": None, "pad_token_id": 1}
+
+
+SIZES = {
+    "toy": Size(2, 4, 8, 4, (2, 4, 8), qwen2(64, 32, 2, 2, 1, 64)),  # for the test of this script
+    "tiny": Size(48, 16, None, 24, (64, 256, 768)),
+    "25m": Size(4, 16, 64, 32, (16, 32, 64), qwen2(4096, 512, 8, 8, 2, 1408)),
+    "0.5b": Size(1, 16, 128, 64, (4, 8, 16), qwen2(151936, 896, 24, 14, 2, 4864), update_n=8),
+    "1.5b": Size(16, 16, 128, 64, (64, 128, 256), qwen2(151936, 1536, 28, 12, 2, 8960)),
+}
+PARTS = ("generate", "update", "step", "scale", "fixed")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what is measured
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "25m", "0.5b"], choices=SIZES, help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds after the warm-up (default %(default)s)")
+    parser.add_argument("--rows", nargs="+", type=int, default=[10**4, 10**5, 10**6], help="scale: rows of score.py and evaluate.py "
+                        "(default %(default)s)")
+    parser.add_argument("--rollouts", nargs="+", type=int, default=[10**3, 10**4], help="scale: rows of generate.py and train.py "
+                        "(default %(default)s)")
+    # with what
+    parser.add_argument("--embedded", default=os.path.join(ROOT, "data", "tiny-countdown"), help="the embedded model's folder (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there is one")
+    # where it goes
+    parser.add_argument("--out", help="JSON file of all figures (default: the table alone)")
+    parser.add_argument("--plot", help="PNG file of `scale` (default: none)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the heavy imports, and before they read the number of threads
+    os.environ["OMP_NUM_THREADS"] = str(ARGS.threads)
+
+import numpy as np
+import torch
+import transformers
+
+sys.path[:0] = [ROOT, os.path.join(ROOT, "data")]
+import countdown
+import generate
+import make_tiny
+import score
+import train
+
+
+# ---- Measuring --------------------------------------------------------------------------------------------------------
+LIBC = ctypes.CDLL(None)
+
+
+def proc_status(field):
+    """Bytes of a line of /proc/self/status: VmRSS is the memory now, VmHWM its peak since the last reset."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+class Meter:
+    """Seconds (wall and CPU) and the peak of extra memory of what runs between start() and stop(), which may alternate."""
+
+    def __init__(self, device):
+        self.cuda, self.base, self.extra, self.wall, self.cpu = device != "cpu", None, 0, 0.0, 0.0
+
+    def start(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            now = torch.cuda.memory_allocated()
+        else:
+            LIBC.malloc_trim(0)  # what was freed must not stand in for what is needed next
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # resets VmHWM
+            now = proc_status("VmRSS")
+        self.base = now if self.base is None else self.base
+        self.began = time.perf_counter(), time.process_time()
+
+    def stop(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.wall += time.perf_counter() - self.began[0]
+        self.cpu += time.process_time() - self.began[1]
+        self.extra = max(self.extra, (torch.cuda.max_memory_allocated() if self.cuda else proc_status("VmHWM")) - self.base)
+
+    def outside(self, function):
+        """The same function, not measured."""
+        def call(*args, **flags):
+            self.stop()
+            try:
+                return function(*args, **flags)
+            finally:
+                self.start()
+        return call
+
+    def result(self, tokens):
+        return {"tokens": tokens, "wall_s": self.wall, "cpu_s": self.cpu, "extra_bytes": self.extra}
+
+
+def rates(bench):
+    """FLOP/s of a square matrix product and bytes/s of a matrix-vector product: what the machine gives at the moment."""
+    side, repeats = (8192, 10) if bench.device != "cpu" else (1536, 1)
+    square = torch.randn(side, side, dtype=bench.dtype, device=bench.device)
+    wide = torch.randn(8192, 2**16 if bench.device != "cpu" else 2**13, dtype=bench.dtype, device=bench.device)
+    vector, best = wide[0].clone(), []
+    for work, function in ((2 * side**3, lambda: square @ square), (wide.numel() * wide.element_size(), lambda: wide @ vector)):
+        function()
+        took = []
+        for _ in range(4):
+            meter = Meter(bench.device)
+            meter.start()
+            for _ in range(repeats):
+                function()
+            meter.stop()
+            took.append(bench.seconds(meter.result(0)) / repeats)
+        best.append(work / min(took))
+    return dict(zip(("flop_per_s", "bytes_per_s"), best))
+
+
+def needed(config, rows, element_size, training):
+    """(FLOP, bytes) that a batch needs. rows: [(prompt length, completion lengths of its samples)]; each prompt counts once,
+    a completion's last token goes through no layer, and the head sees one hidden state a completion token. Training: three times the products;
+    its bytes are left out."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    kv_width = config.num_key_value_heads * head_dim
+    linear = 2 * config.hidden_size * (config.hidden_size + kv_width) + 3 * config.hidden_size * config.intermediate_size
+    tokens = contexts = completion = 0
+    for prompt, lengths in rows:
+        own = np.concatenate([np.arange(1, prompt + 1), *(np.arange(prompt + 1, prompt + length) for length in lengths)])
+        tokens, contexts, completion = tokens + len(own), contexts + int(own.sum()), completion + sum(lengths)
+    head = config.vocab_size * config.hidden_size
+    flop = config.num_hidden_layers * (2 * linear * tokens + 4 * config.hidden_size * contexts) + 2 * head * completion
+    steps = max(max(lengths) for _, lengths in rows)
+    read = steps * (config.num_hidden_layers * linear + head) + 2 * config.num_hidden_layers * kv_width * contexts
+    return (3 * flop, 0) if training else (flop, read * element_size)
+
+
+class Bench:
+    """The settings of this call and what it measured."""
+
+    def __init__(self, args, folder):
+        self.args, self.folder, self.count = args, folder, 0
+        self.device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda:0"
+        self.dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
+        self.clock = "cpu_s" if self.device == "cpu" and args.threads == 1 else "wall_s"
+        self.entries = {}
+
+    def seconds(self, result):
+        return result[self.clock]
+
+    def fresh(self, name):
+        """A path that nothing has yet."""
+        self.count += 1
+        return os.path.join(self.folder, f"{self.count}-{name}")
+
+    def add(self, part, size, arms, work, machine, **more):
+        """Keep the rounds of an entry. arms: {name: [result a round] or the reason why there is none}, ours first;
+        work: [(FLOP, bytes) a round] of the first arm; for others it grows with their tokens."""
+        ours, entry = next(iter(arms)), {}
+        for name, results in arms.items():
+            if isinstance(results, str):
+                entry[name] = {"missing": results}
+                continue
+            shares = []
+            for result, base, (flop, read), rate in zip(results, arms[ours], work, machine):
+                scale = result["tokens"] / base["tokens"] / self.seconds(result)
+                shares.append(scale * max(flop / rate["flop_per_s"], read / rate["bytes_per_s"]))
+            speeds = [result["tokens"] / self.seconds(result) for result in results]
+            ratios = [result["tokens"] / self.seconds(result) * self.seconds(base) / base["tokens"]
+                      for result, base in zip(results, arms[ours])]
+            entry[name] = {"tokens_per_s": statistics.median(speeds), "roofline": statistics.median(shares),
+                           "extra_bytes": max(result["extra_bytes"] for result in results),
+                           "ours_is_faster": [1 / one for one in (statistics.median(ratios), max(ratios), min(ratios))], "rounds": results}
+        self.entries[f"{part}/{size}"] = {"arms": entry, "machine": machine, "clock": self.clock, "threads": self.args.threads,
+                                          "device": self.device, "dtype": str(self.dtype).removeprefix("torch."), **more}
+
+
+# ---- The models and their prompts ---------------------------------------------------------------------------------------
+def make_folder(bench, name):
+    """A model folder and a prompt file of this size."""
+    size, folder = SIZES[name], bench.args.embedded
+    if size.config:
+        folder = os.path.join(bench.folder, name)
+        if not os.path.exists(folder):
+            torch.manual_seed(0)
+            # Larger than 0.02, so that a model of random weights prefers some tokens over others.
+            model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**size.config, initializer_range=0.05))
+            model.save_pretrained(folder)
+            make_tiny.make_tokenizer().save_pretrained(folder)
+    prompts = os.path.join(bench.folder, f"{name}.jsonl")
+    if not os.path.exists(prompts):
+        write_prompts(prompts, size.prompts, size.prompt_tokens)
+    return folder, prompts
+
+
+def write_prompts(path, count, tokens=None):
+    """Countdown problems; with `tokens`, their prompts repeat themselves up to that length."""
+    flags = countdown.parse_args(["--out", path, "--n", str(count)])
+    with open(path, "w") as file:
+        for problem in countdown.problems(flags):
+            prompt = countdown.TEMPLATES["plain"].format(numbers=" ".join(map(str, problem["numbers"])), target=problem["target"])
+            problem["prompt"] = (prompt * -(-tokens // len(prompt)))[-tokens:] if tokens else prompt
+            file.write(json.dumps(problem) + "\n")
+
+
+def generate_flags(size, folder, prompts, out, **more):
+    flags = {"model": folder, "prompts": prompts, "out": out, "n": size.n, "max-new-tokens": size.new_tokens, **more}
+    return [*(part for key, value in flags.items() for part in (f"--{key}", str(value))), *["--ignore-eos"] * bool(size.config)]
+
+
+def lengths_of(completions, prompts):
+    """[(prompt length, completion lengths)] as `needed` wants them. completions: [(problem, ids)]."""
+    return [(len(ids), [len(own) for problem, own in completions if problem == i]) for i, ids in enumerate(prompts)]
+
+
+# ---- generate: against model.generate and generate_batch ----------------------------------------------------------------
+def same_tokens(one, other, prompts, resamples=999):
+    """p-value of a permutation test: do two samplers' completions hold the same tokens? Rows change sides within their prompt.
+    Statistic: chi-square of the counts (in 64 classes of ids). one, other: [(problem, ids)]."""
+    owner = np.array([problem for problem, _ in one + other])
+    counts = np.array([np.bincount(np.asarray(ids) % 64, minlength=64) for _, ids in one + other])
+    side, rng, found = np.repeat([1, -1], [len(one), len(other)]), np.random.default_rng(0), []
+    for resample in range(resamples + 1):
+        if resample:
+            for problem in range(prompts):
+                side[owner == problem] = rng.permutation(side[owner == problem])
+        found.append(((side @ counts) ** 2 / np.maximum(counts.sum(0), 1)).sum())
+    return float(np.mean(np.array(found) >= found[0] - 1e-9))
+
+
+def bench_generate(bench, name):
+    size, (folder, path) = SIZES[name], make_folder(bench, name)
+    options = generate.check_model(folder)
+    tokenizer, model = generate.load(transformers.AutoTokenizer, folder, options), generate.load_model(folder, bench.dtype, bench.device, options)
+    problems, ends = generate.load_problems(path), [] if size.config else generate.end_ids(model, tokenizer)
+    prompts = generate.encode(problems, tokenizer, model.config, size.new_tokens)
+    rows = [i for i in range(len(prompts)) for _ in range(size.n)]
+
+    def cut(ids):
+        """A completion up to its end-of-text token."""
+        last = [k for k, one in enumerate(ids) if one in ends][:1]
+        return ids[:last[0] + 1] if last else ids
+
+    def ours(new_tokens, seed):
+        args = generate.parse_args(generate_flags(size, folder, path, "-", **{"max-new-tokens": new_tokens, "seed": seed}))
+        chunks = generate.chunks_of([len(ids) for ids in prompts], size.n, new_tokens, args.max_batch_tokens)
+        lines = [generate.run_chunk(chunk, problems, prompts, model, tokenizer, ends, args) for chunk in chunks]
+        return lambda: [(problem, json.loads(line)["completion_ids"]) for chunk, part in zip(chunks, lines)
+                        for (problem, _), line in zip(chunk, part)]
+
+    def settings(new_tokens):
+        return transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens,
+                                             eos_token_id=ends or None, pad_token_id=1)
+
+    def huggingface(batch, new_tokens, seed):
+        torch.manual_seed(seed)
+        found = []
+        for start in range(0, len(rows), batch):
+            part = [prompts[i] for i in rows[start:start + batch]]
+            longest = max(map(len, part))
+            ids = torch.tensor([[1] * (longest - len(one)) + one for one in part], device=bench.device)
+            mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in part], device=bench.device)
+            found += model.generate(input_ids=ids, attention_mask=mask, generation_config=settings(new_tokens))[:, longest:].tolist()
+        return lambda: [(problem, cut(ids)) for problem, ids in zip(rows, found)]
+
+    def continuous(new_tokens, seed):
+        torch.manual_seed(seed)
+        config = transformers.ContinuousBatchingConfig(return_logprobs=False)
+        if bench.device == "cpu":  # by itself it would size its cache by the memory of a GPU
+            pages = -(-(max(map(len, prompts)) + new_tokens) // 256)
+            config.num_blocks, config.max_batch_tokens, config.allow_block_sharing = pages * len(rows) + 8, max(256, len(rows)), False
+        found = model.generate_batch([prompts[i] for i in rows], generation_config=settings(new_tokens),
+                                     continuous_batching_config=config, progress_bar=False)
+        if len(found) < len(rows):
+            raise RuntimeError(f"{len(rows) - len(found)} of {len(rows)} rows did not come back")
+        return lambda: [(0, one.generated_tokens) for one in found.values()]
+
+    def timed(function, *args):
+        meter = Meter(bench.device)
+        meter.start()
+        read = function(*args)
+        meter.stop()
+        completions = read()
+        return completions, meter.result(sum(len(ids) for _, ids in completions))
+
+    # 1. Warm-up, in which model.generate's batch size is chosen.
+    warm = max(1, size.new_tokens // 4)
+    timed(ours, warm, 0)
+    speed = {}
+    for batch in size.batches:
+        _, result = timed(huggingface, batch, warm, 0)
+        speed[batch] = result["tokens"] / bench.seconds(result)
+    batch = max(speed, key=speed.get)
+    arms = {"generate.py": [], f"model.generate, batch {batch}": [], "generate_batch": []}
+    try:
+        timed(continuous, warm, 0)
+    except Exception as error:  # it is made for GPUs; whatever it raises belongs into the table
+        arms["generate_batch"] = f"{type(error).__name__}: {error}"[:200]
+    # 2. The rounds.
+    work, machine, pooled = [], [], [[], []]
+    for seed in range(1, bench.args.rounds + 1):
+        machine.append(rates(bench))
+        for arm, function in zip(arms, (ours, lambda *args: huggingface(batch, *args), continuous)):
+            if not isinstance(arms[arm], str):
+                completions, result = timed(function, size.new_tokens, seed)
+                arms[arm].append(result)
+                if function is ours:
+                    work.append(needed(model.config, lengths_of(completions, prompts), model.dtype.itemsize, training=False))
+                if function is not continuous:
+                    pooled[function is not ours] += completions
+    bench.add("generate", name, arms, work, machine, same_tokens_p=same_tokens(*pooled, len(prompts)))
+
+
+# ---- update: against a plain one ----------------------------------------------------------------------------------------
+def plain_update(model, optimizer, rows, budget):
+    """A GRPO update as one writes it first. rows: dicts with prompt, completion (ids) and advantage. Micro-batches of at most
+    `budget` tokens, padding included, as in train.py."""
+    device, tokens = model.device, sum(len(row["completion"]) for row in rows)
+    per = max(1, budget // max(len(row["prompt"]) + len(row["completion"]) for row in rows))
+    for start in range(0, len(rows), per):
+        part = rows[start:start + per]
+        longest = max(len(row["prompt"]) + len(row["completion"]) for row in part)
+        ids, mask, wanted = (torch.zeros(len(part), longest, dtype=torch.long) for _ in range(3))
+        for i, row in enumerate(part):
+            first, end = len(row["prompt"]), len(row["prompt"]) + len(row["completion"])
+            ids[i, :end] = torch.tensor(row["prompt"] + row["completion"])
+            mask[i, :end], wanted[i, first:end] = 1, 1
+        ids, mask, wanted = ids.to(device), mask.to(device), wanted[:, 1:].to(device)
+        advantage = torch.tensor([row["advantage"] for row in part], device=device)[:, None]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logp = logits[:, :-1].float().log_softmax(-1)  # (rows, longest - 1, vocab)
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp).sum(-1)
+        chosen = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        ratio = (chosen - chosen.detach()).exp()
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.25) * advantage)
+        ((loss * wanted).sum() / tokens).backward()
+        del logits, logp, entropy, chosen
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def at_rest(optimizer, gradients):
+    """Give all weights the moments of a first step and, if wanted, gradients of zero: what stands between two updates."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight) if gradients else None
+            optimizer.state[weight] = {"step": torch.ones((), device=weight.device), "exp_avg": torch.zeros_like(weight),
+                                       "exp_avg_sq": torch.zeros_like(weight)}
+
+
+def run_train(bench, meter, folder, model, tokenizer, rollouts, gradients, **more):
+    """train.py on a model that is loaded already and is not saved; `meter` runs, and leaves out what `more` replaces."""
+    def begin(optimizer, policy, folder):
+        at_rest(optimizer, gradients)
+        meter.base, meter.extra = None, 0
+        return 1
+
+    replaced = {"load_model": lambda *_: (model, tokenizer), "load_optimizer": begin, "save_round": lambda *_: None,
+                "publish": lambda *_: None, "describe": train.describe, **more}
+    flags = ["--model", folder, "--rollouts", rollouts, "--out", bench.fresh("round"), "--temperature", "1", "--device", bench.device[:4].rstrip(":")]
+    with mock.patch.multiple(train, **{name: meter.outside(function) for name, function in replaced.items()}), \
+            mock.patch.object(train.Policy, "check", meter.outside(lambda *_: None)), \
+            contextlib.redirect_stderr(io.StringIO()):
+        train.main(train.parse_args(flags))
+    model.zero_grad(set_to_none=True)
+
+
+def bench_update(bench, name):
+    size, (folder, path) = SIZES[name], make_folder(bench, name)
+    model, tokenizer = train.load_model(folder, bench.device, train.check_model(folder))
+    problems, rng = [row for *_, row in generate.read_rows(path)], random.Random(0)
+    rows, n = [], size.update_n or size.n
+    for problem in problems:
+        prompt = tokenizer(problem["prompt"])["input_ids"]
+        for k in range(n):
+            # The embedded model's answers have 7 to 19 tokens; a random model's fill all room.
+            length = size.new_tokens if size.config else rng.randint(7, 19)
+            completion = [rng.randrange(model.config.vocab_size) for _ in range(length)]
+            rows.append({"id": problem["id"], "sample": k, "prompt_ids": prompt, "completion_ids": completion, "logprobs": [-1.0] * length,
+                         "finish_reason": "stop", "correct": k % 2 == 0, "reward": float(k % 2 == 0)})
+    rollouts = bench.fresh("scored.jsonl")
+    with open(rollouts, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    plain = [{"prompt": row["prompt_ids"], "completion": row["completion_ids"], "advantage": 2 * row["reward"] - 1} for row in rows]
+    lengths = [(len(rows[i]["prompt_ids"]), [len(row["completion_ids"]) for row in rows[i:i + n]]) for i in range(0, len(rows), n)]
+    tokens, work = sum(len(row["completion_ids"]) for row in rows), needed(model.config, lengths, 4, training=True)
+    arms, machine = {"train.py": [], "plain PyTorch": []}, []
+    for count in range(bench.args.rounds + 1):
+        machine.append(rates(bench))
+        meter = Meter(bench.device)
+        meter.start()
+        run_train(bench, meter, folder, model, tokenizer, rollouts, True, load_rollouts=train.load_rollouts)
+        meter.stop()
+        arms["train.py"].append(meter.result(tokens))
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        at_rest(optimizer, gradients=True)
+        meter = Meter(bench.device)
+        meter.start()
+        plain_update(model, optimizer, plain, 16384)
+        meter.stop()
+        model.zero_grad(set_to_none=True)
+        del optimizer
+        arms["plain PyTorch"].append(meter.result(tokens))
+    bench.add("update", name, {arm: results[1:] for arm, results in arms.items()}, [work] * bench.args.rounds, machine[1:])
+
+
+# ---- step: against TRL --------------------------------------------------------------------------------------------------
+def our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed):
+    """generate.py, score.py and train.py with their files, on loaded models. The rollouts."""
+    rollouts, scored = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with mock.patch.multiple(generate, load_model=meter.outside(lambda *_: sampler), load=meter.outside(generate.load),
+                                 describe=meter.outside(generate.describe)):
+            meter.start()
+            generate.main(generate.parse_args(generate_flags(size, folder, path, rollouts, seed=seed)))
+        with mock.patch.object(score, "describe", meter.outside(score.describe)):
+            score.main(score.parse_args([rollouts, "--out", scored]))
+    run_train(bench, meter, folder, learner, tokenizer, scored, False)
+    meter.stop()
+    with open(rollouts) as file:
+        return [json.loads(line) for line in file]
+
+
+def bench_step(bench, name):
+    size, (folder, path) = SIZES[name], make_folder(bench, name)
+    learner, tokenizer = train.load_model(folder, bench.device, train.check_model(folder))
+    sampler = learner if bench.device == "cpu" else generate.load_model(folder, bench.dtype, bench.device, generate.check_model(folder))
+    arms, machine, work = {"generate.py + score.py + train.py": []}, [], []
+
+    def ours(seed):
+        meter = Meter(bench.device)
+        rows = our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed)
+        arms["generate.py + score.py + train.py"].append(meter.result(sum(len(row["completion_ids"]) for row in rows)))
+        lengths = [(len(rows[i]["prompt_ids"]), [len(row["completion_ids"]) for row in rows[i:i + size.n]]) for i in range(0, len(rows), size.n)]
+        (flop, read), (trained, _) = (needed(learner.config, lengths, sampler.dtype.itemsize, training) for training in (False, True))
+        rate = machine[-1]
+        # As products, the reading that the sampling waits for included.
+        work.append((trained + max(flop, read * rate["flop_per_s"] / rate["bytes_per_s"]), 0))
+
+    try:
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        for seed in range(bench.args.rounds + 1):
+            machine.append(rates(bench))
+            ours(seed)
+        arms["TRL"] = f"not installed ({error})"
+    else:
+        arms["TRL"] = trl_rounds(bench, size, path, learner, tokenizer, machine, ours, Dataset, GRPOConfig, GRPOTrainer)
+    arms = {arm: results if isinstance(results, str) else results[1:] for arm, results in arms.items()}
+    bench.add("step", name, arms, work[1:], machine[1:])
+
+
+def trl_rounds(bench, size, path, learner, tokenizer, machine, ours, Dataset, GRPOConfig, GRPOTrainer):
+    """Steps of GRPOTrainer on a copy of the model, each followed by one of ours; the results of its steps."""
+    problems, results, tokens = [row for *_, row in generate.read_rows(path)], [], []
+
+    def reward(completions, completion_ids, numbers, target, **_):
+        tokens.append(sum(map(len, completion_ids)))
+        return [score.verify_countdown(text, {"numbers": one, "target": goal, "finish_reason": "stop"})["reward"]
+                for text, one, goal in zip(completions, numbers, target)]
+
+    class InTurns(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **flags):
+            machine.append(rates(bench))
+            self.meter = Meter(bench.device)
+            self.meter.start()
+
+        def on_step_end(self, args, state, control, **flags):
+            self.meter.stop()
+            results.append(self.meter.result(tokens.pop()))
+            ours(state.global_step)
+
+    config = GRPOConfig(
+        output_dir=bench.fresh("trl"), max_steps=bench.args.rounds + 1, learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.01,
+        per_device_train_batch_size=size.prompts * size.n, gradient_accumulation_steps=1, num_generations=size.n,
+        max_completion_length=size.new_tokens, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, epsilon=0.2, epsilon_high=0.25,
+        num_iterations=1, loss_type="dapo", scale_rewards="group", gradient_checkpointing=False, bf16=bench.device != "cpu",
+        use_cpu=bench.device == "cpu", dataloader_pin_memory=False, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        GRPOTrainer(model=copy.deepcopy(learner), reward_funcs=reward, args=config, processing_class=tokenizer, callbacks=[InTurns()],
+                    train_dataset=Dataset.from_list([{key: row[key] for key in ("prompt", "numbers", "target")} for row in problems])).train()
+    return results
+
+
+# ---- scale and fixed: the stages as processes ---------------------------------------------------------------------------
+def usage(bench, *command):
+    """Wall and CPU seconds and the peak memory of a process of its own."""
+    began = time.perf_counter()
+    with open(bench.fresh("log"), "w+") as log:
+        process = os.posix_spawn(sys.executable, [sys.executable, *command], os.environ,
+                                 file_actions=[(os.POSIX_SPAWN_DUP2, log.fileno(), 1), (os.POSIX_SPAWN_DUP2, log.fileno(), 2)])
+        _, status, used = os.wait4(process, 0)
+        if status:
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(command)}: {log.read()[-500:]}")
+    return {"wall_s": time.perf_counter() - began, "cpu_s": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024}
+
+
+def stage(name):
+    return os.path.join(ROOT, name)
+
+
+def write_rollouts(path, rows, n=64):
+    """Countdown rollouts, n a problem, whose answers are random expressions over the problem's numbers: hardly one stands twice, so that
+    score.py gains nothing from having judged it before."""
+    rng = random.Random(0)
+    with open(path, "w") as file:
+        for first in range(0, rows, n):
+            numbers = [rng.randint(1, 12) for _ in range(4)]
+            head = json.dumps({"id": f"problem-{first // n}", "task": "countdown", "prompt": f"{' '.join(map(str, numbers))}=24:",
+                               "numbers": numbers, "target": 24, "n_solutions": 2})[:-1]
+            ids = ", ".join(str(rng.randint(3, 20)) for _ in range(12))
+            logprobs = ", ".join(repr(-rng.random()) for _ in range(12))
+            for sample in range(min(n, rows - first)):
+                (a, b, c, d), (p, q, r) = rng.sample(numbers, 4), rng.choices("+-*/", k=3)
+                text = f"({a}{p}{b}){q}{c}{r}{d}" if sample % 2 else f"{a}{p}({b}{q}{c}){r}{d}"
+                file.write(f'{head}, "sample": {sample}, "completion": "{text}", "prompt_ids": [{ids}], "completion_ids": [{ids}], '
+                           f'"logprobs": [{logprobs}], "finish_reason": "stop"}}\n')
+
+
+def bench_scale(bench):
+    found = {name: [] for name in ("generate.py", "score.py", "train.py", "evaluate.py")}
+
+    def measure(name, rows, *flags):
+        found[name].append({"rows": rows, **usage(bench, stage(name), *flags)})
+
+    for rows in bench.args.rows:
+        rollouts, scored = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
+        write_rollouts(rollouts, rows)
+        measure("score.py", rows, rollouts, "--out", scored)
+        os.remove(rollouts)
+        measure("evaluate.py", rows, scored, "--out", bench.fresh("eval.json"))
+        os.remove(scored)
+    for rows in bench.args.rollouts:
+        prompts, rollouts, scored = bench.fresh("prompts.jsonl"), bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
+        write_prompts(prompts, -(-rows // 16))
+        measure("generate.py", rows, *generate_flags(SIZES["tiny"], bench.args.embedded, prompts, rollouts))
+        usage(bench, stage("score.py"), rollouts, "--out", scored)
+        measure("train.py", rows, "--model", bench.args.embedded, "--rollouts", scored, "--out", bench.fresh("round"))
+    bench.entries["scale"] = {"stages": found, "threads": bench.args.threads}
+
+
+def bench_fixed(bench):
+    prompts, found = bench.fresh("prompts.jsonl"), {}
+    write_prompts(prompts, 1)
+    for _ in range(bench.args.rounds):
+        rollouts, scored, out = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl"), bench.fresh("round")
+        for label, command in {
+                "python -c pass": ["-c", "pass"], "import torch": ["-c", "import torch"], "import torch, transformers": ["-c", "import torch, transformers"],
+                "train.py --help": [stage("train.py"), "--help"], "score.py --help": [stage("score.py"), "--help"],
+                "generate.py": [stage("generate.py"), "--model", bench.args.embedded, "--prompts", prompts, "--out", rollouts, "--n", "2",
+                                "--max-new-tokens", "2"],
+                "score.py": [stage("score.py"), rollouts, "--out", scored],
+                "train.py": [stage("train.py"), "--model", bench.args.embedded, "--rollouts", scored, "--out", out],
+                "evaluate.py": [stage("evaluate.py"), scored, "--out", bench.fresh("eval.json")]}.items():
+            found.setdefault(label, []).append(usage(bench, *command))
+    bench.entries["fixed"] = {"threads": bench.args.threads, "commands": {
+        label: {key: statistics.median(one[key] for one in results) for key in results[0]} for label, results in found.items()}}
+
+
+def plot_scale(entry, path):
+    """Left CPU time, right peak memory, against rows."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.grid": True,
+                                "axes.axisbelow": True, "grid.color": "#e6e6e6", "legend.frameon": False})
+    figure = Figure(figsize=(9.4, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for (name, results), colour, marker in zip(entry["stages"].items(), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "os^D"):
+        rows = [one["rows"] for one in results]
+        for axis, values in zip(axes, ([one["cpu_s"] for one in results], [one["peak_bytes"] / 2**20 for one in results])):
+            axis.plot(rows, values, color=colour, marker=marker, markersize=4.5, label=name)
+    axes[0].set(title="CPU time of the process (s), start included", xscale="log", yscale="log")
+    axes[1].set(title="Peak memory of the process (MiB)", xscale="log", ylim=(0, None))
+    axes[0].legend()
+    figure.supxlabel("rows", fontsize="medium")
+    figure.savefig(path, dpi=200)
+
+
+# ---- The report -----------------------------------------------------------------------------------------------------------
+def print_table(entries):
+    grid = [["", "", "tokens/s", "roofline", "extra MiB", "ours is faster by"]]
+    for key, entry in sorted(entries.items()):
+        for arm, one in entry.get("arms", {}).items():
+            if "missing" in one:
+                grid.append([key, arm, "-", "-", "-", one["missing"]])
+                continue
+            middle, low, high = one["ours_is_faster"]
+            grid.append([key, arm, f"{one['tokens_per_s']:,.0f}", f"{one['roofline']:.1%}", f"{one['extra_bytes'] / 2**20:,.0f}",
+                         "" if arm == next(iter(entry["arms"])) else f"{middle:.2f} [{low:.2f}, {high:.2f}]"])
+    for line in grid if len(grid) > 1 else ():
+        print("| " + " | ".join(cell.ljust(max(len(other[i]) for other in grid) if i < 5 else 0) for i, cell in enumerate(line)) + " |")
+    for name, results in entries.get("scale", {"stages": {}})["stages"].items():
+        for one in results:
+            print(f"{name:12} {one['rows']:>9,} rows: {one['cpu_s']:8.1f} s CPU {one['wall_s']:8.1f} s wall {one['peak_bytes'] / 2**20:8,.0f} MiB")
+    for label, one in entries.get("fixed", {"commands": {}})["commands"].items():
+        print(f"{label:28} {one['cpu_s']:6.2f} s CPU {one['wall_s']:6.2f} s wall {one['peak_bytes'] / 2**20:6,.0f} MiB")
+
+
+def processor():
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+
+
+def main(args):
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, folder)
+        for part in args.only:
+            for size in args.sizes if part in ("generate", "update", "step") else ():
+                {"generate": bench_generate, "update": bench_update, "step": bench_step}[part](bench, size)
+            if part in ("scale", "fixed"):
+                {"scale": bench_scale, "fixed": bench_fixed}[part](bench)
+    report = {"entries": {}}
+    if args.out and os.path.exists(args.out):
+        with open(args.out) as file:
+            report = json.load(file)
+    report["machine"] = {"processor": processor(), "cores": os.cpu_count(), "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+                         "gpu": torch.cuda.get_device_name() if bench.device != "cpu" else None, "torch": torch.__version__,
+                         "transformers": transformers.__version__}
+    report["entries"].update(bench.entries)
+    if args.out:
+        with open(args.out + ".partial", "w") as file:
+            file.write(json.dumps(report, indent=1) + "\n")
+        os.replace(file.name, args.out)
+    if args.plot:
+        plot_scale(report["entries"]["scale"], args.plot)
+    print_table(bench.entries)
+    return report
+
+
+if __name__ == "__main__":
+    main(ARGS)

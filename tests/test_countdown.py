@@ -1,0 +1,132 @@
+"""data/countdown.py: the exact solver against brute force, the draw, the splits, the templates; and what make_tiny.py learns from."""
+import itertools
+import json
+import random
+import sys
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import score
+
+sys.path.insert(0, "data")
+import countdown  # noqa: E402
+
+
+def brute_force(numbers, target):
+    """All distinct solutions by another route: every binary tree over every order, put into canonical form by score.py's parser."""
+    def expressions(parts):
+        if len(parts) == 1:
+            yield parts[0]
+        for i, j in itertools.permutations(range(len(parts)), 2):
+            rest = [part for k, part in enumerate(parts) if k not in (i, j)]
+            for operator in "+-*/":
+                yield from expressions([*rest, f"({parts[i]}{operator}{parts[j]})"])
+
+    found = set()
+    for expression in set(expressions([str(number) for number in numbers])):
+        try:
+            value, _, text = score.canonical(expression)
+        except ZeroDivisionError:
+            continue
+        if value == target:
+            found.add(text)
+    return found
+
+
+@pytest.mark.parametrize("numbers, target", [([1, 5, 5, 5], 24), ([2, 2, 2], 1), ([6, 6, 6], 0), ([4, 9], 5), ([7], 7), ([7], 6)])
+def test_solver_finds_all_solutions_and_no_other(numbers, target):
+    assert countdown.solutions(numbers, target) == brute_force(numbers, target)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=3), st.integers(1, 60))
+def test_solver_against_brute_force_on_random_problems(numbers, target):
+    assert countdown.solutions(numbers, target) == brute_force(numbers, target)
+
+
+def test_number_of_forms():
+    """All expressions over distinct numbers, up to commutativity and associativity alone: 2, 3 operands give 6 and 68."""
+    for numbers, expected in (((2, 3), 6), ((2, 3, 7), 68)):
+        assert sum(len(texts) for kind in "+*" for texts in countdown.blocks(numbers, kind).values()) == expected
+
+
+def test_six_numbers():
+    found = countdown.solutions([3, 14, 25, 50, 75, 100], 952)
+    assert found and all(score.canonical(text)[0] == 952 and score.canonical(text)[2] == text for text in found)
+
+
+def problems_of(tmp_path, *flags, name="p.jsonl"):
+    countdown.main(countdown.parse_args(["--out", str(tmp_path / name), *flags]))
+    return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+
+def test_problems_are_solvable_unique_and_seeded(tmp_path):
+    rows = problems_of(tmp_path, "--n", "200", "--seed", "3")
+    assert rows == problems_of(tmp_path, "--n", "200", "--seed", "3", name="again.jsonl")
+    assert rows != problems_of(tmp_path, "--n", "200", "--seed", "4", name="other.jsonl")
+    assert len({row["id"] for row in rows}) == 200
+    for row in rows[:40]:
+        assert row["task"] == "countdown" and len(row["numbers"]) == 4 and 1 <= row["target"] <= 100
+        found = countdown.solutions(row["numbers"], row["target"])
+        assert row["n_solutions"] == len(found) > 0
+        assert row["prompt"] == " ".join(map(str, row["numbers"])) + f"={row['target']}:"
+        for text in found:  # score.py spells every solution the same way
+            assert score.verify_countdown(text, row) == {"pred": text, "correct": True, "reason": "ok", "reward": 1.0, "solution": text}
+    meta = json.loads((tmp_path / "p.jsonl.meta.json").read_text())
+    assert meta["flags"]["seed"] == 3 and meta["stage"] == "countdown.py"
+
+
+def key(row):
+    return tuple(sorted(row["numbers"])), row["target"]
+
+
+def test_exclude_and_splits_are_disjoint(tmp_path):
+    train = problems_of(tmp_path, "--n", "400", "--numbers", "3", "--max-number", "20", "--max-target", "40")
+    flags = ("--n", "150", "--numbers", "3", "--max-number", "20", "--max-target", "40", "--seed", "9", "--exclude", str(tmp_path / "p.jsonl"))
+    test = problems_of(tmp_path, *flags, name="held-out.jsonl")
+    assert not {key(row) for row in train} & {key(row) for row in test}
+    parts = [{key(row) for row in problems_of(tmp_path, "--n", "150", "--split", split, name=f"{split}.jsonl")} for split in ("train", "tune", "test")]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+
+
+def test_max_solutions_and_templates(tmp_path):
+    rows = problems_of(tmp_path, "--n", "50", "--max-solutions", "2", "--template", "instruct", "--max-number", "50", "--max-target", "200")
+    assert all(row["n_solutions"] <= 2 and "prompt" not in row for row in rows)
+    text = rows[0]["messages"][0]["content"]
+    assert str(rows[0]["target"]) in text and "<answer>" in text and "<think>" in text
+    base = problems_of(tmp_path, "--n", "2", "--template", "base", name="base.jsonl")
+    assert base[0]["prompt"].endswith("<think>")
+
+
+@pytest.mark.parametrize("flags, said", [(["--n", "0"], "--n must be"), (["--numbers", "7"], "--numbers"), (["--max-number", "x"], "--max-number"),
+                                         (["--n", "500", "--numbers", "2", "--max-number", "2", "--max-target", "3"], "problems found"),
+                                         (["--exclude", "missing.jsonl"], "missing.jsonl")])
+def test_bad_flags_in_one_line(tmp_path, capsys, flags, said):
+    with pytest.raises(SystemExit) as stopped:
+        countdown.run(countdown.main, countdown.parse_args(["--out", str(tmp_path / "p.jsonl"), *flags]))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and said in error and not (tmp_path / "p.jsonl").exists()
+
+
+def test_exclude_refuses_rows_that_are_no_problems(tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"id": "a", "numbers": [1, "2"], "target": 3}\n')
+    with pytest.raises(SystemExit) as stopped:
+        problems_of(tmp_path, "--n", "2", "--exclude", str(tmp_path / "bad.jsonl"))
+    assert stopped.value.code == 2 and "bad.jsonl:1" in capsys.readouterr().err
+
+
+def test_shuffled_answers_stay_the_same_solution():
+    import make_tiny
+
+    rng, seen = random.Random(0), set()
+    for numbers, target in (([3, 3, 8, 8], 24), ([2, 7, 10, 3], 24), ([1, 2, 3, 4], 10), ([5, 9, 2, 6], 8)):
+        for text in sorted(countdown.solutions(numbers, target)):
+            for _ in range(20):
+                answer = make_tiny.shuffled(text, rng)
+                value, used, canonical = score.canonical(answer)
+                assert (value, used, canonical) == (Fraction(target), sorted(numbers), text)
+                seen.add(answer)
+    assert len(seen) > 100

@@ -1,0 +1,374 @@
+"""Every architecture that the README names, at toy size with random weights: the three ways to compute a log-prob (sampling with a
+cache, training with shared prompts, training with repeated ones) agree with a plain pass, and the whole pipeline runs on it."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import evaluate
+import generate
+import score
+import train
+
+ROOT = os.path.dirname(os.path.abspath(train.__file__))
+ENDS = [0, 5]  # several end-of-text ids; the first is the padding too
+ROPE3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 32}
+# Sliding windows are 8 tokens, shorter than the prompts; two key-value heads serve four query heads.
+ARCHITECTURES = {
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "llama": ("Llama", {"rope_parameters": ROPE3}),
+    "mistral": ("Mistral", {"head_dim": 8, "sliding_window": 8}),
+    "ministral": ("Ministral", {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0,
+                          "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3Text", {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+                              "query_pre_attn_scalar": 8}),
+    "phi": ("Phi", {}),  # a bias in the head
+    "phi3": ("Phi3", {"sliding_window": 8}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": ("Qwen2Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                               "shared_expert_intermediate_size": 16}),
+    "qwen3-moe": ("Qwen3Moe", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "cohere2": ("Cohere2", {"sliding_window": 8, "logit_scale": 0.25}),
+    "granite": ("Granite", {"logits_scaling": 4.0}),
+    "olmo2": ("Olmo2", {}),
+    "gpt-oss": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "sliding_window": 8}),
+    "deepseek": ("DeepseekV3", {"num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                                "num_experts_per_tok": 2, "moe_intermediate_size": 16, "q_lora_rank": 16, "kv_lora_rank": 16,
+                                "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1}),
+}
+ORDINARY = ("qwen2", "gemma2")  # these run the pipeline in the ordinary tests, the others in the slow ones
+
+
+# ---- Helpers ------------------------------------------------------------------------------------------------------------
+def build(name, vocab_size=64, seed=0, **more):
+    """A random model of an architecture, its weights large enough that its logits differ."""
+    kind, flags = ARCHITECTURES.get(name, (name, {}))
+    config = getattr(transformers, kind + "Config")(**{
+        "vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "max_position_embeddings": 256, "eos_token_id": ENDS, "pad_token_id": ENDS[0], "bos_token_id": None,
+        **flags, **more})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4)
+            elif not weight.any():  # biases start at zero
+                weight.normal_(std=0.1)
+    return model
+
+
+def make_tokenizer():
+    """A byte-level BPE with a chat template; some tokens are whole boxed answers, so that a random model is right now and then."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(["What is 12 + 30? Please reason step by step"] * 3, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", unk_token="<|end|>")
+    tokenizer.add_tokens(["\\boxed{" + "0" * zeros + digit + "}" for digit in "12" for zeros in range(8)])
+    tokenizer.chat_template = "{% for turn in messages %}<{{ turn['role'] }}> {{ turn['content'] }}\n{% endfor %}<assistant> "
+    return tokenizer
+
+
+GENERATION = {"eos_token_id": ENDS, "pad_token_id": ENDS[0], "do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.7,
+              "repetition_penalty": 1.05, "transformers_version": "4.37.0", "of_its_own": [1, 2]}
+
+
+def make_folder(name, folder, **more):
+    """What somebody downloads: config, safetensors, tokenizer and a generation_config.json with sampling settings of its own."""
+    tokenizer = make_tokenizer()
+    build(name, len(tokenizer), **more).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION, indent=7) + "\n\n")
+    return str(folder)
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def read(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def forced(model, prompt, completion, temperature):
+    """log pi of each completion token and the entropy there, by a plain pass over one row and autograd's own softmax."""
+    logits = model(input_ids=torch.tensor([list(prompt) + list(completion)]), use_cache=False).logits[0, len(prompt) - 1:-1].float()
+    logp = torch.log_softmax(logits / temperature, -1)
+    return logp.gather(1, torch.tensor(np.asarray(completion))[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+
+
+def refusal(capfd, call, *args):
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call(*args)
+    lines = capfd.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+# ---- The policy -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shared_and_repeated_prompts_equal_a_plain_pass(name):
+    """Log-probs to 1e-5 and gradients (through the prompt's cache) to 1e-5 relative; prompts longer and shorter than the window."""
+    model, rng = build(name), np.random.default_rng(0)
+    policy = train.Policy(model, 0.7, True)
+    policy.check(name)
+    short, long, middle = (rng.integers(6, 64, length).tolist() for length in (3, 20, 9))
+    prompts = [short, long, long, middle, short, long]  # rows of a group share one list
+    completions = [rng.integers(0, 64, length) for length in (5, 1, 17, 12, 2, 9)]
+    weight = torch.tensor(rng.normal(size=sum(map(len, completions))), dtype=torch.float32)
+
+    def outcome(logp, entropy):
+        model.zero_grad()
+        (logp * weight + 0.1 * entropy).sum().backward()
+        assert all(weight.grad is not None for weight in model.parameters())
+        return logp.detach(), entropy.detach(), torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    rows = [forced(model, prompt, completion, 0.7) for prompt, completion in zip(prompts, completions)]
+    expected = outcome(*map(torch.cat, zip(*rows)))
+    assert expected[0].std() > 0.1
+    for policy.share in (True, False):
+        logp, entropy, gradient = outcome(*policy(prompts, completions))
+        assert (logp - expected[0]).abs().max() < 1e-5
+        assert (entropy - expected[1]).abs().max() < 1e-5
+        assert (gradient - expected[2]).norm() < 1e-5 * expected[2].norm()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi", "cohere2", "granite"])
+def test_the_head_is_the_models_own(name):
+    """Soft-capping, bias and scaling of the logits are not left out: without them the outcome would be another one."""
+    policy = train.Policy(build(name), 1.0, False)
+    prompt, completion = [7, 8, 9], np.arange(10, 20)
+    with torch.no_grad():
+        right = policy([prompt], [completion])[0]
+        assert torch.allclose(right, forced(policy.model, prompt, completion, 1.0)[0], atol=1e-5)
+        policy.cap, policy.scale = None, 1.0
+        if policy.head.bias is not None:
+            policy.head.bias = None
+        assert (policy([prompt], [completion])[0] - right).abs().max() > 1e-2
+
+
+def test_an_unsupported_head_is_refused_aloud(capfd):
+    model = build("llama")
+    head = model.lm_head
+    model.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
+    assert "not a linear layer but Sequential" in refusal(capfd, train.Policy(model, 1.0, True).check, "sequential")
+    model.lm_head = head
+    hook = model.lm_head.register_forward_hook(lambda _, __, logits: logits + torch.linspace(0, 1, 64))  # a bias that is no parameter
+    assert "unsupported head: its logits" in refusal(capfd, lambda: train.Policy(unhooked(model, hook), 1.0, True).check("bias"))
+    scaled = build("MiniCPM3", dim_model_base=8, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+                   head_dim=8, num_key_value_heads=4)
+    assert "unsupported head: its logits" in refusal(capfd, train.Policy(scaled, 1.0, True).check, "scaled")
+
+
+def unhooked(model, hook):
+    """`model` whose logits, and not whose head, are changed."""
+    hook.remove()
+    forward = model.forward
+
+    def shifted(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits + torch.linspace(0, 1, 64)
+        return output
+
+    model.forward = shifted
+    return model
+
+
+def test_pictures_are_refused_aloud(capfd):
+    text = build("gemma3").config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    model = AutoModelForCausalLM.from_config(transformers.Gemma3Config(text_config=text, vision_config=vision), dtype=torch.float32)
+    assert "belongs neither to the text decoder nor to its head" in refusal(capfd, train.Policy(model, 1.0, True).check, "pictures")
+
+
+@pytest.mark.parametrize("kind, flags", [("Mamba", {}), ("Lfm2", {"layer_types": ["conv", "full_attention"]}), ("FalconH1", {}),
+                                         ("Qwen3_5Text", {"num_hidden_layers": 4, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                                                          "linear_key_head_dim": 8, "linear_value_head_dim": 8})])
+def test_a_cache_that_cannot_be_repeated_is_refused_aloud(kind, flags, tmp_path, capfd):
+    """Recurrent states: generate.py refuses; train.py asks for --no-share-prompts, with which it is right."""
+    model = build(kind, **flags)
+    policy = train.Policy(model, 1.0, True)
+    assert "give --no-share-prompts" in refusal(capfd, policy.check, kind) or kind == "FalconH1"
+    policy.share = False
+    if kind != "FalconH1":  # its head is scaled in a way of its own
+        policy.check(kind)
+        with torch.no_grad():
+            prompts, completions = [[7, 8, 9], [7, 8, 9, 10, 11]], [np.arange(20, 30), np.arange(9, 12)]
+            expected = torch.cat([forced(model, *row, 1.0)[0] for row in zip(prompts, completions)])
+            assert torch.allclose(policy(prompts, completions)[0], expected, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    line = refusal(capfd, generate.load_model, str(tmp_path), torch.float32, "cpu", {"local_files_only": True})
+    assert "unsupported architecture" in line
+
+
+# ---- The pipeline -----------------------------------------------------------------------------------------------------------
+PROBLEMS = [{"id": f"maths/{i}.json", "task": "math", "source": "made-up", "answer": str(1 + i % 2), "note": {"of": ["no", "stage"]},
+             "messages": [{"role": "system", "content": "Put your final answer within \\boxed{}."},
+                          {"role": "user", "content": f"What is {'12 + ' * i}30?"}]} for i in range(4)]
+
+
+@pytest.mark.parametrize("name", [name if name in ORDINARY else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES])
+def test_the_whole_pipeline(name, tmp_path, monkeypatch):
+    """Maths rows, chat template, generate, score, two updates, another round, evaluate."""
+    folder = make_folder(name, tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
+    paths = {stage: str(tmp_path / f"{stage}.jsonl") for stage in ("prompts", "rollouts", "scored", "after", "scored-after")}
+
+    def sample(model, out):
+        generate.main(generate.parse_args(["--model", model, "--prompts", paths["prompts"], "--out", out, "--n", "6", "--temperature", "0.7",
+                                           "--max-new-tokens", "16", "--device", "cpu", "--max-batch-tokens", "700"]))
+
+    # 1. The sampler's log-probs are the model's.
+    sample(folder, paths["rollouts"])
+    rows, model, tokenizer = read(paths["rollouts"]), load(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        for row in rows:
+            logp, _ = forced(model, row["prompt_ids"], row["completion_ids"], 0.7)
+            assert torch.allclose(logp, torch.tensor(row["logprobs"]), atol=1e-4)
+            assert tokenizer.decode(row["prompt_ids"]) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    ends = {row["completion_ids"][-1] for row in rows if row["finish_reason"] == "stop"}
+    assert ends and ends <= set(ENDS) and not any(set(ENDS) & set(row["completion_ids"][:-1]) for row in rows)
+
+    # 2. Scores: right now and then.
+    score.main(score.parse_args([paths["rollouts"], "--out", paths["scored"], "--workers", "1"]))
+    scored = read(paths["scored"])
+    assert 0 < sum(row["correct"] for row in scored) < len(scored) == 24
+
+    # 3. Two updates: the trainer's log-probs are the sampler's, and the first ratio is 1.
+    kept, save_round = {}, train.save_round
+
+    def spy(out, policy, *args):
+        kept["model"] = policy.model
+        save_round(out, policy, *args)
+
+    monkeypatch.setattr(train, "save_round", spy)
+    update = ["--rollouts", paths["scored"], "--lr", "1e-2", "--updates", "2", "--device", "cpu", "--micro-batch-tokens", "200"]
+    one, two = str(tmp_path / "round-1"), str(tmp_path / "round-2")
+    train.main(train.parse_args(["--model", folder, "--out", one, *update]))
+    first, second = read(f"{one}/metrics.jsonl")
+    assert first["logprob_gap_max"] < 1e-4 and second["logprob_gap_max"] < 1e-4  # pi_old of both comes before the first
+    assert abs(first["ratio_max"] - 1) < 1e-5 and first["clip_low_frac"] == first["clip_high_frac"] == 0 and abs(first["approx_kl"]) < 1e-9
+    assert second["ratio_max"] > 1 + 1e-3 and first["grad_norm"] > 0
+
+    # 4. The folder: another model, that reloads with the same logits, tokenizer and generation config.
+    after, ids = load(one), torch.tensor([rows[0]["prompt_ids"]])
+    with torch.no_grad():
+        logits = after(input_ids=ids).logits
+        assert torch.equal(logits, kept["model"](input_ids=ids).logits) and not torch.allclose(logits, model(input_ids=ids).logits, atol=1e-2)
+    assert {weight.dtype for weight in after.parameters()} == {torch.float32}
+    assert (tmp_path / "round-1" / "generation_config.json").read_bytes() == (tmp_path / "model" / "generation_config.json").read_bytes()
+    config, original = (json.loads((tmp_path / which / "config.json").read_text()) for which in ("round-1", "model"))
+    assert config == original
+    copied = AutoTokenizer.from_pretrained(one)
+    text = "What is 12 + 30? \\boxed{01} naïve 数学\n"
+    assert copied(text)["input_ids"] == tokenizer(text)["input_ids"] and copied.decode(copied(text)["input_ids"]) == text
+    assert copied.chat_template == tokenizer.chat_template and copied.eos_token_id == copied.pad_token_id == 0
+
+    # 5. It can be sampled, goes on with its optimizer, and is evaluated beside the first.
+    sample(one, paths["after"])
+    score.main(score.parse_args([paths["after"], "--out", paths["scored-after"], "--workers", "1"]))
+    train.main(train.parse_args(["--model", one, "--out", two, *update, "--rollouts", paths["scored-after"]]))
+    metrics = read(f"{two}/metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4] and metrics[2]["logprob_gap_max"] < 1e-4
+    evaluate.main(evaluate.parse_args([paths["scored"], paths["scored-after"], "--k", "1", "4", "--out", str(tmp_path / "eval.json")]))
+    runs = json.loads((tmp_path / "eval.json").read_text())["runs"]
+    assert [run["n"] for run in runs] == [6, 6] and runs[0]["problems"] == 4
+    assert runs[0]["pass_at_k"]["1"]["value"] == pytest.approx(sum(row["correct"] for row in scored) / 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags", [
+    ("phi", {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attention_dropout": 0.3}), ("mixtral", {"attention_dropout": 0.3, "router_jitter_noise": 0.3}),
+    ("gemma2", {"attention_dropout": 0.3}), ("qwen2", {"attention_dropout": 0.3}), ("granite", {"attention_dropout": 0.3}), ("smollm3", {})])
+def test_checkpointed_activations_change_nothing(name, flags, tmp_path):
+    """Nor do dropout and the noise of a router, which checkpointing could switch on: it asks for the training mode."""
+    folder = make_folder(name, tmp_path / "model", **flags)
+    rng = np.random.default_rng(0)
+    with open(tmp_path / "scored.jsonl", "w") as file:
+        for i in range(8):
+            ids = rng.integers(6, 250, int(rng.integers(2, 12))).tolist()
+            file.write(json.dumps({"id": str(i // 4), "sample": i % 4, "prompt_ids": [7, 8, 9 + i // 4], "completion_ids": ids, "correct": i % 3 == 0,
+                                   "logprobs": [-1.0] * len(ids), "finish_reason": "stop", "reward": float(i % 3 == 0)}) + "\n")
+    lines = []
+    for out, flag in ("plain", "--no-share-prompts"), ("checkpointed", "--checkpoint-activations"):
+        train.main(train.parse_args(["--model", folder, "--rollouts", str(tmp_path / "scored.jsonl"), "--out", str(tmp_path / out), "--updates", "2",
+                                     "--temperature", "1", "--lr", "1e-3", "--device", "cpu", flag]))
+        lines.append(read(tmp_path / out / "metrics.jsonl"))
+    assert abs(lines[1][0]["ratio_max"] - 1) < 1e-5
+    for plain, checkpointed in zip(*lines):
+        for key in ("loss", "grad_norm", "entropy", "nll"):
+            assert checkpointed[key] == pytest.approx(plain[key], rel=1e-4)
+
+
+def test_tied_weights_are_saved_whole_also_from_copies(tmp_path):
+    """On a GPU and under --shard the saved tensors are copies: a tied head then no longer shares its memory with the embedding."""
+    for name in ("qwen2", "gemma2", "mixtral"):
+        model = build(name)
+        model.save_pretrained(tmp_path / name, state_dict={key: weight.clone() for key, weight in model.state_dict().items()})
+        ids = torch.arange(6, 30)[None]
+        with torch.no_grad():
+            assert torch.equal(load(tmp_path / name)(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+# ---- The name `kernels` -----------------------------------------------------------------------------------------------------
+STUB = '''
+"""Answers to every name that transformers imports from the distribution `kernels`."""
+__version__ = "0.18.5"
+def get_kernel(*args, **kwargs):
+    raise RuntimeError("no network here")
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return lambda *args, **kwargs: (lambda decorated: decorated)
+'''
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_pitfall_31_the_package_kernels_and_the_folder_kernels(installed, tiny_model, prompts, tmp_path):
+    """With that package in the environment every stage runs and finds both; without it transformers does not take our folder for it."""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    if installed:
+        (tmp_path / "site" / "kernels").mkdir(parents=True)
+        (tmp_path / "site" / "kernels" / "__init__.py").write_text(STUB)
+        (tmp_path / "site" / "kernels-0.18.5.dist-info").mkdir()
+        (tmp_path / "site" / "kernels-0.18.5.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n")
+
+    def python(*argv):
+        done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # As in a stage: the repository's folder stands first on the path.
+    out = python("-c", "import sys; sys.argv = ['x', '--model', 'm', '--rollouts', 'r', '--out', 'o']; import train, transformers\n"
+                 "import fused_linear_entropy\n"
+                 "print(transformers.utils.is_kernels_available(), fused_linear_entropy.__file__)\n"
+                 "print(getattr(__import__('kernels'), '__version__', None))")
+    available, ours, version = out.split()
+    assert ours == os.path.join(ROOT, "kernels", "fused_linear_entropy.py")
+    assert (available, version) == (("True", "0.18.5") if installed else ("False", "None"))
+    if not installed:
+        return
+    rollouts, scored, model = str(tmp_path / "rollouts.jsonl"), str(tmp_path / "scored.jsonl"), str(tmp_path / "round")
+    python("generate.py", "--model", tiny_model, "--prompts", prompts, "--out", rollouts, "--n", "2", "--max-new-tokens", "8", "--device", "cpu")
+    python("score.py", rollouts, "--out", scored)
+    python("train.py", "--model", tiny_model, "--rollouts", scored, "--out", model, "--device", "cpu")
+    python("evaluate.py", scored, "--k", "1", "2", "--out", str(tmp_path / "eval.json"))
+    assert set(os.listdir(model)) >= {"model.safetensors", "metrics.jsonl"} and os.path.exists(tmp_path / "eval.json")
+    shutil.rmtree(model)
