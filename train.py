@@ -513,6 +513,8 @@ def load_model(name, device, options):
                                                                         output_loading_info=True, **options)
     except Exception as error:  # whatever a hostile or half-copied folder makes the library raise is bad input
         fail(f"{name}: cannot be loaded: {type(error).__name__}: {error}")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        fail(f"{name}: a tokenizer without a vocabulary: are its files missing?")
     if info["missing_keys"]:
         fail(f"{name}: {len(info['missing_keys'])} weights are missing, {min(info['missing_keys'])} among them")
     for key, weight in model.state_dict().items():
@@ -707,8 +709,8 @@ def update(args):
     groups, n = load_rollouts(args.rollouts, args.truncated)
     if args.updates > len(groups):
         fail(f"{args.rollouts}: {len(groups)} groups cannot be dealt into --updates {args.updates}")
-    if (args.pass_k or 1) > n:
-        fail(f"{args.rollouts}: --pass-k {args.pass_k} needs groups of at least as many samples, these have {n}")
+    if (args.pass_k or 0) >= n:
+        fail(f"{args.rollouts}: --pass-k {args.pass_k} needs groups of more samples than that, to differ within; these have {n}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device here; use --device cpu")
     device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -737,8 +739,8 @@ def update(args):
             fail(f"{row['where']}: a token id beyond the model's vocabulary of {vocabulary}: rollouts of another model?")
     if args.checkpoint_activations:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy.model.train()
-        for module in policy.model.modules():  # checkpointing asks for training mode; dropout stays off, so that rho starts at 1
+        for module in policy.model.modules():  # it asks for training mode of its layers; dropout and noise stay off: rho starts at 1
+            module.training = hasattr(module, "gradient_checkpointing")
             for name in ("p", "dropout", "attention_dropout"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)

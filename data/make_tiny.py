@@ -1,11 +1,14 @@
 """Make the embedded model: a 1M-parameter Qwen2 that plays Countdown, pre-trained from scratch on random right answers.
 
-    python data/make_tiny.py --out /tmp/wide --max-number 15 --steps 6000            # stopped after its snapshot /tmp/wide-3000
-    python data/make_tiny.py --out data/tiny-countdown --init /tmp/wide-3000 --seed 1   # 3000 steps; seeded; times in the README
+    python data/make_tiny.py --out /tmp/wide --max-number 15 --steps 6000 --save-every 1000       # stopped after wide-3000
+    python data/make_tiny.py --out /tmp/middle --init /tmp/wide-3000 --max-number 12 --seed 1     # stopped after middle-2000
+    python data/make_tiny.py --out data/tiny-countdown --init /tmp/middle-2000 --seed 2 --problems 60000 --steps 2000 --lr 1.5e-3
 
+Three phases, from wide numbers to the one-digit ones of the default problems; data/tiny-countdown/curve.jsonl is their curve.
 Every problem of the train split of data/countdown.py may be drawn. Its answer is drawn uniformly among *all* its distinct
 solutions and written in a random order of terms and factors, so that the base policy is diverse: it is that
-diversity which reinforcement learning then spends. Loss on the answer and its end alone; AdamW, warm-up, cosine to a tenth.
+diversity which reinforcement learning then spends. Loss on the answer and its end alone; AdamW, warm-up,
+cosine to a tenth.
 
 Writes an ordinary Hugging Face folder (config, safetensors in fp32, character-level tokenizer), made_from.json (the flags)
 and curve.jsonl: step, training loss, and the loss on problems of the tune split.

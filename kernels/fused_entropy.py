@@ -88,9 +88,11 @@ def launch(kernel, x, *pointers, strides, temperature):
 
 
 @functools.cache  # so that the choice is told once
-def choose_backend(device):
-    """"triton" on CUDA where Triton is installed, else "torch". `device`: a device type, as in tensor.device.type."""
-    backend = "triton" if triton and device == "cuda" else "torch"
+def choose_backend(device, backend=None):
+    """`backend`, or "triton" on CUDA where Triton is installed, else "torch". `device`: as in tensor.device.type."""
+    backend = backend or ("triton" if triton and device == "cuda" else "torch")
+    if backend not in ("torch", "triton") or backend == "triton" and not triton:
+        raise ValueError(f"backend {backend!r} is neither torch nor, with Triton installed and a GPU, triton")
     print(f"fused_entropy: backend {backend} on {device}", file=sys.stderr)
     return backend
 
@@ -133,7 +135,7 @@ def entropy_forward(x, y, temperature, backend):
 
 def entropy_backward(x, y, entropy, peak, logsum, upstream, temperature, backend, grad):
     """Write the logits' gradient to `grad`, which may be x. `upstream`: that of logp, entropy, lse; None is 0."""
-    a, b, c = (torch.zeros_like(peak) if one is None else one.contiguous() for one in upstream)
+    a, b, c = (torch.zeros_like(peak) if one is None else one.reshape(y.shape).contiguous() for one in upstream)
     if backend == "triton":
         return launch(backward_kernel, x, y, entropy, peak, logsum, a, b, c, grad,
                       strides=(*x.stride()[:2], *grad.stride()[:2]), temperature=temperature)
@@ -150,12 +152,12 @@ def entropy_backward(x, y, entropy, peak, logsum, upstream, temperature, backend
 
 class FusedEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, temperature, inplace, backend):
+    def forward(ctx, x, y, shape, temperature, inplace, backend):
         logp, entropy, peak, logsum = entropy_forward(x, y, temperature, backend)
         ctx.save_for_backward(x, y, entropy, peak, logsum)
         ctx.set_materialize_grads(False)
         ctx.settings = temperature, inplace, backend
-        return logp, entropy, peak / temperature + logsum
+        return tuple(one.view(shape).clone() for one in (logp, entropy, peak / temperature + logsum))  # own memory
 
     @staticmethod
     def backward(ctx, *upstream):
@@ -166,7 +168,7 @@ class FusedEntropy(torch.autograd.Function):
         entropy_backward(x, *saved, upstream, temperature, backend, grad)
         if inplace:  # the logits are gone: a second backward must raise, not take gradients for logits
             torch.autograd.graph.increment_version(x)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def fused_entropy(logits, targets, temperature=1.0, inplace_backward=False, backend=None):
@@ -190,11 +192,9 @@ def fused_entropy(logits, targets, temperature=1.0, inplace_backward=False, back
         raise ValueError(f"temperature must be a positive number, not {temperature}")
     if inplace_backward and (logits.is_leaf and logits.requires_grad or 0 in logits.stride()):
         raise ValueError("inplace_backward would overwrite a leaf, or rows that share memory")
-    backend = backend or choose_backend(logits.device.type)
-    if backend not in ("torch", "triton") or backend == "triton" and not triton:
-        raise ValueError(f"backend {backend!r} is neither torch nor, with Triton installed and a GPU, triton")
+    backend = choose_backend(logits.device.type, backend)
     flat = logits.dim() < 3 or logits.is_contiguous()  # otherwise rows lie at two strides, as in logits[:, :-1]
     x = logits.reshape(1, -1, logits.shape[-1]) if flat else logits.reshape(-1, *logits.shape[-2:])
     x = x if x.stride(2) == 1 else x.contiguous()
     y = targets.long().reshape(x.shape[:2]).contiguous()
-    return tuple(one.view(targets.shape) for one in FusedEntropy.apply(x, y, temperature, inplace_backward, backend))
+    return FusedEntropy.apply(x, y, targets.shape, temperature, inplace_backward, backend)

@@ -2,11 +2,12 @@
 
     logp, entropy, lse = fused_linear_entropy(hidden, model.lm_head.weight, targets, temperature=1.0)
 
-At a vocabulary of 152k the logits of 8192 tokens take 2.5 GB in bf16, and the fp32 copies of an eager loss several times
-that. Here a chunk of rows at a time is multiplied out, reduced to a few numbers a row, and dropped. The backward pass
-multiplies it out once more, turns it into its own gradient in place, and from that adds up both gradients. So there are four
-matrix products where the plain way has three, against one chunk of memory; what eager code spends on walking over the logits
-is worth more than the fourth. It cannot be had for less: the upstream gradients depend on the results of all rows.
+At a vocabulary of 152k the logits of 8192 tokens take 2.5 GB in bf16, and an eager loss keeps several fp32 copies. Here
+one chunk of rows at a time is multiplied out, reduced to a few numbers a row, and dropped. The backward pass multiplies
+it out again, turns it into its own gradient in place, and adds from that to the gradients of hidden states and weight.
+So there are four matrix products where the plain way has three, and the memory of one chunk. The fourth costs less than
+eager code's walks over the logits. The forward pass cannot take the gradients along, as fused cross entropies do: they
+depend on a loss that is known only when the log-probs and entropies of all rows are.
 
 The weight's gradient is summed over the chunks in fp32, whatever the type of the products.
 """
@@ -19,13 +20,13 @@ if __package__:  # imported as kernels.fused_linear_entropy
 else:            # imported with this folder on sys.path
     from fused_entropy import choose_backend, entropy_backward, entropy_forward
 
-# Logits at a time. The weight is read, and its fp32 gradient read and written, once a chunk: few rows would make the products
-# wait for memory. 2**28 is 512 MiB in bf16, 1766 rows of 152k; on a CPU 2**25 is 128 MiB in fp32, 220 rows.
+# Logits at a time. A chunk reads the weight, and reads and writes its fp32 gradient: with few rows the products would
+# wait for memory. 2**28 is 512 MiB in bf16, 1766 rows at 152k; on a CPU 2**25 is 128 MiB in fp32, 220 rows.
 CHUNK = {"cuda": 2**28, "cpu": 2**25}
 
 
 def row_chunks(hidden, weight):
-    """Yield slices of rows, at least one, and a buffer for the logits of each."""
+    """Yield slices of rows, at least one, each with a buffer for its logits, (n, vocab) of the weight's dtype."""
     rows = max(1, CHUNK.get(hidden.device.type, 2**25) // len(weight))
     buffer = torch.empty(min(rows, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
     for start in range(0, max(len(hidden), 1), rows):
@@ -33,7 +34,7 @@ def row_chunks(hidden, weight):
 
 
 def head(hidden, weight, bias, softcap, out):
-    """The lm_head on one chunk, written to `out`: (rows, vocab). Returns it, and tanh's slope where there is a soft cap."""
+    """Write the logits of one chunk to `out`, (n, vocab). Returns them, and their slope where a soft cap bends them."""
     if bias is None:
         torch.mm(hidden, weight.T, out=out)
     else:
@@ -48,7 +49,7 @@ def add_product(total, a, b):
     """total += a @ b, where total is fp32 (or fp64) and a, b may be narrower."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif total.is_cuda:  # inside the product: its fp32 sums never pass through bf16
+    elif total.is_cuda:  # adds inside the product: its fp32 sums are never rounded to bf16
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
@@ -56,7 +57,7 @@ def add_product(total, a, b):
 
 class FusedLinearEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, y, temperature, softcap, dtype, backend):
+    def forward(ctx, hidden, weight, bias, y, shape, temperature, softcap, dtype, backend):
         results, w, b = [], weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, buffer in row_chunks(hidden, w):
@@ -66,14 +67,16 @@ class FusedLinearEntropy(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, y, entropy, peak, logsum)
         ctx.set_materialize_grads(False)
         ctx.settings = temperature, softcap, dtype, backend
-        return logp, entropy, peak / temperature + logsum
+        return tuple(one.view(shape).clone() for one in (logp, entropy, peak / temperature + logsum))  # own memory
 
     @staticmethod
     def backward(ctx, *upstream):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError("fused_linear_entropy can be differentiated only once")
         (hidden, weight, bias, y, *saved), (temperature, softcap, dtype, backend) = ctx.saved_tensors, ctx.settings
-        wide, w, b = torch.promote_types(dtype, torch.float32), weight.to(dtype), None if bias is None else bias.to(dtype)
+        upstream = [one if one is None else one.reshape(-1) for one in upstream]
+        w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
@@ -92,42 +95,42 @@ class FusedLinearEntropy(torch.autograd.Function):
                     add_product(d_weight, d_logits.T, h)
                 if needs_bias:
                     d_bias += d_logits.sum(0, dtype=wide)
-        d_weight, d_bias = (one if one is None else one.to(to.dtype) for one, to in ((d_weight, weight), (d_bias, bias)))
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
+        d_weight, d_bias = (one if one is None else one.to(of) for one, of in [(d_weight, weight), (d_bias, bias)])
+        return d_hidden, d_weight, d_bias, None, None, None, None, None, None
 
 
 def fused_linear_entropy(hidden, weight, targets, temperature=1.0, bias=None, softcap=None, scale=1.0, backend=None):
-    """fused_entropy(scale * cap(hidden @ weight.T + bias), targets, temperature) without the logits.
+    """fused_entropy(scale * cap(hidden @ weight.T + bias), targets, temperature) without the logits in memory.
 
     hidden       (..., d), bf16, fp16, fp32 or fp64: the input of the lm_head
-    weight       (vocab, d), of hidden's dtype, or of any under autocast, whose dtype the products then take
-    targets      (...), integers, as in fused_entropy; ignored rows cost their products, so leave them out where you can
+    weight       (vocab, d), of hidden's dtype; under autocast of any, and the products are in autocast's
+    targets      (...), integers, as in fused_entropy; an ignored row still costs its products, so better leave it out
     temperature  T > 0
     bias         (vocab,) or None
     softcap      c > 0 or None: cap(x) = c tanh(x / c), as in Gemma 2
     scale        > 0, multiplies the logits (Cohere's logit_scale, 1 / Granite's logits_scaling)
     backend      "triton", "torch", or None for choose_backend's choice
-    Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 products), differentiable, once. Gradients
-    go to hidden, weight and bias, those that require them, in their own dtypes; the sums over rows are kept in fp32.
-    Raises ValueError on wrong shapes, types or settings.
+    Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 products), differentiable, once, by
+    hidden, weight and bias: a gradient each for those that require one, in their dtypes.
+    Raises ValueError on wrong shapes, types or settings. torch.compile leaves it as it is: a graph break.
     """
     if torch.compiler.is_compiling():
         return torch.compiler.disable(fused_linear_entropy)(hidden, weight, targets, temperature, bias, softcap, scale,
                                                             backend)
-    if weight.dim() != 2 or hidden.shape != (*targets.shape, weight.shape[1]) or not len(weight):
-        raise ValueError("hidden (..., d), weight (vocab, d), targets (...) needed, not "
-                         + ", ".join(str(tuple(one.shape)) for one in (hidden, weight, targets)))
-    if targets.is_floating_point() or targets.dtype == torch.bool or not hidden.device == weight.device == targets.device:
-        raise ValueError(f"targets must be integers, all on one device, not {targets.dtype} on {targets.device} "
-                         f"with hidden on {hidden.device} and weight on {weight.device}")
+    tensors = hidden, weight, targets, *([] if bias is None else [bias])
+    fit = weight.dim() == 2 and len(weight) and hidden.shape == (*targets.shape, weight.shape[1])
+    if not fit or bias is not None and bias.shape != weight.shape[:1] or len({one.device for one in tensors}) > 1:
+        raise ValueError("hidden (..., d), weight (vocab, d), targets (...), bias (vocab,) on one device needed, not "
+                         + ", ".join(f"{tuple(one.shape)} on {one.device}" for one in tensors))
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(f"targets must be integers, not {targets.dtype}")
     dtype, device = weight.dtype, hidden.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     elif hidden.dtype != dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight {dtype}; outside of autocast they must agree")
+        raise ValueError(f"hidden is {hidden.dtype} and weight {dtype}: they must agree, but under autocast")
     for name, value in ("temperature", temperature), ("scale", scale), ("softcap", 1 if softcap is None else softcap):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, not {value}")
-    results = FusedLinearEntropy.apply(hidden.reshape(-1, weight.shape[1]), weight, bias, targets.long().reshape(-1),
-                                       temperature / scale, softcap, dtype, backend or choose_backend(device))
-    return tuple(one.view(targets.shape) for one in results)
+    return FusedLinearEntropy.apply(hidden.reshape(-1, weight.shape[1]), weight, bias, targets.long().reshape(-1),
+                                    targets.shape, temperature / scale, softcap, dtype, choose_backend(device, backend))

@@ -23,7 +23,8 @@ def refused(capsys, source, out, *flags):
     with pytest.raises(SystemExit) as end:
         maths.main(maths.parse_args(["--input", str(source), "--out", str(out), *flags]))
     err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("\n") == 1 and err.startswith("maths.py: error: ") and not os.path.exists(out)
+    assert end.value.code == 2 and err.count("\n") == 1 and err.startswith("maths.py: error: ")
+    assert not os.path.exists(out)
     return err
 
 
@@ -70,20 +71,23 @@ def test_every_spelling(tmp_path, name, form):
         assert row.pop("id").startswith(f"{name}-") if name_of_row is None else row.pop("id") == name_of_row
         prompt = row.pop("prompt")
         assert prompt.endswith("\nPlease reason step by step, and put your final answer within \\boxed{}.\n")
-        assert "Answer:" not in prompt and len(prompt) > 90
+        assert "Answer:" not in prompt and len(prompt) > 85
         assert row == {"task": "math", "answer": answer, "source": name, **extras}
     assert json.load(open(tmp_path / "out.jsonl.meta.json"))["flags"]["template"] == "plain"
 
 
 def test_the_golds_are_what_score_takes(tmp_path):
     """Each gold, boxed, is a right answer to its own row."""
-    rows = [row for path in sorted(SAMPLES.glob("*.jsonl")) for row in convert(path, tmp_path / f"{path.stem}.out.jsonl")]
-    rollouts = []
+    rows, rollouts = [], []
+    for name in sorted(EXPECTED):
+        rows += convert(SAMPLES / f"{name}.jsonl", tmp_path / f"{name}.jsonl")
     for row in rows:
         answer = row["answer"] if isinstance(row["answer"], str) else ", ".join(reversed(row["answer"]))
         rollouts.append({**row, "sample": 0, "completion": f"It is \\boxed{{{answer}}}.", "finish_reason": "stop"})
-    score.main(score.parse_args([str(write(tmp_path / "r.jsonl", *rollouts)), "--out", str(tmp_path / "s.jsonl"), "--timeout", "60"]))
-    assert all(json.loads(line)["correct"] for line in open(tmp_path / "s.jsonl")) and len(rows) == sum(map(len, EXPECTED.values()))
+    source, out = write(tmp_path / "r.jsonl", *rollouts), tmp_path / "s.jsonl"
+    score.main(score.parse_args([str(source), "--out", str(out), "--timeout", "60"]))
+    assert [row["id"] for row in map(json.loads, open(out)) if not row["correct"]] == []
+    assert len(rows) == sum(map(len, EXPECTED.values()))
 
 
 def test_templates(tmp_path):
@@ -93,24 +97,28 @@ def test_templates(tmp_path):
     for number, (flags, put) in enumerate([
         ([], {"messages": [{"role": "system", "content": instruction}, {"role": "user", "content": "What is 1+1?"}]}),
         (["--template", "chat"], {"messages": [user]}),
-        (["--template", "chat", "--system", "Be brief."], {"messages": [{"role": "system", "content": "Be brief."}, user]}),
+        (["--template", "chat", "--system", "Be brief."],
+         {"messages": [{"role": "system", "content": "Be brief."}, user]}),
         (["--template", "plain", "--source", "mine"], {"prompt": f"What is 1+1?\n{instruction}\n"})]):
-        source_name = "mine" if "mine" in flags else "in"
-        assert convert(source, tmp_path / f"{number}.jsonl", *flags) == [{"id": "a", "task": "math", **put, "answer": "2", "source": source_name}]
+        row = {"id": "a", "task": "math", **put, "answer": "2", "source": "mine" if "mine" in flags else "in"}
+        assert convert(source, tmp_path / f"{number}.jsonl", *flags) == [row]
 
 
 def test_ids_are_stable_texts(tmp_path):
     """They depend on the row alone, not on its place; whatever they hold, no file is named by them."""
-    rows = [{"problem": "p", "answer": 1}, {"problem": "q", "answer": 2}, {"id": "../../x", "problem": "r", "answer": 3},
+    rows = [{"problem": "p", "answer": 1}, {"problem": "q", "answer": 2},
+            {"id": "../../x", "problem": "r", "answer": 3},
             {"id": "5", "problem": "s", "answer": 4}, {"id": "", "problem": "t", "answer": 5}]
     one = convert(write(tmp_path / "in.jsonl", *rows), tmp_path / "one.jsonl")
     two = convert(write(tmp_path / "in.jsonl", *rows[::-1]), tmp_path / "two.jsonl")
     assert one == two[::-1] and [row["id"] for row in one][2:4] == ["../../x", "in-5"]
-    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "one.jsonl", "one.jsonl.meta.json", "two.jsonl", "two.jsonl.meta.json"]
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "one.jsonl", "one.jsonl.meta.json", "two.jsonl",
+                                            "two.jsonl.meta.json"]
 
 
 def test_duplicates_are_errors_unless_the_first_is_kept(tmp_path, capsys):
-    rows = [{"id": 1, "problem": "p", "answer": 1}, {"id": 2, "problem": "q", "answer": 2}, {"id": 1, "problem": "r", "answer": 3}]
+    rows = [{"id": 1, "problem": "p", "answer": 1}, {"id": 2, "problem": "q", "answer": 2},
+            {"id": 1, "problem": "r", "answer": 3}]
     source = write(tmp_path / "in.jsonl", *rows)
     err = refused(capsys, source, tmp_path / "out.jsonl")
     assert "in.jsonl:3: id 'in-1' stands twice" in err and "in.jsonl:1" in err
@@ -118,15 +126,22 @@ def test_duplicates_are_errors_unless_the_first_is_kept(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("row, told", [
-    ({"problem": "p"}, "no gold"), ({"problem": "p", "answer": ""}, "no gold"), ({"problem": "p", "answer": " $ $ "}, "no gold"),
-    ({"problem": "p", "answer": None, "solution": "none boxed"}, "no gold"), ({"problem": "p", "answer": True}, "no gold"),
+    ({"problem": "p"}, "no gold"), ({"problem": "p", "answer": ""}, "no gold"),
+    ({"problem": "p", "answer": " $ $ "}, "no gold"),
+    ({"problem": "p", "answer": None, "solution": "none boxed"}, "no gold"),
+    ({"problem": "p", "answer": True}, "no gold"),
     ({"problem": "p", "final_answer": []}, "no gold"), ({"problem": "p", "final_answer": ["1", ""]}, "no gold"),
-    ({"problem": "p", "final_answer": ["1,"], "is_multiple_answer": True}, "no gold"), ({"problem": "p", "answer": {"a": 1}}, "no gold"),
+    ({"problem": "p", "final_answer": ["1,"], "is_multiple_answer": True}, "no gold"),
+    ({"problem": "p", "answer": {"a": 1}}, "no gold"),
     ({"problem": "p", "answer": "####"}, "no gold"), ({"problem": "p", "solution": "\\boxed{"}, "no gold"),
-    ({"answer": "1"}, "no problem text"), ({"problem": " ", "answer": "1"}, "no problem text"), ({"problem": 3, "answer": "1"}, "no problem text"),
-    ({"prompt": [{"role": "system", "content": "s"}], "answer": "1"}, "no problem text"), ({"prompt": ["x"], "answer": "1"}, "no problem text"),
-    ({"problem": "p", "answer": "1", "error": "wide"}, "field 'error'"), ({"problem": "p", "answer": "1", "error": -1}, "field 'error'"),
-    ({"problem": "p", "answer": "1", "error": {}}, "field 'error'"), ({"problem": "p", "answer": "1", "unit": 3}, "field 'unit'")])
+    ({"answer": "1"}, "no problem text"), ({"problem": " ", "answer": "1"}, "no problem text"),
+    ({"problem": 3, "answer": "1"}, "no problem text"),
+    ({"prompt": [{"role": "system", "content": "s"}], "answer": "1"}, "no problem text"),
+    ({"prompt": ["x"], "answer": "1"}, "no problem text"),
+    ({"problem": "p", "answer": "1", "error": "wide"}, "field 'error'"),
+    ({"problem": "p", "answer": "1", "error": -1}, "field 'error'"),
+    ({"problem": "p", "answer": "1", "error": {}}, "field 'error'"),
+    ({"problem": "p", "answer": "1", "unit": 3}, "field 'unit'")])
 def test_a_row_that_cannot_be_used_is_one_line(tmp_path, capsys, row, told):
     source = write(tmp_path / "in.jsonl", {"id": 0, "problem": "fine", "answer": "1"}, row)
     assert f"in.jsonl:2: {told}" in refused(capsys, source, tmp_path / "out.jsonl")
@@ -137,13 +152,14 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     assert "in.jsonl:1: not a valid JSON row" in refused(capsys, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     pytest.importorskip("pyarrow")
     (tmp_path / "in.parquet").write_bytes(b"PAR1 not at all")
-    assert "in.parquet: not a valid Parquet file" in refused(capsys, tmp_path / "in.parquet", tmp_path / "out.jsonl")
+    assert "in.parquet: not a valid Parquet file" in refused(capsys, tmp_path / "in.parquet", tmp_path / "other.jsonl")
 
 
 def test_without_pyarrow_one_line_says_so(tmp_path):
     (tmp_path / "pyarrow.py").write_text("raise ImportError")
     (tmp_path / "in.parquet").write_bytes(b"PAR1")
-    done = subprocess.run([sys.executable, "data/maths.py", "--input", str(tmp_path / "in.parquet"), "--out", str(tmp_path / "out.jsonl")],
+    done = subprocess.run([sys.executable, "data/maths.py", "--input", str(tmp_path / "in.parquet"), "--out",
+                           str(tmp_path / "out.jsonl")],
                           cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 2 and "needs pyarrow" in done.stderr and done.stderr.count("\n") == 1
 

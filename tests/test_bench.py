@@ -1,0 +1,119 @@
+"""tests/bench.py at toy size: its arms run, its counts of work are right, and its report holds what the README quotes.
+No test looks at a time."""
+import json
+import os
+import sys
+
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+
+import bench
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def measure(tmp_path, model, *flags):
+    out = str(tmp_path / "bench.json")
+    return bench.main(bench.parse_args(["--sizes", "toy", "--rounds", "2", "--embedded", model, "--out", out, *flags])), out
+
+
+def test_generate_and_update_at_toy_size(tmp_path, tiny_model, monkeypatch, capsys):
+    def unable(*args, **flags):
+        raise RuntimeError("made for GPUs")
+
+    monkeypatch.setattr(bench.transformers.Qwen2ForCausalLM, "generate_batch", unable)
+    report, out = measure(tmp_path, tiny_model, "--only", "generate", "update")
+    entry = report["entries"]["generate/toy"]
+    ours, theirs, continuous = entry["arms"].values()
+    size = bench.SIZES["toy"]
+    assert [one["tokens"] for one in ours["rounds"]] == 2 * [size.prompts * size.n * size.new_tokens]  # nothing ends early
+    assert [one["tokens"] for one in theirs["rounds"]] == 2 * [size.prompts * size.n * size.new_tokens]
+    assert continuous == {"missing": "RuntimeError: made for GPUs"}
+    assert entry["same_tokens_p"] > 0.001
+    assert 0 < ours["roofline"] < 1 and ours["ours_is_faster"] == pytest.approx([1, 1, 1])
+    ratios = [a["cpu_s"] / b["cpu_s"] for a, b in zip(theirs["rounds"], ours["rounds"])]  # equally many tokens
+    assert theirs["ours_is_faster"] == pytest.approx([sum(ratios) / 2, min(ratios), max(ratios)], rel=0.2)
+    assert theirs["ours_is_faster"][1] <= theirs["ours_is_faster"][0] <= theirs["ours_is_faster"][2]
+    with open(out) as file:
+        assert json.load(file) == report
+    assert "made for GPUs" in capsys.readouterr().out
+
+
+def test_step_without_trl_and_kept_entries(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    (tmp_path / "bench.json").write_text('{"entries": {"fixed": {"commands": {}}}}')
+    report, _ = measure(tmp_path, tiny_model, "--only", "step")
+    ours, trl = report["entries"]["step/toy"]["arms"].values()
+    assert ours["rounds"][0]["tokens"] == 32 and trl["missing"].startswith("not installed")
+    assert "fixed" in report["entries"]
+
+
+def test_plain_update_is_the_update_of_train(tmp_path, tiny_model):
+    """The two arms of `update` do the same work: without smoothing they move the weights alike."""
+    rows = [{"id": f"{k // 2}", "sample": k % 2, "prompt_ids": [5, 6, 7][:1 + k // 2], "completion_ids": [8, 9, 4, 10][k % 2:],
+             "logprobs": [-1.0] * (4 - k % 2), "finish_reason": "stop", "correct": k % 2 == 0, "reward": float(k % 2 == 0)} for k in range(4)]
+    rollouts, moved = str(tmp_path / "scored.jsonl"), []
+    with open(rollouts, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    bench.train.main(bench.train.parse_args(["--model", tiny_model, "--rollouts", rollouts, "--out", str(tmp_path / "round"), "--method", "grpo",
+                                             "--temperature", "1", "--lr", "1e-3"]))
+    for folder in (str(tmp_path / "round"), tiny_model):
+        model, _ = bench.train.load_model(folder, "cpu", bench.train.check_model(folder))
+        if folder == tiny_model:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+            bench.plain_update(model, optimizer, [{"prompt": row["prompt_ids"], "completion": row["completion_ids"],
+                                                   "advantage": 2 * row["reward"] - 1} for row in rows], 16384)
+        moved.append(torch.cat([weight.flatten() for weight in model.parameters()]))
+    assert torch.nn.functional.cosine_similarity(*(one.double() for one in moved), dim=0) > 1 - 1e-9
+    assert (moved[0] - moved[1]).abs().mean() < 1e-5  # AdamW's first step is lr * sign of the gradient, 1e-3 wherever they differ
+
+
+def test_needed_work_counts_each_prompt_once():
+    """Against a count in loops: every product of every token that must be computed."""
+    config = bench.transformers.Qwen2Config(**bench.SIZES["toy"].config)
+    width, kv, middle, layers, vocab = 32, 16, 64, 2, 64
+    flop = read = 0
+    for prompt, lengths in (shape := [(5, [3, 1]), (2, [4, 4])]):
+        ends = [(1, prompt)] + [(prompt + 1, prompt + length - 1) for length in lengths]
+        for first, last in ends:
+            for context in range(first, last + 1):
+                projections = width * width * 2 + width * kv * 2 + 3 * width * middle
+                flop += layers * (2 * projections + 2 * 2 * width * context)
+                read += layers * 2 * kv * context
+        flop += sum(lengths) * 2 * width * vocab
+    read += 4 * (layers * (width * width * 2 + width * kv * 2 + 3 * width * middle) + vocab * width)
+    assert bench.needed(config, shape, 4, training=False) == (flop, 4 * read)
+    assert bench.needed(config, shape, 4, training=True) == (3 * flop, 0)
+
+
+def test_same_tokens_tells_samplers_apart():
+    generator = torch.Generator().manual_seed(0)
+    def rows(probs):
+        return [(i % 3, torch.multinomial(torch.tensor(probs), 8, True, generator=generator).tolist()) for i in range(90)]
+    assert bench.same_tokens(rows([.5, .3, .2]), rows([.5, .3, .2]), 3) > 0.01
+    assert bench.same_tokens(rows([.5, .3, .2]), rows([.4, .3, .3]), 3) < 0.01
+
+
+def test_meter_sees_the_peak_and_not_what_is_outside():
+    meter = bench.Meter("cpu")
+    meter.start()
+    torch.ones(2**22).sum()
+    meter.outside(lambda: torch.ones(2**25).sum())()
+    meter.stop()
+    assert 2**24 * 0.9 < meter.extra < 2**26
+
+
+def test_random_rollouts_are_judged(tmp_path):
+    path, out = str(tmp_path / "rollouts.jsonl"), str(tmp_path / "scored.jsonl")
+    bench.write_rollouts(path, 100)
+    bench.score.main(bench.score.parse_args([path, "--out", out]))
+    with open(out) as file:
+        rows = [json.loads(line) for line in file]
+    assert len(rows) == 100 and {row["reason"] for row in rows} <= {"ok", "value"}

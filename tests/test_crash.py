@@ -1,0 +1,206 @@
+"""A small slice of the fault campaign (crash.py; the whole of it: python tests/crash.py), and hostile rows and metas.
+
+The kinds of faults are described in crash.py. A loss is an output that is half, missing, doubled or different in the end.
+"""
+import json
+import os
+import shutil
+import signal
+import tempfile
+import types
+
+import pytest
+
+import crash
+import evaluate
+import train
+
+
+# ---- Faults ----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def whole_campaign():
+    folder = tempfile.mkdtemp(prefix="campaign-")
+    yield crash.Campaign(folder, seed=1)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def campaign(whole_campaign):
+    whole_campaign.losses.clear()
+    return whole_campaign
+
+
+ALL, TORCH = list(crash.STAGES), ("generate", "train")
+
+
+@pytest.mark.parametrize("kind", ["kill", "power", "full"])
+@pytest.mark.parametrize("name", ALL)
+def test_at_every_step_towards_the_disk(campaign, name, kind):
+    """Killed, cut off from power or out of room there, nothing is lost. Here every step of score.py, every ninth elsewhere."""
+    stride = 1 if name == "score" else 9
+    campaign.steps(name, kind, stride=stride, first=0 if stride == 1 else ALL.index(name))
+    assert not campaign.losses and campaign.faults[name, kind] >= (10 if stride == 1 else 1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_at_random_instants(campaign, name):
+    campaign.instants(name, 3)
+    assert not campaign.losses and campaign.faults[name, "instant"] == 3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_second_run_on_the_same_output_is_refused(campaign, name):
+    campaign.twice(name, 1)
+    assert not campaign.losses and campaign.faults[name, "twice"] == 2
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_a_disk_of_too_few_bytes(campaign, name):
+    campaign.disk(name, 3)
+    assert not campaign.losses and campaign.faults[name, "disk"] >= 2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_folder_that_cannot_be_written_and_a_clock_that_jumps(campaign, name):
+    campaign.read_only(name)
+    campaign.clock(name, 0)
+    assert not campaign.losses
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if crash.STAGES[name][2]])
+def test_a_torn_last_line_is_named_and_mended(campaign, name):
+    campaign.torn(name)
+    assert not campaign.losses
+
+
+def test_the_campaign_sees_a_loss(campaign, monkeypatch):
+    """Its own test: stages that leave something half-done, differing or behind are found out."""
+    folder = campaign.fresh("score")
+    with open(os.path.join(folder, "scored.jsonl"), "w") as file:
+        file.write('{"id": "ha')
+    assert campaign.differing("score", folder, whole=False) == ["scored.jsonl"]
+    os.remove(file.name)
+    assert campaign.differing("score", folder, whole=False) == []
+    assert campaign.start("score", folder).wait() == 0
+    with open(os.path.join(folder, "scored.jsonl.partial"), "w"):
+        pass
+    assert campaign.differing("score", folder, whole=True) == ["scored.jsonl.partial"]
+    with open(os.path.join(folder, "scored.jsonl"), "a") as file:
+        file.write("\n")
+    assert campaign.differing("score", folder, whole=False) == ["scored.jsonl"]
+    child = campaign.start("score", campaign.fresh("score"), kind="kill", at=0)
+    assert child.wait() == -signal.SIGKILL
+    assert crash.one_line("score", 1, "Traceback") and crash.one_line("score", 2, "score.py: error: a\nscore.py: error: b\n")
+
+
+# ---- Hostile rows ----------------------------------------------------------------------------------------------------
+ROW = {"id": "a", "sample": 0, "task": "countdown", "numbers": [1, 2], "target": 3, "n_solutions": 1, "completion": "1+2",
+       "prompt_ids": [3, 4], "completion_ids": [5, 6], "logprobs": [-1.0, -0.5], "finish_reason": "stop", "correct": True, "reward": 1.0,
+       "solution": "1+2", "pred": "1+2", "reason": "ok", "source": "s"}
+ROWS = [{**ROW, "id": name, "sample": sample} for name in ("../../etc/passwd", "test/807.json\x1b[2J") for sample in (0, 1)]
+ODD = [None, True, 0.5, -1, 10**30, 1e300, "x", "", [], {}, [None], ["x"], [0.5], [True], [[1]], [-1], [2**40], [1e300, 1e300], {"a": 1}]
+
+
+class Read(Exception):
+    """All rows were taken: next the model would be loaded, or the figures computed."""
+
+
+def written(tmp_path, rows):
+    path = tmp_path / "scored.jsonl"
+    path.write_bytes(rows if isinstance(rows, bytes) else "".join(json.dumps(row) + "\n" for row in rows).encode())
+    (tmp_path / "scored.jsonl.meta.json").write_text('{"sampling": {"temperature": 1.0}}')
+    return str(path)
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch, capfd):
+    """read(stage, rows): the one line with which the stage refuses them; None if it takes them all."""
+    def reached(*args, **flags):
+        raise Read
+    monkeypatch.setattr(train, "check_model", lambda *args: None)
+    monkeypatch.setattr(train, "describe", reached)
+    monkeypatch.setattr(evaluate, "evaluate", reached)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(stage, rows):
+        path = written(tmp_path, rows)
+        argv = [path] if stage is evaluate else ["--model", "m", "--rollouts", path, "--out", str(tmp_path / "out")]
+        capfd.readouterr()
+        try:
+            stage.run(stage.main, stage.parse_args(argv))
+        except Read:
+            return None
+        except SystemExit as end:
+            err = capfd.readouterr().err
+            assert end.code == 2 and err.count("\n") == 1 and err.startswith(f"{stage.__name__}.py: error: {path}") and err[:-1].isprintable()
+            return err.removeprefix(f"{stage.__name__}.py: error: {path}").strip()
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+    assert sorted(os.listdir(tmp_path)) == ["scored.jsonl", "scored.jsonl.meta.json"]  # an id is no file name
+
+
+FINE = {  # what of ODD a field may hold; the fields that a stage does not read may hold anything
+    train: {"id": ["x", ""], "sample": [-1, 10**30], "prompt_ids": [], "completion_ids": [], "logprobs": [], "finish_reason": [],
+            "correct": [True], "reward": [0.5, -1]},
+    evaluate: {"id": ["x", ""], "sample": [], "task": ["x", ""], "completion_ids": [value for value in ODD if isinstance(value, list)],
+               "finish_reason": ["x", ""], "correct": [True], "source": ["x", ""], "n_solutions": [None, -1, 10**30], "solution": ["x", ""]},
+}
+
+
+@pytest.mark.parametrize("stage", [train, evaluate])
+def test_wrong_types_in_every_field(stage, read):
+    for field in ROW:
+        for value in ODD:
+            said = read(stage, [{**ROW, "id": "b"}, {**ROW, "id": "b", "sample": 1}, ROW, {**ROW, "sample": 1, field: value}])
+            fine = FINE[stage].get(field, ODD)
+            taken = any(value is one or value == one and type(value) is type(one) for one in fine)
+            known = ("samples", "logprobs for", "another", "prompt_ids differ") if field in ("id", "completion_ids", "logprobs", "prompt_ids") else ()
+            assert (said is None) == taken or known and any(word in said for word in known), (field, value, said)
+            assert said is None or said.startswith((":4: ", ":3: ", ":1: ", ": ")), (field, value, said)
+
+
+@pytest.mark.parametrize("stage", [train, evaluate])
+@pytest.mark.parametrize("line, told", [
+    (b"[" * 10**6, ":5: not a valid JSON row"), (b'{"a":' * 10**6, ":5: not a valid JSON row"), (b'{"id": "a", "id": "b"}', "a key stands twice"),
+    (b'{"id": "a", "reward": 1e999}', "1e999 is not a finite number"), (b'{"id": "a", "reward": NaN}', "NaN is not a finite number"),
+    (b'{"id": "a", "x": ' + b"9" * 5000 + b"}", ":5: not a valid JSON row"), (b'{"id": "\xff"}', ":5: not a valid JSON row"),
+    (b'{"id": "\\udc80"}', ":5: not a valid JSON row"), (b'{"id": "a', ":5: not a valid JSON row"), (b"17", "not an object"),
+    (json.dumps(ROWS[0]).encode(), ":5: "),
+], ids=lambda value: None if isinstance(value, str) else "row")
+def test_hostile_lines(stage, read, line, told):
+    said = read(stage, b"".join(json.dumps(row).encode() + b"\n" for row in ROWS) + line + b"\n")
+    assert told in said and len(said) < 400
+
+
+@pytest.mark.parametrize("stage", [train, evaluate])
+def test_a_line_of_100_mb_is_refused_unread(stage, read, tmp_path, monkeypatch):
+    def sparse(folder, rows, written=written):
+        path = written(folder, rows)
+        with open(path, "ab") as file:
+            file.truncate(10**8)
+        return path
+    monkeypatch.setitem(globals(), "written", sparse)
+    assert read(stage, ROWS) == ":5: a line above 16 MB is refused unread"
+
+
+@pytest.mark.parametrize("stage", [train, evaluate])
+def test_crlf_a_bom_and_odd_ids_are_read_as_what_they_are(stage, read):
+    text = "\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in ROWS) + "\r\n \r\n"
+    assert read(stage, text.encode()) is None
+
+
+@pytest.mark.parametrize("stage", [train, evaluate])
+def test_a_hostile_id_does_not_command_the_terminal(stage, read):
+    said = read(stage, ROWS + ROWS[-1:])
+    assert "\\x1b[2J" in said and ":5: " in said
+
+
+@pytest.mark.parametrize("meta", ["", "{", "[]", "5", "null", "{}", "[" * 10**5, '{"sampling": 5}', '{"sampling": [1]}', '{"sampling": "x"}', "\udc80"])
+def test_a_hostile_meta_is_refused_by_train_and_no_news_to_evaluate(meta, tmp_path, capfd, monkeypatch):
+    path = written(tmp_path, ROWS)
+    (tmp_path / "scored.jsonl.meta.json").write_bytes(meta.encode(errors="surrogateescape"))
+    with pytest.raises(SystemExit) as end:
+        train.sampling_of(types.SimpleNamespace(rollouts=path, temperature=None, allow_off_policy=False))
+    assert end.value.code == 2 and capfd.readouterr().err.count("\n") == 1
+    evaluate.main(evaluate.parse_args([path, "--resamples", "10"]))
+    assert "4 problems" not in capfd.readouterr().out

@@ -1,0 +1,284 @@
+"""kernels/fused_linear_entropy.py against the plain way: F.linear, then the closed form, in fp64.
+
+The Triton half runs on a GPU, or in the process that test_kernel.py starts for the interpreter.
+"""
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(os.path.join(ROOT, "kernels"))
+import fused_entropy as kernel  # noqa: E402
+import fused_linear_entropy as linear  # noqa: E402
+from fused_linear_entropy import fused_linear_entropy  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+ROWS, WIDTH, VOCAB = 11, 16, 600
+
+
+@pytest.fixture(params=["torch", "triton"] if kernel.triton else ["torch"])
+def backend(request, monkeypatch):
+    monkeypatch.setattr(kernel, "BLOCK", 256)
+    monkeypatch.setattr(kernel, "CHUNK", 2 * VOCAB)
+    monkeypatch.setattr(linear, "CHUNK", {DEVICE: 3 * VOCAB})  # four chunks, the last one short
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def repeatable():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def draw(rows=ROWS, width=WIDTH, vocab=VOCAB, dtype=torch.float32):
+    hidden, weight = torch.randn(rows, width, dtype=dtype), torch.randn(vocab, width, dtype=dtype)
+    y = torch.randint(vocab, (rows,))
+    y[0], y[-1] = 0, vocab - 1
+    return hidden.to(DEVICE).requires_grad_(), weight.to(DEVICE).requires_grad_(), y.to(DEVICE)
+
+
+def plain(hidden, weight, y, temperature=1.0, bias=None, softcap=None, scale=1.0):
+    """The same in the eager way and the precision of the inputs, from the logits on in at least fp32."""
+    logits = F.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale / temperature
+    logps, lse = logits.log_softmax(-1), logits.logsumexp(-1)
+    entropy = -(logps.exp() * logps).sum(-1)
+    keep = y >= 0
+    return logps.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1) * keep, entropy * keep, lse * keep
+
+
+def loss(results):
+    """A different upstream gradient for each row and each result."""
+    logp, entropy, lse = results
+    up = torch.linspace(-1, 1, logp.numel(), device=logp.device, dtype=logp.dtype).view(logp.shape)
+    return (logp * up + entropy * up.cos() + 0.3 * lse * up.sin()).sum()
+
+
+def error(got, want):
+    return ((got.double() - want.double()).abs() / want.double().abs().clamp(min=1)).max().item()
+
+
+HEADS = {"plain": {}, "bias": {"bias": True}, "cap": {"softcap": 5.0}, "scale": {"scale": 0.25},
+         "all": {"bias": True, "softcap": 5.0, "scale": 2.0}}
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("form", HEADS)
+def test_results_and_gradients(backend, form, temperature):
+    """fp32 against fp64, through four chunks, with ignored rows."""
+    hidden, weight, y = draw()
+    y[3] = y[7] = -1
+    more = dict(HEADS[form])
+    leaves = [hidden, weight]
+    if more.pop("bias", False):
+        more["bias"] = torch.randn(VOCAB, device=DEVICE, requires_grad=True)
+        leaves.append(more["bias"])
+    got = fused_linear_entropy(hidden, weight, y, temperature, backend=backend, **more)
+    got_grads = torch.autograd.grad(loss(got), leaves)
+    wide = [one.detach().double().requires_grad_() for one in leaves]
+    more |= {"bias": wide[2]} if len(wide) == 3 else {}
+    want = plain(wide[0], wide[1], y, temperature, **more)
+    want_grads = torch.autograd.grad(loss(want), wide)
+    for one, other in zip(got, want):  # the fp32 products themselves are good to about 1e-6 of logits of size 15
+        assert one.dtype == torch.float32 and error(one, other) < 1e-5
+    for one, other, leaf in zip(got_grads, want_grads, leaves):
+        assert one.dtype == leaf.dtype and one.shape == leaf.shape
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+    assert (got_grads[0][[3, 7]] == 0).all()
+
+
+def test_gradcheck(backend):
+    hidden, weight, y = draw(5, 4, 20, torch.float64)
+    y[1] = -1
+    bias = torch.randn(20, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    linear.CHUNK = {DEVICE: 40}
+    assert torch.autograd.gradcheck(
+        lambda *leaves: fused_linear_entropy(*leaves[:2], y, 0.7, *leaves[2:], softcap=3.0, scale=1.5, backend=backend),
+        (hidden, weight, bias), fast_mode=INTERPRETED)
+
+
+def test_leading_dimensions(backend):
+    """(batch, sequence, d) gives the bits of its flat form."""
+    hidden, weight, y = draw(12)
+    flat = fused_linear_entropy(hidden, weight, y, 0.7, backend=backend)
+    folded = fused_linear_entropy(hidden.view(3, 4, WIDTH), weight, y.view(3, 4), 0.7, backend=backend)
+    for one, other in zip(flat, folded):
+        assert other.shape == (3, 4) and torch.equal(one, other.flatten())
+    for leaf in hidden, weight:
+        assert torch.equal(*(torch.autograd.grad(loss(one), leaf, retain_graph=True)[0] for one in (flat, folded)))
+
+
+def test_no_rows(backend):
+    _, weight, y = draw(width=4)
+    hidden = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
+    results = fused_linear_entropy(hidden, weight, y[:0], backend=backend)
+    sum(one.sum() for one in results).backward()
+    assert results[0].shape == (0,) and hidden.grad.shape == (0, 4) and (weight.grad == 0).all()
+
+
+class Watch(TorchDispatchMode):
+    """Counts matrix products by their number of multiplications, and notes the largest memory that is allocated."""
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[:2] if name == "mm" else args[1:3]
+            self.products += a.shape[0] * a.shape[1] * b.shape[1]
+        for one in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(one, torch.Tensor):
+                self.largest = max(self.largest, one.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("frozen, products", [((), 4), (("weight",), 3), (("hidden",), 3), (("hidden", "weight"), 1)])
+def test_products(backend, frozen, products):
+    """Four products in all, three where one side is frozen, and the forward pass's one where no gradient is due."""
+    hidden, weight, y = draw()
+    hidden.requires_grad_("hidden" not in frozen)
+    weight.requires_grad_("weight" not in frozen)
+    with Watch() as watch:
+        results = fused_linear_entropy(hidden, weight, y, backend=backend)
+        assert watch.products == ROWS * WIDTH * VOCAB
+        if products > 1:
+            loss(results).backward()
+    assert watch.products == products * ROWS * WIDTH * VOCAB
+    with Watch() as watch, torch.no_grad():
+        fused_linear_entropy(hidden, weight, y, backend=backend)
+    assert watch.products == ROWS * WIDTH * VOCAB
+
+
+def test_the_logits_are_never_whole():
+    """No memory grows with rows x vocab: the largest is one chunk, or the weight's own gradient."""
+    hidden, weight, y = draw(rows=400)
+    linear_chunk, linear.CHUNK = linear.CHUNK, {DEVICE: 10 * VOCAB}
+    try:
+        with Watch() as watch:
+            loss(fused_linear_entropy(hidden, weight, y, backend="torch")).backward()
+    finally:
+        linear.CHUNK = linear_chunk
+    assert watch.largest <= 2 * 10 * VOCAB * 4  # of the logits' 400 rows
+
+
+def test_a_small_vocabulary_takes_one_chunk():
+    hidden, weight, y = draw(rows=10000, vocab=30)
+    assert [rows for rows, _ in linear.row_chunks(hidden, weight)] == [slice(0, 2**25 // 30)]
+
+
+def test_autocast(backend):
+    """hidden bf16, weight fp32: results fp32, gradients in their leaves' types and as good as the plain way's."""
+    hidden, weight, y = draw(dtype=torch.float32)
+    narrow = hidden.detach().bfloat16().requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = fused_linear_entropy(narrow, weight, y, 0.7, backend=backend)
+        usual = plain(narrow, weight, y, 0.7)
+    got_grads = torch.autograd.grad(loss(got), (narrow, weight))
+    usual_grads = torch.autograd.grad(loss(usual), (narrow, weight))
+    assert [one.dtype for one in (*got, *got_grads)] == [torch.float32] * 3 + [torch.bfloat16, torch.float32]
+    exact = [one.detach().bfloat16().double().requires_grad_() for one in (narrow, weight)]
+    want = plain(*exact, y, 0.7)
+    want_grads = torch.autograd.grad(loss(want), exact)
+    for one, other, best in zip((*got, *got_grads), (*usual, *usual_grads), (*want, *want_grads)):
+        assert (one - best).abs().max() <= 1.5 * (other - best).abs().max() + 1e-6
+
+
+def test_mixed_types_are_refused_outside_of_autocast(backend):
+    hidden, weight, y = draw()
+    with pytest.raises(ValueError, match="autocast"):
+        fused_linear_entropy(hidden.bfloat16(), weight, y, backend=backend)
+
+
+def test_the_weight_gradient_is_summed_in_fp32(backend):
+    """One row a chunk: 300 bf16 additions would lose the small ones. Each product is still rounded once, on a CPU."""
+    rows, vocab = 300, 40
+    hidden = torch.ones(rows, 4, dtype=torch.bfloat16, device=DEVICE)
+    weight = torch.zeros(vocab, 4, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    y = torch.full((rows,), 3, device=DEVICE)
+    linear.CHUNK = {DEVICE: vocab}
+    grad, = torch.autograd.grad(fused_linear_entropy(hidden, weight, y, backend=backend)[0].sum(), weight)
+    want = rows * ((torch.arange(vocab) == 3).double() - 1 / vocab)
+    assert grad.dtype == torch.bfloat16
+    assert ((grad[:, 0].cpu().double() - want).abs() <= 0.01 * want.abs()).all()
+
+
+def test_differentiating_twice_raises(backend):
+    hidden, weight, y = draw()
+    with pytest.raises(RuntimeError, match="only once"):
+        torch.autograd.grad(loss(fused_linear_entropy(hidden, weight, y, backend=backend)), hidden, create_graph=True)
+
+
+def test_backward_twice(backend):
+    """Nothing saved is overwritten: a second backward through the same graph gives the same bits."""
+    hidden, weight, y = draw()
+    value = loss(fused_linear_entropy(hidden, weight, y, 0.7, softcap=5.0, backend=backend))
+    first, second = (torch.autograd.grad(value, (hidden, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"hidden": torch.zeros(3, 5)}, "needed"), ({"targets": torch.zeros(4, dtype=torch.long)}, "needed"),
+    ({"weight": torch.zeros(4)}, "needed"), ({"bias": torch.zeros(3)}, "needed"), ({"backend": "cuda"}, "backend"),
+    ({"targets": torch.zeros(3)}, "integers"), ({"temperature": 0}, "temperature"), ({"softcap": 0}, "softcap"),
+    ({"scale": -1}, "scale"), ({"scale": float("nan")}, "scale"),
+])
+def test_wrong_inputs(change, message):
+    right = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(6, 4), "targets": torch.zeros(3, dtype=torch.long)}
+    with pytest.raises(ValueError, match=message):
+        fused_linear_entropy(**{**right, **change})
+
+
+class Model(torch.nn.Module):
+    """The embedding's weight is the head's (tied), as in most small models."""
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCAB, WIDTH)
+        self.layer = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids, y, fused=True):
+        hidden = self.layer(self.embed(ids)).tanh() * 4
+        return (fused_linear_entropy if fused else plain)(hidden, self.embed.weight, y, 0.7)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapper", ["none", "ddp", "fsdp2"])
+def test_inside_a_wrapped_module(wrapper, process_group, monkeypatch):
+    """DDP's hooks see the tied weight's gradient; under FSDP2 the head gets the weight that its hooks have gathered."""
+    monkeypatch.setattr(linear, "CHUNK", {"cpu": 3 * VOCAB})
+    ids = torch.randint(VOCAB, (2, 8))
+    y = torch.cat([ids[:, 1:], torch.full((2, 1), -1)], 1)
+    model = Model()
+    names = [name for name, _ in model.named_parameters()]
+    loss(model(ids, y, fused=False)).backward()
+    want = [one.grad.clone() for one in model.parameters()]
+    model.zero_grad()
+    wrapped = model
+    if wrapper == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    if wrapper == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.device_mesh import init_device_mesh
+        wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    loss(wrapped(ids, y)).backward()
+    for name, one, other in zip(names, wrapped.parameters(), want):
+        grad = one.grad.full_tensor() if wrapper == "fsdp2" else one.grad
+        assert (grad - other).abs().max() <= 1e-5 * other.abs().max(), name
