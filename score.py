@@ -553,22 +553,22 @@ def number_of(value):
     return math.nan
 
 
-FIELDS = {  # field: (what it must be, in words)
+COMMON = ("id", "sample", "completion", "finish_reason", "task")
+# A task: the fields of its rows, and (completion, row) -> the new fields. Maths answers go to the workers instead.
+OWN = {"countdown": ("numbers", "target"), "math": ("answer",)}
+VERIFIERS = {"countdown": verify_countdown}
+FIELDS = {  # field: (whether a value fits, what it must be)
     "id": (lambda value: isinstance(value, str), "a text"),
     "sample": (lambda value: type(value) is int and 0 <= value < 2**20, "a whole number from 0 to 2^20 - 1"),
     "completion": (lambda value: isinstance(value, str), "a text"),
     "finish_reason": (lambda value: value in ("stop", "length"), "'stop' or 'length'"),
-    "task": (lambda value: value in OWN, "one of the tasks that score.py knows"),
+    "task": (lambda value: isinstance(value, str) and value in OWN, f"one of {', '.join(OWN)}"),
     "numbers": (lambda value: isinstance(value, list) and value and all(type(one) is int for one in value),
                 "a list of whole numbers"),
     "target": (lambda value: type(value) is int, "a whole number"),
     "answer": (lambda value: value and all(map(text_of, value)) if isinstance(value, list) else text_of(value),
                "a text, a number or a list of these, and not empty"),
 }
-COMMON = ("id", "sample", "completion", "finish_reason", "task")
-# A task: the fields of its rows, and (completion, row) -> the new fields. Maths answers go to the workers instead.
-OWN = {"countdown": ("numbers", "target"), "math": ("answer",)}
-VERIFIERS = {"countdown": verify_countdown}
 
 
 def check(where, row, seen):
@@ -577,9 +577,8 @@ def check(where, row, seen):
         for field in fields:
             if field not in row:
                 fail(f"{where}: missing field '{field}'")
-            fits, what = FIELDS[field]
-            if not fits(row[field]):
-                fail(f"{where}: field '{field}' must be {what}")
+            if field in FIELDS and not FIELDS[field][0](row[field]):
+                fail(f"{where}: field '{field}' must be {FIELDS[field][1]}")
     name, sample = row["id"], row["sample"]
     if seen.get(name, 0) >> sample & 1:
         fail(f"{where}: id {name[:80]!r}, sample {sample} stands twice")
@@ -663,8 +662,8 @@ def sampling_of(path):
 
 def show(row, fields):
     """One row readably; repr, because a completion may hold control characters for the terminal."""
-    task = ", ".join(f"{field} {row[field]!r}" for field in OWN[row["task"]])
-    print(f"{row['id'][:80]!r} sample {row['sample']}: {task}\n  completion (its end) {row['completion'][-300:]!r}\n"
+    asked = ", ".join(f"{field} {row[field]!r}" for field in OWN[row["task"]])
+    print(f"{row['id'][:80]!r} sample {row['sample']}: {asked}\n  completion (its end) {row['completion'][-300:]!r}\n"
           f"  answer {str(fields['pred'])[:200]!r}: {fields['reason']}, reward {fields['reward']:g}")
 
 

@@ -266,7 +266,7 @@ from transformers.cache_utils import DynamicCache
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be installed.
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
-from fused_linear_entropy import fused_linear_entropy
+from fused_linear_entropy import CHUNK, fused_linear_entropy
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
@@ -540,14 +540,17 @@ def save_round(out, policy, tokenizer, optimizer, state, lines, source):
     if rank:
         return
     policy.model.generation_config = transformers.GenerationConfig()  # a model's own may fail its library's checks: copied below
-    policy.model.save_pretrained(out, state_dict=weights)
-    tokenizer.save_pretrained(out)
+    try:
+        policy.model.save_pretrained(out, state_dict=weights)
+        tokenizer.save_pretrained(out)
+        save_file(moments, f"{out}/optimizer.safetensors")
+    except Exception as error:  # a full disk: where Rust writes, it is no OSError
+        fail(f"{out}: cannot be written: {type(error).__name__}: {error}")
     original = transformers.utils.cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
     if original:
         shutil.copyfile(original, f"{out}/generation_config.json")
     else:
         os.remove(f"{out}/generation_config.json")
-    save_file(moments, f"{out}/optimizer.safetensors")
     with open(f"{out}/trainer_state.json", "w", encoding="utf-8") as file:
         json.dump(state, file, indent=1)
     with open(f"{out}/metrics.jsonl", "w", encoding="utf-8") as file:
@@ -561,6 +564,8 @@ def load_optimizer(optimizer, policy, folder):
     try:
         with open(f"{folder}/trainer_state.json", encoding="utf-8") as file:
             step = json.load(file)["step"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step {step}")
         moments = load_file(f"{folder}/optimizer.safetensors")
         for name, weight in policy.model.named_parameters():
             optimizer.state[weight] = {"step": torch.tensor(float(step))}
@@ -671,10 +676,11 @@ def refuse(out, rows, members, step, loss, grad_norm, rank):
 
 
 def memory_estimate(policy, device, dtype, tokens, ranks=1):
-    """(bytes of fp32 weights, gradients and both Adam moments; bytes that a micro-batch of `tokens` keeps for its backward pass).
+    """(bytes of fp32 weights, gradients and both Adam moments; bytes that a micro-batch of `tokens` needs besides).
 
     The first is counted, 16 bytes a weight over `ranks` shards. The second is what autograd saves in two small forward passes,
-    carried on in proportion to the tokens: so it holds for any architecture, with autocast and with activation checkpointing."""
+    carried on in proportion to the tokens, so that it holds for any architecture, with autocast and with activation checkpointing;
+    and the head's chunk of logits with its share of the weight's gradient."""
     own = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
 
     def saved(count):
@@ -690,7 +696,8 @@ def memory_estimate(policy, device, dtype, tokens, ranks=1):
         return sum(size for pointer, size in kept.items() if pointer not in own) + 0 * len(out)
 
     few, many = saved(64), saved(192)
-    return sum(weight.numel() for weight in policy.parameters()) * 16 // ranks, int(few + (many - few) / 128 * max(tokens - 64, 0))
+    chunk = 4 * (min(CHUNK["cpu" if device == "cpu" else "cuda"], tokens * len(policy.head.weight)) + policy.head.weight.numel())
+    return sum(weight.numel() for weight in policy.parameters()) * 16 // ranks, int(few + (many - few) / 128 * max(tokens - 64, 0)) + chunk
 
 
 def update(args):
@@ -791,7 +798,7 @@ def update(args):
     # 4. The updates.
     lines = []
     if not args.reset_optimizer and os.path.exists(f"{args.model}/metrics.jsonl"):
-        with open(f"{args.model}/metrics.jsonl", encoding="utf-8") as file:
+        with open(f"{args.model}/metrics.jsonl", encoding="utf-8", errors="replace") as file:
             lines = file.readlines()
     for members, plan in tqdm(list(zip(updates, plans)), "updates", disable=None if rank == 0 else True):
         start = time.monotonic()

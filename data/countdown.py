@@ -184,8 +184,8 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default %(default)s)")
     # which problems
     parser.add_argument("--numbers", type=int, default=4, choices=range(2, 7), help="numbers a problem (default %(default)s)")
-    parser.add_argument("--max-number", type=int, default=9, help="numbers are 1..this (default %(default)s)")
-    parser.add_argument("--max-target", type=int, default=100, help="targets are 1..this (default %(default)s)")
+    parser.add_argument("--max-number", type=int, default=15, help="numbers are 1..this (default %(default)s)")
+    parser.add_argument("--max-target", type=int, default=150, help="targets are 1..this (default %(default)s)")
     parser.add_argument("--max-solutions", type=int, help="only problems with at most this many distinct solutions (default: any)")
     parser.add_argument("--split", default="all", choices=["all", *SPLITS], help="only problems of this split (default %(default)s)")
     parser.add_argument("--exclude", action="append", default=[], metavar="FILE.jsonl",

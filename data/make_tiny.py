@@ -1,10 +1,8 @@
 """Make the embedded model: a 1M-parameter Qwen2 that plays Countdown, pre-trained from scratch on random right answers.
 
-    python data/make_tiny.py --out /tmp/wide --max-number 15 --steps 6000 --save-every 1000       # stopped after wide-3000
-    python data/make_tiny.py --out /tmp/middle --init /tmp/wide-3000 --max-number 12 --seed 1     # stopped after middle-2000
-    python data/make_tiny.py --out data/tiny-countdown --init /tmp/middle-2000 --seed 2 --problems 60000 --steps 2000 --lr 1.5e-3
+    python data/make_tiny.py --out /tmp/first --max-target 100 --steps 6000 --save-every 1000        # stopped after first-3000
+    python data/make_tiny.py --out data/tiny-countdown --init /tmp/first-3000 --seed 1 --steps 1000 --lr 1e-3 --problems 80000
 
-Three phases, from wide numbers to the one-digit ones of the default problems; data/tiny-countdown/curve.jsonl is their curve.
 Every problem of the train split of data/countdown.py may be drawn. Its answer is drawn uniformly among *all* its distinct
 solutions and written in a random order of terms and factors, so that the base policy is diverse: it is that
 diversity which reinforcement learning then spends. Loss on the answer and its end alone; AdamW, warm-up,
@@ -23,9 +21,8 @@ import sys
 import time
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import countdown  # the problems, their splits and the exact solver
@@ -36,8 +33,9 @@ def parse_args(argv=None):
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems, the answers and the weights (default %(default)s)")
     parser.add_argument("--init", help="start from the weights in this folder (default: random weights)")
-    parser.add_argument("--max-number", type=int, default=9, help="numbers are 1..this (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of --batch problems (default %(default)s)")
+    parser.add_argument("--max-number", type=int, default=15, help="numbers are 1..this (default %(default)s)")
+    parser.add_argument("--max-target", type=int, default=150, help="targets are 1..this (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps of --batch problems (default %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="problems a step (default %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default %(default)s)")
     parser.add_argument("--problems", type=int, default=150_000, help="distinct training problems (default %(default)s)")
@@ -47,13 +45,13 @@ def parse_args(argv=None):
 
 
 def make_tokenizer():
-    """One token a character; the end of text and the padding are tokens of their own."""
-    vocabulary = ["<|endoftext|>", "<|pad|>", "<|unk|>", *"0123456789+-*/()=: "]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<|unk|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>",
-                                   unk_token="<|unk|>", clean_up_tokenization_spaces=False)
+    """One token a character; the end of text and the padding are tokens of their own.
+
+    The class is that of the model's family, since AutoTokenizer gives every qwen2 folder this class, whatever the folder says. It
+    works on bytes, whose spelling of the space is "\u0120"."""
+    vocabulary = ["<|endoftext|>", "<|pad|>", "<|unk|>", *"0123456789+-*/()=:\u0120"]
+    return Qwen2Tokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], eos_token="<|endoftext|>",
+                          pad_token="<|pad|>", unk_token="<|unk|>")
 
 
 def make_model(vocab_size):
@@ -92,9 +90,10 @@ def outside(text):
             yield c
 
 
-def solved(n, seed, split, max_number):
+def solved(n, split, args):
     """[(numbers, target, all distinct solutions)] of `n` problems."""
-    flags = countdown.parse_args(["--out", "-", "--n", str(n), "--seed", str(seed), "--split", split, "--max-number", str(max_number)])
+    flags = countdown.parse_args(["--out", "-", "--n", str(n), "--seed", str(args.seed), "--split", split, "--max-number",
+                                  str(args.max_number), "--max-target", str(args.max_target)])
     return [(problem["numbers"], problem["target"], sorted(countdown.solutions(problem["numbers"], problem["target"])))
             for problem in tqdm(countdown.problems(flags), f"{split} problems", n, disable=None)]
 
@@ -126,9 +125,9 @@ def main(args):
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     rng = random.Random(args.seed)
-    pool = solved(args.problems, args.seed, "train", args.max_number)
+    pool = solved(args.problems, "train", args)
     tokenizer = make_tokenizer()
-    held_out = batch_of(solved(2000, args.seed, "tune", args.max_number), 2000, random.Random(args.seed), tokenizer)
+    held_out = batch_of(solved(2000, "tune", args), 2000, random.Random(args.seed), tokenizer)
     model = Qwen2ForCausalLM.from_pretrained(args.init, dtype=torch.float32) if args.init else make_model(len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 200) * (

@@ -31,9 +31,11 @@ import ctypes
 import dataclasses
 import io
 import json
+import logging
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -546,24 +548,28 @@ def trl_rounds(bench, size, path, learner, tokenizer, machine, ours, Dataset, GR
 
 
 # ---- scale and fixed: the stages as processes ---------------------------------------------------------------------------
-def usage(bench, *command):
-    """Wall and CPU seconds and the peak memory of a process of its own."""
-    began = time.perf_counter()
-    with open(bench.fresh("log"), "w+") as log:
-        process = os.posix_spawn(sys.executable, [sys.executable, *command], os.environ,
-                                 file_actions=[(os.POSIX_SPAWN_DUP2, log.fileno(), 1), (os.POSIX_SPAWN_DUP2, log.fileno(), 2)])
-        _, status, used = os.wait4(process, 0)
-        if status:
-            log.seek(0)
-            raise RuntimeError(f"{' '.join(command)}: {log.read()[-500:]}")
-    return {"wall_s": time.perf_counter() - began, "cpu_s": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024}
+# A process starts with the peak memory of the one that starts it: hence a small one in between, which reports as JSON.
+STARTER = """import json, resource, subprocess, sys, time
+began = time.perf_counter()
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([done.returncode, done.stderr[-500:], time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))"""
+
+
+def usage(*command):
+    """Wall and CPU seconds and the peak memory of a Python process of its own."""
+    said = subprocess.run([sys.executable, "-c", STARTER, sys.executable, *command], stdout=subprocess.PIPE, check=True).stdout
+    code, errors, wall, cpu, peak = json.loads(said)
+    if code:
+        raise RuntimeError(f"{' '.join(command)}: {errors}")
+    return {"wall_s": wall, "cpu_s": cpu, "peak_bytes": peak}
 
 
 def stage(name):
     return os.path.join(ROOT, name)
 
 
-def write_rollouts(path, rows, n=64):
+def write_rollouts(path, rows, n=50):
     """Countdown rollouts, n a problem, whose answers are random expressions over the problem's numbers: hardly one stands twice, so that
     score.py gains nothing from having judged it before."""
     rng = random.Random(0)
@@ -585,7 +591,7 @@ def bench_scale(bench):
     found = {name: [] for name in ("generate.py", "score.py", "train.py", "evaluate.py")}
 
     def measure(name, rows, *flags):
-        found[name].append({"rows": rows, **usage(bench, stage(name), *flags)})
+        found[name].append({"rows": rows, **usage(stage(name), *flags)})
 
     for rows in bench.args.rows:
         rollouts, scored = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
@@ -598,7 +604,7 @@ def bench_scale(bench):
         prompts, rollouts, scored = bench.fresh("prompts.jsonl"), bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
         write_prompts(prompts, -(-rows // 16))
         measure("generate.py", rows, *generate_flags(SIZES["tiny"], bench.args.embedded, prompts, rollouts))
-        usage(bench, stage("score.py"), rollouts, "--out", scored)
+        usage(stage("score.py"), rollouts, "--out", scored)
         measure("train.py", rows, "--model", bench.args.embedded, "--rollouts", scored, "--out", bench.fresh("round"))
     bench.entries["scale"] = {"stages": found, "threads": bench.args.threads}
 
@@ -616,7 +622,7 @@ def bench_fixed(bench):
                 "score.py": [stage("score.py"), rollouts, "--out", scored],
                 "train.py": [stage("train.py"), "--model", bench.args.embedded, "--rollouts", scored, "--out", out],
                 "evaluate.py": [stage("evaluate.py"), scored, "--out", bench.fresh("eval.json")]}.items():
-            found.setdefault(label, []).append(usage(bench, *command))
+            found.setdefault(label, []).append(usage(*command))
     bench.entries["fixed"] = {"threads": bench.args.threads, "commands": {
         label: {key: statistics.median(one[key] for one in results) for key in results[0]} for label, results in found.items()}}
 
@@ -667,6 +673,7 @@ def processor():
 
 def main(args):
     torch.set_num_threads(args.threads)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, folder)
         for part in args.only:

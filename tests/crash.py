@@ -20,8 +20,8 @@ an open for writing, a write (half of it is done first), an fsync, a rename, a r
     clock     time.time() jumps by months, both ways, at each call
 
 After each fault, whatever bears a final name is compared with the undisturbed run's, and the same command must then end
-with exit 0 and the same bytes: JSONL, JSON, PNG and weights as they are, a meta without argv and wall time, metrics.jsonl
-without tokens_per_s and peak_mem_bytes. Anything else is a loss. Exit status 1 if there was one.
+with exit 0 and the same bytes: JSONL, JSON, PNG and weights as they are, a meta without argv, git commit and wall time,
+metrics.jsonl without tokens_per_s and peak_mem_bytes. Anything else is a loss. Exit status 1 if there was one.
 """
 import argparse
 import atexit
@@ -46,6 +46,7 @@ import tempfile
 import time
 import traceback
 
+REACHED = b"(here the fault)\n"  # on stderr
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KINDS = ("kill", "power", "full", "instant", "process", "disk", "read-only", "twice", "torn", "clock")
 STAGES = {  # name: (command, what it writes, its input that is torn)
@@ -63,7 +64,7 @@ STAGES = {  # name: (command, what it writes, its input that is torn)
 # ---- The warm process ------------------------------------------------------------------------------------------------
 def serve(path, base):
     """Save a tiny random model to `base`, then run stages until stdin is closed. A request on the socket `path` is JSON
-    {"argv", "cwd", "fault"} with the three standard files; the answer is the child's process id, then its exit code."""
+    {"argv", "cwd", "fault"} with the three standard files; the answer is the child's process id, then its exit code and CPU time."""
     sys.path[:0] = [ROOT, os.path.join(ROOT, "data")]
     import matplotlib.backends.backend_agg  # noqa: F401
     import torch
@@ -123,9 +124,9 @@ def answer(connection, modules):
             sys.stdout.flush()
             os._exit(code)
     connection.sendall(f"{pid}\n".encode())
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    _, status, usage = os.wait4(pid, 0)
     with contextlib.suppress(BrokenPipeError):
-        connection.sendall(f"{code}\n".encode())
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)} {usage.ru_utime + usage.ru_stime}\n".encode())
     os._exit(0)
 
 
@@ -136,7 +137,8 @@ def inject(kind, at=0, bytes=0):
     def step(half=None, error=None):
         if next(steps) != at:
             return
-        if half:
+        os.write(2, REACHED)
+        if half and kind != "stop":
             half()
         if kind == "full":
             raise error or OSError(errno.ENOSPC, "No space left on device")
@@ -176,9 +178,10 @@ def inject(kind, at=0, bytes=0):
             step()
         return plain_handle(path, flags, *more, **also)
 
-    def change(name, plain):  # a folder entry; only what takes room can find the disk full
+    def change(name, plain):  # of a folder's entries; only what takes room can find the disk full
         def changed(path, *more, **also):
-            if (below(path) or "dir_fd" in also) and (kind != "full" or name in ("mkdir", "replace", "rename")):
+            takes_room = name in ("rename", "replace") or name == "mkdir" and not os.path.exists(path)
+            if (below(path) or "dir_fd" in also) and (takes_room or kind != "full"):
                 step()
             return plain(path, *more, **also)
         return changed
@@ -246,6 +249,7 @@ class Warm:
 
 class Child:
     """A stage at work: .pid; .wait() gives its exit code (minus the signal that ended it); .err is its stderr then."""
+    seconds = 0.0  # CPU time of all
 
     def __init__(self, path, argv, cwd, fault=None, handles=None):
         self.connection = socket.socket(socket.AF_UNIX)
@@ -258,13 +262,14 @@ class Child:
         self.pid = int(self.lines.readline())
 
     def wait(self):
-        code = int(self.lines.readline())
+        code, cpu = self.lines.readline().split()
+        Child.seconds += float(cpu)
         self.lines.close()
         self.connection.close()
         self.file.seek(0)
         self.err = self.file.read().decode()
         self.file.close()
-        return code
+        return int(code)
 
 
 @functools.cache
@@ -281,7 +286,7 @@ def content(path):
     with open(path, "rb") as file:
         data = file.read()
     if path.endswith(".meta.json"):
-        data = {key: value for key, value in json.loads(data).items() if key not in ("argv", "wall_s", "wall_time")}
+        data = {key: value for key, value in json.loads(data).items() if key not in ("argv", "git", "wall_s", "wall_time")}
     elif path.endswith("metrics.jsonl"):
         data = [{key: value for key, value in json.loads(line).items() if key not in ("tokens_per_s", "peak_mem_bytes")}
                 for line in data.splitlines()]
@@ -358,12 +363,12 @@ class Campaign:
 
     # ---- The kinds of faults -----------------------------------------------------------------------------------------
     def steps(self, name, kind, stride=1, first=0):
-        """Every stride-th step; without `full`, until a start reaches its end."""
+        """Every stride-th step, until a start has fewer."""
         for at in range(first, 10**6, stride):
             folder = self.fresh(name)
             child = self.start(name, folder, kind=kind, at=at)
             code = child.wait()
-            if code == 0:  # it has fewer steps
+            if REACHED.decode() not in child.err:
                 return shutil.rmtree(folder)
             problems = []
             if kind == "full":
@@ -408,27 +413,25 @@ class Campaign:
 
     def disk(self, name, parts):
         """A disk of too few bytes, then a larger one."""
-        sizes = sorted(os.path.getsize(os.path.join(folder, file)) for out in STAGES[name][1] for folder, _, files in [
-            *os.walk(os.path.join(self.reference, out)), (self.reference, [], [out])] for file in files)
-        for part in range(parts):
-            folder, share = self.fresh(name, mount := os.path.join(self.folder, "disk")), (part + 0.5) / parts
-            bytes = int(sum(sizes) * share) // 4096 * 4096 + 4096 * len(os.listdir(self.reference))
-            shutil.rmtree(folder)
-            os.makedirs(mount)
-            mounted = os.geteuid() == 0 and mount_tmpfs(mount, bytes)
-            self.fresh(name, mount)
-            child = self.start(name, folder) if mounted else self.start(name, folder, kind="limit", bytes=int(sizes[-1] * share))
+        paths = [os.path.join(self.reference, out, inner) for out, found in self.outputs[name].items() for inner in found]
+        pages = [-(-os.path.getsize(path.rstrip("/")) // 4096) for path in paths]
+        for room in sorted({max(1, sum(pages) * part // parts) for part in range(parts)}):
+            folder = os.path.join(self.folder, f"{name}-disk-{room}")
+            os.makedirs(folder)
+            if mounted := os.geteuid() == 0 and mount_tmpfs(folder, 4096 * room):
+                child = self.start(name, self.fresh(name, folder))
+            else:
+                child = self.start(name, self.fresh(name, folder), kind="limit", bytes=4096 * max(pages) * room // sum(pages))
             code = child.wait()
-            if mounted:
-                mount_tmpfs(mount, 2**28, again=True)
+            if mounted:  # the restart has room
+                shutil.copytree(folder, folder + "-larger", symlinks=True)
+                subprocess.run(["umount", folder], check=True)
+                os.rmdir(folder)
+                folder += "-larger"
             if code:
-                problems = one_line(name, code, child.err)
-                copy = os.path.join(self.folder, f"{name}-disk-{part}")
-                shutil.copytree(folder, copy, symlinks=True)
-                self.check(name, "disk", copy, f"{bytes} bytes", problems)
-            if mounted:
-                subprocess.run(["umount", mount], check=True)
-            shutil.rmtree(mount)
+                self.check(name, "disk", folder, f"{room} of {sum(pages)} pages", one_line(name, code, child.err))
+            else:
+                shutil.rmtree(folder)
 
     def read_only(self, name):
         folder = os.path.join(self.folder, "read-only")
@@ -496,7 +499,7 @@ class Campaign:
 def one_line(name, code, err):
     """What is wrong with the end of a stage that must fail with exit 2 and one line of its own as the last on stderr."""
     stage = os.path.basename(STAGES[name][0].split()[0])
-    fine = code == 2 and err.count("error: ") == 1 and err.splitlines()[-1].startswith(f"{stage}: error: ") and "Traceback" not in err \
+    fine = code == 2 and err.count(f"{stage}: error: ") == 1 and err.splitlines()[-1].startswith(f"{stage}: error: ") and "Traceback" not in err \
         and "ignored" not in err
     return [] if fine else [f"not one line and exit 2, but {code}: {err.strip()}"]
 
@@ -510,9 +513,8 @@ def state(pid):
         return "X"
 
 
-def mount_tmpfs(folder, bytes, again=False):
-    options = f"{'remount,' * again}size={bytes}"
-    return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode == 0
+def mount_tmpfs(folder, bytes):
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={bytes}", "tmpfs", folder], capture_output=True).returncode == 0
 
 
 # ---- Endurance -------------------------------------------------------------------------------------------------------
@@ -602,15 +604,14 @@ def main(args):
         for kind in args.kinds:
             kinds[kind](name)
             print(f"{name}, {kind}: {campaign.faults[name, kind]} faults, {sum(loss[:2] == (name, kind) for loss in campaign.losses)} losses "
-                  f"({time.monotonic() - began:.0f} s)", file=sys.stderr)
+                  f"({time.monotonic() - began:.0f} s, {Child.seconds:.0f} s of CPU)", file=sys.stderr)
     shown = [kind for kind in KINDS if kind in args.kinds]
     print("| stage | " + " | ".join(shown) + " | faults | losses |\n|---|" + "---|" * (len(shown) + 2))
     for name in [*args.stages, "all"]:
         counts = [sum(campaign.faults[stage, kind] for stage in args.stages if name in (stage, "all")) for kind in shown]
         losses = sum(name in (loss[0], "all") for loss in campaign.losses)
         print(f"| {name} | {' | '.join(map(str, counts))} | {sum(counts)} | {losses} |")
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"{time.monotonic() - began:.0f} s")
+    print(f"{time.monotonic() - began:.0f} s, of which the forked stages worked {Child.seconds:.0f} s")
     if campaign.losses:
         sys.exit(1)
     shutil.rmtree(folder)

@@ -4,10 +4,10 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-import types
 import weakref
 
 import numpy as np
@@ -438,8 +438,7 @@ def test_rows_are_spliced_byte_for_byte(tiny_model, tmp_path):
     stale = {"id": "again", "prompt": "2 2=4:", "sample": 7, "completion": "old", "logprobs": [], "finish_reason": "stop", "kept": 1}
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n   \n".join([*lines, json.dumps(stale).encode()]))
-    rows = run(tiny_model, path, tmp_path / "out" / ".." / "out.jsonl" if (tmp_path / "out").mkdir() else tmp_path / "out.jsonl",
-               "--n", 3, "--max-batch-tokens", 150)
+    rows = run(tiny_model, path, tmp_path / "out.jsonl", "--n", 3, "--max-batch-tokens", 150)
     written = (tmp_path / "out.jsonl").read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines):
         for k in range(3):
@@ -448,7 +447,7 @@ def test_rows_are_spliced_byte_for_byte(tiny_model, tmp_path):
     assert rows[-1]["kept"] == 1 and rows[-1]["prompt"] == "2 2=4:" and list(rows[-1])[:3] == ["id", "prompt", "kept"]
     for line, row in zip(written, rows):  # no key stands twice
         assert len(json.loads(line, object_pairs_hook=list)) == len(row)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out", "out.jsonl", "out.jsonl.meta.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.meta.json"]
 
 
 def test_samples_of_one_prompt_may_straddle_chunks(tiny_model, prompts, base, tmp_path):
@@ -552,28 +551,47 @@ def test_a_half_done_output_is_not_continued_with_other_flags(tiny_model, prompt
 
 
 def test_a_rank_that_comes_late_leaves_a_merged_output_alone(tiny_model, prompts, tmp_path, monkeypatch):
-    """All chunks may be there already when a restart begins: rank 0 may have merged and cleared them while rank 1 was loading."""
-    load_model = generate.load_model
+    """All chunks may be there when a restart begins: rank 0 may have merged and cleared them while rank 1 still loads its model."""
+    flags, load_model = ("--max-batch-tokens", 300), generate.load_model
 
-    def slow(*args):
-        model = load_model(*args)
+    def rank_0_is_done_meanwhile(*args):
+        monkeypatch.setattr(generate, "load_model", load_model)
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "1")
-        run(tiny_model, prompts, tmp_path / "out.jsonl")
-        return model
+        run(tiny_model, prompts, tmp_path / "out.jsonl", *flags)
+        return load_model(*args)
 
-    (tmp_path / "out.jsonl.partial").mkdir()
-    generate_args = ["--model", tiny_model, "--prompts", prompts, "--out", str(tmp_path / "out.jsonl"), "--device", "cpu", "--max-new-tokens", "24"]
-    args = generate.parse_args(generate_args)
-    begun = [{**vars(args), "out": None, "prompts": None, "model": None, "rank_timeout": None},
-             list(generate.describe(args, [args.prompts, args.model])["inputs"].values()), "float32"]
-    (tmp_path / "out.jsonl.partial" / "command.json").write_text(json.dumps(begun))
+    def cut_short(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the folder is begun
+        patch.setattr(generate, "run_chunk", cut_short)
+        run(tiny_model, prompts, tmp_path / "out.jsonl", *flags)
+    os.close(generate.claim.lock)
+    monkeypatch.setattr(generate, "load_model", rank_0_is_done_meanwhile)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with monkeypatch.context() as patch:
-        patch.setattr(generate, "load_model", lambda *args: (patch.setattr(generate, "load_model", load_model), slow(*args))[1])
-        generate.main(args)
-    assert len(read(tmp_path / "out.jsonl")) == 96 and not (tmp_path / "out.jsonl.partial").exists()
+    assert len(run(tiny_model, prompts, tmp_path / "out.jsonl", *flags)) == 96
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_a_rank_waits_for_a_folder_of_its_own_command(tiny_model, prompts, tmp_path, monkeypatch):
+    """What a killed run with other flags left must not start rank 1 while rank 0 refuses it."""
+    class Waiting(Exception):
+        pass
+
+    def wait(seconds):
+        raise Waiting
+
+    folder = tmp_path / "out.jsonl.partial"
+    folder.mkdir()
+    (folder / "command.json").write_text('["of another run"]')
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(generate.time, "sleep", wait)
+    with pytest.raises(Waiting):
+        run(tiny_model, prompts, tmp_path / "out.jsonl")
+    assert [path.name for path in folder.iterdir()] == ["command.json"]
 
 
 # ---- Bad input ----------------------------------------------------------------------------------------------------------
@@ -764,6 +782,14 @@ def test_bad_models_end_with_one_line_and_run_no_code(make, tiny_model, prompts,
     assert folder in line or prompts in line
     assert message in line
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_model_in_a_folder_needs_no_network(tiny_model, prompts, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: asked.append(args))
+    run(tiny_model, prompts, tmp_path / "out.jsonl", "--n", 1, "--limit", 2)
+    assert not asked
 
 
 def test_without_an_end_of_text_a_stop_text_or_the_limit_must_be_given(bpe_model, prompts, tmp_path, capfd):

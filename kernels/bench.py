@@ -1,0 +1,342 @@
+"""Time the fused entropy kernel and its linear form beside eager PyTorch, torch.compile and what peers are installed.
+
+    python kernels/bench.py                                        # GPU: full shapes; CPU: one thread, smaller shapes
+    python kernels/bench.py --csv assets/kernel_cpu.csv --plot assets/kernel_cpu.png
+    python kernels/bench.py --sweep                                # GPU: the block sizes that fused_entropy.py freezes
+
+One process. In each round every provider runs once, in turn, so that a slow moment of the machine strikes all of them.
+Peers are trl (>= 1.14) and liger-kernel, whose cross entropies give no entropy. Columns, medians over the rounds:
+
+    forward, backward, both    ms: GPU time; on one CPU thread that thread's CPU time, on more the wall's
+    x eager                    eager PyTorch's time of both passes over this one's: median (and range) of the rounds' own
+    rate                       TB/s of the bytes that must move in both passes: logits read twice, gradient written once;
+                               in the linear form TFLOP/s of the three products that any way needs
+    of floor                   the time of a copy of as many bytes, or of those products alone, in this run, over both
+    extra MiB                  peak memory beside the inputs: forward, both passes
+    error, gradient            largest |result - fp64| / max(1, |fp64|) over 64 rows: logp and entropy, the gradient
+
+The CSV holds the table, a line a provider; the picture is the roofline with the same figures.
+"""
+import argparse
+import csv
+import ctypes
+import statistics
+import time
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = dict(nargs="*", metavar="SHAPE", type=lambda text: tuple(map(int, text.split("x"))))
+    # What to run
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--logits", **shape, help="ROWSxVOCAB (default 512x151936 2048x32000, GPU 8192x151936)")
+    parser.add_argument("--linear", **shape, help="ROWSxHIDDENxVOCAB (default 2048x512x151936, GPU 4096x4096x131072)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default float32, GPU bfloat16")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it compiles for a minute")
+    parser.add_argument("--sweep", action="store_true", help="time the Triton kernels at other block sizes instead")
+    # How
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    # Where to
+    parser.add_argument("--csv", metavar="FILE", help="write the table there")
+    parser.add_argument("--plot", metavar="FILE", help="draw the roofline there (needs matplotlib)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the slow imports
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import fused_entropy as kernel  # noqa: E402
+from fused_linear_entropy import fused_linear_entropy  # noqa: E402
+
+COLUMNS = ["form", "shape", "dtype", "provider", "forward_ms", "backward_ms", "both_ms", "speedup", "speedup_min",
+           "speedup_max", "rate", "of_floor", "extra_mib_forward", "extra_mib_both", "error", "gradient_error"]
+FLOP_PER_LOGIT = 16  # both passes: about four products and sums and an exp each way, for the roofline's x axis
+
+
+def eager(x, y):
+    """logp and entropy as one writes them: x (rows, vocab), y (rows,)."""
+    logps = torch.log_softmax(x.float(), -1)
+    return logps.gather(-1, y.unsqueeze(-1)).squeeze(-1), -(logps.exp() * logps).sum(-1)
+
+
+def closed_form(x, y, a, b):
+    """logp, entropy and the gradient of a . logp + b . entropy in fp64 (formulas: fused_entropy.py)."""
+    u = x.double().log_softmax(-1)
+    p, a, b = u.exp(), a.double().unsqueeze(1), b.double().unsqueeze(1)
+    entropy = -(p * u).sum(-1, keepdim=True)
+    grad = F.one_hot(y, x.shape[1]) * a - p * (a + b * (u + entropy))
+    return u.gather(-1, y.unsqueeze(-1)).squeeze(-1), entropy.squeeze(-1), grad
+
+
+def providers(form, device, compile):
+    """Name -> function of the inputs and y, or the reason why there is none. The first one is the yardstick."""
+    plain = eager if form == "logits" else lambda h, w, y: eager(F.linear(h, w), y)
+    found = {"torch eager": plain, "torch.compile": torch.compile(plain, dynamic=False) if compile else "left out"}
+    if form == "logits":
+        found["fused_entropy"] = lambda x, y: kernel.fused_entropy(x, y)[:2]
+        found["fused_entropy, in place"] = lambda x, y: kernel.fused_entropy(x.view_as(x), y, inplace_backward=True)[:2]
+    else:
+        found["fused_linear_entropy"] = lambda h, w, y: fused_linear_entropy(h, w, y)[:2]
+    peers = {"logits": ["TRL selective_log_softmax_and_entropy", "Liger cross entropy (no entropy)"],
+             "linear": ["Liger fused linear cross entropy (no entropy)"]}[form]
+    for peer in peers:
+        try:
+            if not kernel.triton:
+                found[peer] = "needs a GPU"
+            elif peer.startswith("TRL"):
+                from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+                found[peer] = lambda x, y: selective_log_softmax_and_entropy(x, y)
+            elif form == "logits":
+                from liger_kernel.transformers import LigerCrossEntropyLoss
+                found[peer] = lambda x, y: (-LigerCrossEntropyLoss(reduction="none")(x.view_as(x), y),)
+            else:
+                from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+                found[peer] = lambda h, w, y: (-LigerFusedLinearCrossEntropyLoss(reduction="sum")(w, h, y),)
+        except ImportError:
+            found[peer] = "not installed"
+    return found
+
+
+class Clock:
+    """Marks moments and gives the milliseconds between them."""
+    def __init__(self, device):
+        self.cuda, self.marks = device == "cuda", []
+        self.now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def mark(self):
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(self.now())
+
+    def times(self):
+        if not self.cuda:
+            return [1e3 * (b - a) for a, b in zip(self.marks, self.marks[1:])]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:])]
+
+
+class Memory:
+    """Peak MiB since its making: allocated by PyTorch on a GPU, resident on Linux, unknown (nan) elsewhere."""
+    def __init__(self, device):
+        self.cuda = device == "cuda"
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated() / 2**20
+            return
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # sets the peak back to the present
+        except (OSError, AttributeError):
+            pass
+        self.start = self.resident("VmRSS")
+
+    @staticmethod
+    def resident(field):
+        try:
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field + ":"))
+        except OSError:
+            return float("nan")
+
+    def peak(self):
+        return (torch.cuda.max_memory_allocated() / 2**20 if self.cuda else self.resident("VmHWM")) - self.start
+
+
+def one_run(function, inputs, y, upstream, device, memory=False):
+    """Both passes on fresh copies of the inputs. Returns their ms, or their peak MiB, and results and gradients."""
+    leaves = [one.clone().requires_grad_() for one in inputs]
+    gauge = Memory(device) if memory else Clock(device)
+    marks = []
+    if not memory:
+        gauge.mark()
+    results = function(*leaves, y)
+    marks.append(gauge.peak() if memory else gauge.mark())
+    upstream = [torch.ones_like(one) if one.dim() == 0 else up.to(one.dtype) for one, up in zip(results, upstream)]
+    gradients = torch.autograd.grad(results, leaves, upstream)
+    marks.append(gauge.peak() if memory else gauge.mark())
+    return marks if memory else gauge.times(), results, gradients
+
+
+def error(got, want):
+    return ((got.double() - want).abs() / want.abs().clamp(min=1)).max().item()
+
+
+def errors(form, inputs, y, upstream, results, gradients):
+    """Largest error, against fp64 and over 64 rows, of the results and of the gradient of the logits or of hidden."""
+    some = slice(0, 64)
+    x = inputs[0][some] if form == "logits" else inputs[0][some].double() @ inputs[1].double().T
+    *wanted, grad = closed_form(x, y[some], *(one[some] for one in upstream[:2]))
+    if form == "linear":
+        grad = grad @ inputs[1].double()
+    if len(results) < 2:  # a cross entropy: its gradient is another one, and a sum has no rows
+        return (error(results[0][some], wanted[0]) if results[0].dim() else float("nan")), float("nan")
+    return max(error(one[some], want) for one, want in zip(results, wanted)), error(gradients[0][some], grad)
+
+
+def measure(form, shape, dtype, device, rounds, compile):
+    """Yield one dict of COLUMNS for each provider, and the reason for each missing one."""
+    torch.manual_seed(0)
+    rows, vocab = shape[0], shape[-1]
+    if form == "logits":
+        inputs = [(torch.randn(rows, vocab, device=device) * 2).to(dtype)]
+    else:
+        inputs = [torch.randn(size, shape[1], device=device).to(dtype) for size in (rows, vocab)]
+        inputs[1] *= 2 / shape[1]**0.5
+    y = torch.randint(vocab, (rows,), device=device)
+    upstream = torch.randn(2, rows, device=device).unbind()
+    candidates = providers(form, device, compile)
+    usable, best = {}, {}
+    for name, function in candidates.items():
+        if isinstance(function, str):
+            continue
+        try:
+            one_run(function, inputs, y, upstream, device)  # warm up: compile, fill caches
+            peaks, results, gradients = one_run(function, inputs, y, upstream, device, memory=True)
+            best[name] = (peaks, *errors(form, inputs, y, upstream, results, gradients))
+            usable[name] = function
+        except torch.OutOfMemoryError:
+            candidates[name] = "out of memory"
+        results = gradients = None
+    times, floors = {name: [] for name in usable}, []
+    for _ in range(rounds):
+        for name, function in usable.items():
+            times[name].append(one_run(function, inputs, y, upstream, device)[0])
+        floors.append(floor(form, inputs, device))
+    floor_ms = statistics.median(floors)
+    work = 3 * inputs[0].nbytes if form == "logits" else 6 * rows * shape[1] * vocab
+    for name, reason in candidates.items():
+        row = dict.fromkeys(COLUMNS, "") | {"form": form, "shape": "x".join(map(str, shape)),
+                                            "dtype": str(dtype).removeprefix("torch."), "provider": name}
+        if name in usable:
+            both = [sum(one) for one in times[name]]
+            speedups = [sum(base) / one for base, one in zip(times.get("torch eager", []), both)] or [float("nan")]
+            median = statistics.median(both)
+            row |= dict(forward_ms=statistics.median(one[0] for one in times[name]),
+                        backward_ms=statistics.median(one[1] for one in times[name]), both_ms=median,
+                        speedup=statistics.median(speedups), speedup_min=min(speedups), speedup_max=max(speedups),
+                        rate=work / median / 1e9, of_floor=floor_ms / median, extra_mib_forward=best[name][0][0],
+                        extra_mib_both=best[name][0][1], error=best[name][1], gradient_error=best[name][2])
+        else:
+            row["forward_ms"] = reason
+        yield row
+
+
+def floor(form, inputs, device):
+    """ms of the work that no way can save: three passes over the logits at a copy's speed, or the three products."""
+    clock = Clock(device)
+    if form == "logits":
+        target = torch.empty_like(inputs[0])
+        target.copy_(inputs[0])  # its pages are there before the clock starts
+        clock.mark()
+        target.copy_(inputs[0])
+        clock.mark()
+        return clock.times()[0] * 1.5  # a copy reads and writes: two passes
+    hidden, weight = inputs
+    clock.mark()
+    logits = hidden @ weight.T
+    logits @ weight
+    logits.T @ hidden
+    clock.mark()
+    return clock.times()[0]
+
+
+def sweep(shape, dtype, rounds):
+    """ms of both Triton kernels at other block sizes, a line each."""
+    x = torch.randn(shape, device="cuda").to(dtype)
+    y = torch.randint(shape[1], shape[:1], device="cuda")
+    upstream = torch.randn(2, shape[0], device="cuda").unbind()
+    print("| BLOCK | warps | forward ms | backward ms |\n|---|---|---|---|")
+    for block in 1024, 2048, 4096, 8192, 16384:
+        for warps in 4, 8, 16, 32:
+            if 8 <= block // (32 * warps) <= 64:
+                kernel.BLOCK, kernel.WARPS = block, warps
+                runs = [one_run(lambda x, y: kernel.fused_entropy(x, y)[:2], [x], y, upstream, "cuda")[0]
+                        for _ in range(rounds + 2)][2:]
+                forward, backward = (statistics.median(one) for one in zip(*runs))
+                print(f"| {block} | {warps} | {forward:.3f} | {backward:.3f} |", flush=True)
+
+
+def table(rows):
+    """The rows as Markdown."""
+    yield "| provider | forward ms | backward ms | both ms | x eager | rate | of floor | extra MiB | error | gradient |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        if isinstance(row["forward_ms"], str):
+            yield f"| {row['provider']} | {row['forward_ms']} |" + " |" * 8
+            continue
+        unit = "TB/s" if row["form"] == "logits" else "TFLOP/s"
+        yield (f"| {row['provider']} | {row['forward_ms']:.4g} | {row['backward_ms']:.4g} | {row['both_ms']:.4g} | "
+               f"{row['speedup']:.2f} ({row['speedup_min']:.2f}-{row['speedup_max']:.2f}) | {row['rate']:.3g} {unit} | "
+               f"{row['of_floor']:.0%} | {row['extra_mib_forward']:.0f}, {row['extra_mib_both']:.0f} | "
+               f"{row['error']:.0e} | {row['gradient_error']:.0e} |")
+
+
+def plot(rows, path, title):
+    """Roofline: the roofs are this run's own copy and its own matrix products."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 5))
+    roofs = {}
+    for row in rows:
+        if isinstance(row["forward_ms"], str):
+            continue
+        shape = [int(size) for size in row["shape"].split("x")]
+        size = torch.finfo(getattr(torch, row["dtype"])).bits // 8
+        if row["form"] == "logits":
+            intensity, scale = FLOP_PER_LOGIT / (3 * size), FLOP_PER_LOGIT / (3 * size)  # TB/s -> TFLOP/s
+        else:  # three products; least traffic: hidden and weight read, both gradients written
+            intensity, scale = 3 * shape[0] * shape[1] * shape[2] / (shape[1] * (shape[0] + shape[2]) * size), 1
+        roofs[row["form"]] = max(roofs.get(row["form"], 0), row["rate"] / row["of_floor"])
+        axes.loglog(intensity, row["rate"] * scale, "o" if "fused_" in row["provider"] else "x", markersize=8,
+                    label=f"{row['provider']}, {row['shape']}")
+    x = [2.0**power for power in range(-2, 15)]
+    bandwidth, peak = roofs.get("logits", float("inf")), roofs.get("linear", float("inf"))
+    axes.loglog(x, [min(bandwidth * one, peak) for one in x], "k-", linewidth=1, label="roof: this run's copy, products")
+    axes.set(xlabel="FLOP a byte that must move", ylabel="TFLOP/s of the work that must be done", title=title)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main(args):
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(args.threads)
+    gpu = device == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
+    logits = [(8192, 151936)] if gpu else [(512, 151936), (2048, 32000)]
+    linear = [(4096, 4096, 131072)] if gpu else [(2048, 512, 151936)]
+    logits = logits if args.logits is None else args.logits
+    linear = linear if args.linear is None else args.linear
+    cpu = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {args.threads} thread{'s' * (args.threads > 1)}"
+    machine = torch.cuda.get_device_name() if gpu else cpu
+    title = f"{machine}, torch {torch.__version__}" + (f", triton {kernel.triton.__version__}" if kernel.triton else "")
+    print(f"{title}, {str(dtype).removeprefix('torch.')}, {args.rounds} rounds", flush=True)
+    if args.sweep:
+        return sweep(logits[0], dtype, args.rounds)
+    everything = []
+    for form, shapes in ("logits", logits), ("linear", linear):
+        for shape in shapes:
+            rows = list(measure(form, shape, dtype, device, args.rounds, not args.no_compile))
+            print(f"\n{form} {rows[0]['shape']}\n", *table(rows), sep="\n", flush=True)
+            everything += rows
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows({key: f"{one:.6g}" if isinstance(one, float) else one for key, one in row.items()}
+                             for row in everything)
+    if args.plot:
+        plot(everything, args.plot, title)
+
+
+if __name__ == "__main__":
+    main(ARGS)

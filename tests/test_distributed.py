@@ -1,0 +1,238 @@
+"""train.py and generate.py as several processes (torchrun, gloo, CPU): the results of one process, and what happens when a rank fails.
+
+A launch costs seconds a rank, so each does many rounds: `RANKS` below calls main once for each list of flags. In fp64 (as in
+test_train.py) the ranks' gradient must be that of one process to 1e-9, in fp32 to 1e-6.
+"""
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import types
+
+import pytest
+import torch
+
+from test_train import VERDICTS, Round, distance, fp64, make_rows, model, rollouts, run, same_metrics, write, TIMINGS  # noqa: F401
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RANKS = f"""
+    import json, os, signal, sys
+    sys.path[:0] = [{ROOT!r}, {os.path.join(ROOT, "tests")!r}]
+    stage = __import__(sys.argv[1])
+    kind, rank, call = os.environ.get("FAULT", "none,-1,0").split(",")  # what happens to a rank in the middle of its work
+    name, calls, wide = {{"train": "policy_loss", "generate": "run_chunk"}}[sys.argv[1]], 0, False
+    original = getattr(stage, name)
+
+    def faulty(*args, **options):
+        global calls
+        calls += 1
+        if os.environ["RANK"] == rank and calls == int(call):
+            if kind == "raise":
+                raise ValueError("a fault")
+            os.kill(os.getpid(), {{"kill": signal.SIGKILL, "stop": signal.SIGSTOP}}[kind])
+        return original(*args, **options)
+
+    setattr(stage, name, faulty)
+    for port, dtype, flags in json.loads(sys.argv[2]):
+        if port:  # each round meets at a port of its own
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"], os.environ["MASTER_PORT"] = "False", str(port)
+        if dtype == "fp64" and not wide:
+            __import__("test_train").use_fp64()
+            wide = True
+        stage.run(stage.main, stage.parse_args(flags))
+"""
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(folder, ranks, stage, jobs, fault="", options=("--standalone",)):
+    """torchrun with `ranks` processes that do `jobs`, [(dtype, flags)], one after another."""
+    script = os.path.join(folder, "ranks.py")
+    with open(script, "w", encoding="utf-8") as file:
+        file.write(textwrap.dedent(RANKS))
+    jobs = [(free_port() if len(jobs) > 1 else None, dtype, list(map(str, flags))) for dtype, flags in jobs]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"FAULT": fault} if fault else {})}
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks), script, stage,
+                             json.dumps(jobs)], env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(process, limit=300):
+    """(exit code, stderr) of a torchrun that ends by itself within `limit` seconds."""
+    try:
+        stderr = process.communicate(timeout=limit)[1]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks, the stopped ones after 30 s
+        raise
+    return process.returncode, stderr
+
+
+# ---- The same results as one process ------------------------------------------------------------------------------------
+CASES = {  # name: (rows, flags)
+    "one update": ("all", ["--max-grad-norm", 1e9, "--lr", 1e-3, "--entropy-coef", 0.1]),
+    "three updates": ("all", ["--updates", 3, "--lr", 0.03, "--micro-batch-tokens", 20, "--smooth-level", "sequence", "--gamma-p", 0.3]),
+    "masked, reward": ("all", ["--updates", 2, "--lr", 0.03, "--smooth-level", "reward", "--truncated", "mask", "--micro-batch-tokens", 40]),
+    "uneven": ("uneven", ["--max-grad-norm", 1e9, "--lr", 1e-3, "--micro-batch-tokens", 30]),
+    "ranks without rows": ("few", ["--max-grad-norm", 1e9, "--lr", 1e-3]),
+    "no rows at all": ("few", ["--truncated", "mask", "--lr", 1e-3]),
+}
+NEXT = ["--lr", 0.01, "--updates", 2]
+DISTURBED = ["--updates", 2, "--lr", 0.01, "--micro-batch-tokens", 20, "--rank-timeout", 15]  # seconds for a rank to answer
+
+
+@pytest.fixture(scope="module")
+def files(model, rollouts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    uneven = make_rows(model, VERDICTS[:4], [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [7, 8, 9, 7]], cut=())
+    few = make_rows(model, VERDICTS[:2], [[0, 0, 4, 0], [0, 0, 0, 0]], cut={(0, 2)})
+    return {"all": rollouts, "uneven": write(folder / "uneven.jsonl", uneven), "few": write(folder / "few.jsonl", few)}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
+def ranks(request, model, files, tmp_path_factory):
+    """All cases on 2 and on 3 ranks, plain and sharded: `folder` holds the rounds."""
+    folder, jobs = str(tmp_path_factory.mktemp("ranks")), []
+
+    def job(dtype, out, source, rows, flags):
+        jobs.append((dtype, ["--model", source, "--rollouts", files[rows], "--out", f"{folder}/{out}", *flags]))
+
+    for kind, more in ("plain", []), ("sharded", ["--shard"]):
+        job("fp32", f"fp32 {kind}", model, "all", CASES["one update"][1] + more)
+    job("fp32", "undisturbed", model, "all", DISTURBED)
+    for kind, more in ("plain", []), ("sharded", ["--shard"]):
+        for name, (rows, flags) in CASES.items():
+            job("fp64", f"{name} {kind}", model, rows, flags + more)
+    job("fp64", "sharded then plain", f"{folder}/three updates sharded", "all", NEXT)
+    job("fp64", "plain then sharded", f"{folder}/three updates plain", "all", [*NEXT, "--shard"])
+    job("fp64", "refused", model, "all", ["--updates", 2, "--lr", 1e300])
+    code, stderr = finish(start(folder, request.param, "train", jobs), 600)
+    return types.SimpleNamespace(folder=folder, world=request.param, code=code, stderr=stderr)
+
+
+def test_pitfalls_16_20_21_ranks_and_shards_give_the_gradient_of_one_process(ranks, model, files, tmp_path, fp64):
+    """Also where a rank has fewer rows than the others, or none: gradient, weights, moments and metrics, plain and sharded."""
+    for name, (rows, flags) in CASES.items():
+        one = run(model, files[rows], tmp_path / name, *flags)
+        for kind in "plain", "sharded":
+            many = Round(f"{ranks.folder}/{name} {kind}")
+            if "no rows at all" not in name:
+                assert distance(many.moments, one.moments) < 1e-9, (name, kind)
+            assert distance(many.weights, one.weights) < 1e-9, (name, kind)
+            for found, expected in zip(many.metrics, one.metrics, strict=True):
+                same_metrics(found, {key: value for key, value in expected.items() if key not in TIMINGS})
+        if name == "three updates":
+            after = run(one.folder, files["all"], tmp_path / "after", *NEXT)
+            for order in "sharded then plain", "plain then sharded":
+                many = Round(f"{ranks.folder}/{order}")
+                assert distance(many.moments, after.moments) < 1e-9 and distance(many.weights, after.weights) < 1e-9
+                assert many.step == 5 and len(many.metrics) == 5
+
+
+def test_ranks_in_fp32(ranks, model, files, tmp_path):
+    """The gradient to 1e-6; after Adam 99.9 % of the weights within 1e-6, none further than a tenth of a step."""
+    one, lr = run(model, files["all"], tmp_path / "one", *CASES["one update"][1]), 1e-3
+    for kind in "plain", "sharded":
+        many = Round(f"{ranks.folder}/fp32 {kind}")
+        assert distance(many.gradient, one.gradient) < 1e-6
+        apart = torch.cat([(many.weights[name] - one.weights[name]).abs().flatten() for name in one.weights])
+        assert (apart < 1e-6).float().mean() > 0.999 and apart.max() < 0.1 * lr
+        assert all(weight.dtype == torch.float32 for weight in many.weights.values())
+        assert sorted(os.listdir(many.folder)) == sorted(os.listdir(one.folder))
+
+
+def test_ranks_refuse_a_step_that_is_not_finite_together(ranks):
+    """The last of the rounds: rank 0 says it in one line, all end with exit 3, nothing is published."""
+    assert ranks.code != 0 and len(re.findall(r"train\.py: error: step 2: .* is refused", ranks.stderr)) == 1
+    assert re.findall(r"exitcode  : (\d+)", ranks.stderr).count("3") >= 1 and "[rank" not in ranks.stderr
+    assert not os.path.exists(f"{ranks.folder}/refused") and os.path.exists(f"{ranks.folder}/refused.refused.jsonl")
+
+
+# ---- Faults -------------------------------------------------------------------------------------------------------------
+def check_fault(kind, world, stage, flags, folder, out, says):
+    """Rank 1 of `world` is killed, stopped or raises in the middle: torchrun ends by itself (a stopped rank costs --rank-timeout and
+    torchrun's 30 s), the others say in a line of ours what happened, without a traceback, and nothing stands under the final name."""
+    code, stderr = finish(start(folder, world, stage, [("fp32", [*flags, "--out", out])], f"{kind},1,2"))
+    lines = re.findall(rf"^{stage}\.py: error: .*$", stderr, re.MULTILINE)
+    assert code != 0 and any(re.search(says, line) for line in lines) and all("; the same command " in line for line in lines), stderr
+    assert set(re.findall(r"^\[rank(\d)\]:", stderr, re.MULTILINE)) <= ({"1"} if kind == "raise" else set()), stderr
+    assert not os.path.exists(out) and not os.path.exists(f"{out}.meta.json")
+
+
+def again(world, stage, flags, folder, out):
+    code, stderr = finish(start(folder, world, stage, [("fp32", [*flags, "--out", out])]))
+    assert code == 0, stderr
+
+
+def same_bytes(a, b):
+    with open(a, "rb") as one, open(b, "rb") as two:
+        assert one.read() == two.read()
+
+
+def train_fault(kind, world, flags, folder, undisturbed):
+    says = "did not answer in 15 s" if kind == "stop" else "another rank ended|terminated"
+    check_fault(kind, world, "train", flags, folder, f"{folder}/out", says)
+    again(world, "train", flags, folder, f"{folder}/out")
+    for name in "model.safetensors", "optimizer.safetensors":
+        same_bytes(f"{folder}/out/{name}", f"{undisturbed}/{name}")
+
+
+def test_a_killed_rank_ends_the_others_and_the_round_is_done_again(ranks, model, rollouts, tmp_path):
+    flags = ["--model", model, "--rollouts", rollouts, *DISTURBED]
+    train_fault("kill", ranks.world, flags, str(tmp_path), f"{ranks.folder}/undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--shard"]], ids=["plain", "sharded"])
+def test_faults_of_one_of_four_ranks_in_train(more, model, rollouts, tmp_path):
+    flags = ["--model", model, "--rollouts", rollouts, *DISTURBED, *more]
+    again(4, "train", flags, str(tmp_path), f"{tmp_path}/undisturbed")
+    for kind in "kill", "stop", "raise":
+        os.mkdir(tmp_path / kind)
+        train_fault(kind, 4, flags, str(tmp_path / kind), f"{tmp_path}/undisturbed")
+
+
+@pytest.mark.slow
+def test_faults_of_one_of_four_ranks_in_generate(tiny_model, prompts, tmp_path):
+    """Ranks share the file system alone: what the others finished is kept, and the next start ends with the bytes of one process."""
+    flags = ["--model", tiny_model, "--prompts", prompts, "--n", 4, "--max-new-tokens", 12, "--max-batch-tokens", 100, "--rank-timeout", 15]
+    again(1, "generate", flags, str(tmp_path), f"{tmp_path}/undisturbed")
+    for kind in "kill", "stop", "raise":
+        says = "did not come from the other ranks in 15 s" if kind == "stop" else "terminated"
+        check_fault(kind, 4, "generate", flags, str(tmp_path), f"{tmp_path}/{kind}", says)
+        again(4, "generate", flags, str(tmp_path), f"{tmp_path}/{kind}")
+        same_bytes(f"{tmp_path}/{kind}", f"{tmp_path}/undisturbed")
+        assert not os.path.exists(f"{tmp_path}/{kind}.partial")
+
+
+# ---- Two nodes ----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--shard"]], ids=["plain", "sharded"])
+def test_two_nodes_on_loopback(more, model, rollouts, tmp_path):
+    """Two torchruns of two ranks each that meet at an address: the gradient of one process."""
+    flags = ["--max-grad-norm", 1e9, "--lr", 1e-3]
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "round"]
+    jobs = [("fp32", ["--model", model, "--rollouts", rollouts, "--out", tmp_path / "two", *flags, *more])]
+    nodes = [start(str(tmp_path), 2, "train", jobs, options=options) for _ in range(2)]
+    for node in nodes:
+        code, stderr = finish(node)
+        assert code == 0, stderr
+    one = run(model, rollouts, tmp_path / "one", *flags)
+    assert distance(Round(tmp_path / "two").gradient, one.gradient) < 1e-6
+
+
+@pytest.mark.slow
+def test_bad_input_ends_both_nodes(model, rollouts, tmp_path):
+    """Rank 0 says what is wrong; the ranks of the other node do not wait for it for ever."""
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "round"]
+    jobs = [("fp32", ["--model", model, "--rollouts", rollouts, "--out", tmp_path / "out", "--updates", 8, "--rank-timeout", 15])]
+    nodes = [finish(node) for node in [start(str(tmp_path), 2, "train", jobs, options=options) for _ in range(2)]]
+    assert all(code != 0 for code, _ in nodes)
+    assert sum(stderr.count("7 groups cannot be dealt into --updates 8") for _, stderr in nodes) == 1
