@@ -464,8 +464,9 @@ class Policy(torch.nn.Module):
         return torch.cat(hidden)[order]  # (tokens, hidden), row after row
 
     @torch.no_grad()
-    def check(self, name):
-        """Refuse a model that this class would get wrong: the logits must be its own, also after a prompt shared through its cache."""
+    def check(self, name, rows=()):
+        """Refuse a model that this class would get wrong: the logits must be its own, also after a prompt shared through its cache;
+        and rows with token ids that it does not have."""
         if not isinstance(self.head, torch.nn.Linear):
             fail(f"{name}: unsupported head: not a linear layer but {type(self.head).__name__}")
         decoder = self.model.get_decoder()
@@ -489,6 +490,10 @@ class Policy(torch.nn.Module):
                 same = False
             if not same:
                 fail(f"{name}: a prompt cannot be shared through the cache of this architecture; give --no-share-prompts")
+        vocabulary = len(self.head.weight)
+        for row in rows:
+            if max(row["prompt"]) >= vocabulary or (len(row["completion"]) and row["completion"].max() >= vocabulary):
+                fail(f"{row['where']}: a token id beyond the vocabulary of {vocabulary} of {name}: rollouts of another model?")
 
 
 # ---- Models on disk ---------------------------------------------------------------------------------------------------
@@ -739,11 +744,10 @@ def update(args):
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=datetime.timedelta(seconds=args.rank_timeout))
     model, tokenizer = load_model(args.model, device, options)
     policy = Policy(model, sampling["temperature"], args.share_prompts)
-    policy.check(args.model)
-    vocabulary = policy.head.weight.shape[0]
-    for row in rows:
-        if max(row["prompt"]) >= vocabulary or (len(row["completion"]) and row["completion"].max() >= vocabulary):
-            fail(f"{row['where']}: a token id beyond the model's vocabulary of {vocabulary}: rollouts of another model?")
+    policy.check(args.model, rows)
+    if args.ref_model:
+        reference = Policy(load_model(args.ref_model, device, options)[0], sampling["temperature"], args.share_prompts)
+        reference.check(args.ref_model, rows)
     if args.checkpoint_activations:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in policy.model.modules():  # it asks for training mode of its layers; dropout and noise stay off: rho starts at 1
@@ -783,7 +787,8 @@ def update(args):
                     store[i] = part
 
     if args.ref_model:
-        fill(ref_logp, Policy(load_model(args.ref_model, device, options)[0], sampling["temperature"], args.share_prompts), "reference", plans)
+        fill(ref_logp, reference, "reference", plans)
+        del reference
     level = args.smooth_level == "reward"  # its statistics need all log-probs of a group beforehand, of masked rows, too;
     first = 0 if level else 1              # otherwise pi_old of the first update is that update's own forward pass
     fill(old_logp, ddp, "pi_old", [plan_update(rows, members, rank, world, args, masked=level) for members in updates[first:]])

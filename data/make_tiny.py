@@ -1,8 +1,10 @@
 """Make the embedded model: a 1M-parameter Qwen2 that plays Countdown, pre-trained from scratch on random right answers.
 
-    python data/make_tiny.py --out /tmp/first --max-target 100 --steps 6000 --save-every 1000        # stopped after first-3000
-    python data/make_tiny.py --out data/tiny-countdown --init /tmp/first-3000 --seed 1 --steps 1000 --lr 1e-3 --problems 80000
+    python data/make_tiny.py --out /tmp/first --max-target 100 --steps 6000 --save-every 1000       # stopped after first-3000
+    python data/make_tiny.py --out /tmp/second --init /tmp/first-3000 --seed 1 --max-target 150 --steps 1000 --lr 1e-3 --problems 80000
+    python data/make_tiny.py --out data/tiny-countdown --init /tmp/second --seed 2 --steps 400 --lr 6e-4 --problems 40000
 
+Three phases, towards larger targets; curve.jsonl beside the model is their curve.
 Every problem of the train split of data/countdown.py may be drawn. Its answer is drawn uniformly among *all* its distinct
 solutions and written in a random order of terms and factors, so that the base policy is diverse: it is that
 diversity which reinforcement learning then spends. Loss on the answer and its end alone; AdamW, warm-up,
@@ -34,7 +36,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems, the answers and the weights (default %(default)s)")
     parser.add_argument("--init", help="start from the weights in this folder (default: random weights)")
     parser.add_argument("--max-number", type=int, default=15, help="numbers are 1..this (default %(default)s)")
-    parser.add_argument("--max-target", type=int, default=150, help="targets are 1..this (default %(default)s)")
+    parser.add_argument("--max-target", type=int, default=300, help="targets are 1..this (default %(default)s)")
     parser.add_argument("--steps", type=int, default=6000, help="optimizer steps of --batch problems (default %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="problems a step (default %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default %(default)s)")

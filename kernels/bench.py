@@ -8,8 +8,8 @@ One process. In each round every provider runs once, in turn, so that a slow mom
 Peers are trl (>= 1.14) and liger-kernel, whose cross entropies give no entropy. Columns, medians over the rounds:
 
     forward, backward, both    ms: GPU time; on one CPU thread that thread's CPU time, on more the wall's
-    x eager                    eager PyTorch's time of both passes over this one's: median (and range) of the rounds' own
-    rate                       TB/s of the bytes that must move in both passes: logits read twice, gradient written once;
+    x eager                    eager PyTorch's time of both passes over this one's: median (and range) over the rounds
+    rate                       TB/s of the bytes that must move in both passes: logits read twice, gradient written;
                                in the linear form TFLOP/s of the three products that any way needs
     of floor                   the time of a copy of as many bytes, or of those products alone, in this run, over both
     extra MiB                  peak memory beside the inputs: forward, both passes
@@ -299,7 +299,8 @@ def plot(rows, path, title):
                     label=f"{row['provider']}, {row['shape']}")
     x = [2.0**power for power in range(-2, 15)]
     bandwidth, peak = roofs.get("logits", float("inf")), roofs.get("linear", float("inf"))
-    axes.loglog(x, [min(bandwidth * one, peak) for one in x], "k-", linewidth=1, label="roof: this run's copy, products")
+    roof = [min(bandwidth * one, peak) for one in x]
+    axes.loglog(x, roof, "k-", linewidth=1, label="roof: copy and matrix products of this run")
     axes.set(xlabel="FLOP a byte that must move", ylabel="TFLOP/s of the work that must be done", title=title)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)

@@ -4,7 +4,8 @@
     python tests/bench.py --sizes tiny --only generate step --rounds 5
     python tests/bench.py --only scale --plot assets/scale.png
 
-    generate  generate.py against `model.generate` (the best of three batch sizes) and `generate_batch` (continuous batching)
+    generate  generate.py against `model.generate` (the best of three batch sizes) and `generate_batch` (continuous batching);
+              with --threads N on a CPU also N processes of one thread each, as torchrun starts them
     update    train.py's update against a plain one: prompt and completion in padded rows, full logits
     step      generate.py, score.py and train.py against a step of TRL's GRPOTrainer at equal settings, if TRL is installed
     scale     each stage as a process of its own at growing numbers of rows: time and peak memory
@@ -309,6 +310,24 @@ def bench_generate(bench, name):
         return lambda: [(problem, json.loads(line)["completion_ids"]) for chunk, part in zip(chunks, lines)
                         for (problem, _), line in zip(chunk, part)]
 
+    def processes(new_tokens, seed):
+        """The same from one process a core, as torchrun starts them: here forked, because loading is not measured."""
+        budget = -(-len(rows) // bench.args.threads) * (max(map(len, prompts)) + new_tokens)  # a chunk a process
+        args = generate.parse_args(generate_flags(size, folder, path, "-", **{"max-new-tokens": new_tokens, "seed": seed, "max-batch-tokens": budget}))
+        chunks, out = generate.chunks_of([len(ids) for ids in prompts], size.n, new_tokens, budget), bench.fresh("chunk")
+        children = []
+        for rank in range(bench.args.threads):
+            children.append(os.fork())
+            if not children[-1]:
+                torch.set_num_threads(1)
+                for number, chunk in list(enumerate(chunks))[rank::bench.args.threads]:
+                    with open(f"{out}-{number}", "w") as file:
+                        file.writelines(generate.run_chunk(chunk, problems, prompts, model, tokenizer, ends, args))
+                os._exit(0)
+        for child in children:
+            os.waitpid(child, 0)
+        return lambda: [(0, json.loads(line)["completion_ids"]) for number in range(len(chunks)) for line in open(f"{out}-{number}")]
+
     def settings(new_tokens):
         return transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens,
                                              eos_token_id=ends or None, pad_token_id=1)
@@ -352,24 +371,27 @@ def bench_generate(bench, name):
         _, result = timed(huggingface, batch, warm, 0)
         speed[batch] = result["tokens"] / bench.seconds(result)
     batch = max(speed, key=speed.get)
-    arms = {"generate.py": [], f"model.generate, batch {batch}": [], "generate_batch": []}
+    arms = {"generate.py": ours, f"model.generate, batch {batch}": lambda *args: huggingface(batch, *args), "generate_batch": continuous}
+    if bench.device == "cpu" and bench.args.threads > 1:
+        arms[f"generate.py, {bench.args.threads} processes"] = processes
+    found = {arm: [] for arm in arms}
     try:
         timed(continuous, warm, 0)
     except Exception as error:  # it is made for GPUs; whatever it raises belongs into the table
-        arms["generate_batch"] = f"{type(error).__name__}: {error}"[:200]
+        found["generate_batch"] = f"{type(error).__name__}: {error}"[:200]
     # 2. The rounds.
     work, machine, pooled = [], [], [[], []]
     for seed in range(1, bench.args.rounds + 1):
         machine.append(rates(bench))
-        for arm, function in zip(arms, (ours, lambda *args: huggingface(batch, *args), continuous)):
-            if not isinstance(arms[arm], str):
+        for arm, function in arms.items():
+            if not isinstance(found[arm], str):
                 completions, result = timed(function, size.new_tokens, seed)
-                arms[arm].append(result)
+                found[arm].append(result)
                 if function is ours:
                     work.append(needed(model.config, lengths_of(completions, prompts), model.dtype.itemsize, training=False))
-                if function is not continuous:
+                if function in (ours, arms[f"model.generate, batch {batch}"]):
                     pooled[function is not ours] += completions
-    bench.add("generate", name, arms, work, machine, same_tokens_p=same_tokens(*pooled, len(prompts)))
+    bench.add("generate", name, found, work, machine, same_tokens_p=same_tokens(*pooled, len(prompts)))
 
 
 # ---- update: against a plain one ----------------------------------------------------------------------------------------

@@ -189,6 +189,13 @@ def test_a_killed_rank_ends_the_others_and_the_round_is_done_again(ranks, model,
     train_fault("kill", ranks.world, flags, str(tmp_path), f"{ranks.folder}/undisturbed")
 
 
+def test_a_rank_without_rank_0_does_not_wait_for_ever(model, rollouts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as error:
+        run(model, rollouts, tmp_path / "out", "--rank-timeout", 0.1)
+    assert error.value.code == 4 and "rank 1: rank 0 did not start" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--shard"]], ids=["plain", "sharded"])
 def test_faults_of_one_of_four_ranks_in_train(more, model, rollouts, tmp_path):

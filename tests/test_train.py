@@ -875,7 +875,7 @@ ROWS = [  # what is wrong with the third of eight rows, and what the line says b
     ({"completion_ids": [3, -1]}, "'completion_ids'"), ({"completion_ids": [3.0]}, "'completion_ids'"), ({"completion_ids": [2 ** 31]}, "'completion_ids'"),
     ({"completion_ids": {"a": 1}}, "'completion_ids'"), ({"logprobs": ["x"]}, "'logprobs'"), ({"logprobs": [10 ** 400]}, "'logprobs'"),
     ({"logprobs": [-1.0]}, "logprobs for"), ({"finish_reason": "eos"}, "'finish_reason'"), ({"sample": 1}, "duplicate sample 1"),
-    ({"prompt_ids": [3, 3, 3, 3, 3, 3]}, "prompt_ids differ"), ({"completion_ids": [VOCAB], "logprobs": [-1.0]}, "vocabulary of 13"),
+    ({"prompt_ids": [3, 3, 3, 3, 3, 3]}, "prompt_ids differ"), ({"completion_ids": [VOCAB], "logprobs": [-1.0]}, "beyond the vocabulary of 13"),
     ({"finish_reason": ["stop"]}, "'finish_reason'"), ({"logprobs": [[-1.0]]}, "'logprobs'"), ({"id": "another"}, "samples"),
 ]
 
@@ -886,7 +886,7 @@ def test_wrong_rows_are_named(change, message, model, tmp_path, capsys):
     rows[2] = {key: value for key, value in {**rows[2], **change}.items() if value is not None}
     line = refused(capsys, model, write(tmp_path / "rows.jsonl", rows), tmp_path / "out")
     assert message in line and f"{tmp_path}/rows.jsonl:" in line
-    assert f"rows.jsonl:3: " in line or "samples" in message
+    assert "rows.jsonl:3: " in line or "samples" in message
 
 
 def test_wrong_files_and_flags(model, rollouts, tmp_path, capsys):
@@ -908,7 +908,7 @@ def test_wrong_files_and_flags(model, rollouts, tmp_path, capsys):
         weights = file.read()
     broken = load_file(f"{model}/model.safetensors")
     broken["model.norm.weight"][3] = math.nan
-    nan, lacking = copy("nan"), copy("lacking")
+    nan, lacking, small = copy("nan"), copy("lacking"), make_model(tmp_path / "small", 0, vocab_size=9)
     save_file(broken, f"{nan}/model.safetensors", {"format": "pt"})
     del broken["model.norm.weight"]
     save_file(broken, f"{lacking}/model.safetensors", {"format": "pt"})
@@ -934,6 +934,7 @@ def test_wrong_files_and_flags(model, rollouts, tmp_path, capsys):
             (copy("no-step", trainer_state__json=b"{}"), rollouts, [], "--reset-optimizer"),
             (copy("bad-step", trainer_state__json=b'{"step": "x"}', optimizer__safetensors=weights), rollouts, [], "--reset-optimizer"),
             (model, rollouts, ["--kl-coef", 0.1, "--ref-model", str(tmp_path / "absent")], "no such model folder"),
+            (model, rollouts, ["--kl-coef", 0.1, "--ref-model", small], "beyond the vocabulary of 9"),
             *([] if torch.cuda.is_available() else [(model, rollouts, ["--device", "cuda"], "no CUDA device")])]:
         assert message in refused(capsys, folder, path, f"{out}{next(number)}", *flags), message
     run(model, rollouts, out)
