@@ -482,9 +482,9 @@ class Policy(torch.nn.Module):
             fail(f"{name}: unsupported head: its logits are not a (soft-capped, scaled) linear map of the last hidden states")
         if self.share:
             short, long = [1, 2, 3], [3, 2, 1, 0, 1]
-            rows = [long, short, long], [np.array([1, 2]), np.array([1, 2, 3]), np.array([3, 1, 2])]
+            probe = [long, short, long], [np.array([1, 2]), np.array([1, 2, 3]), np.array([3, 1, 2])]
             try:
-                expected, hidden = self.repeated(*rows), self.shared(*rows)
+                expected, hidden = self.repeated(*probe), self.shared(*probe)
                 same = (hidden - expected).norm() < 1e-2 * expected.norm()
             except Exception:  # a cache of another kind: each raises something else when its rows are chosen
                 same = False

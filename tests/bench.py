@@ -4,10 +4,10 @@
     python tests/bench.py --sizes tiny --only generate step --rounds 5
     python tests/bench.py --only scale --plot assets/scale.png
 
-    generate  generate.py against `model.generate` (the best of three batch sizes) and `generate_batch` (continuous batching);
-              with --threads N on a CPU also N processes of one thread each, as torchrun starts them
+    generate  generate.py against `model.generate` (the best of three batch sizes) and `generate_batch` (continuous
+              batching); with --threads N on a CPU also N processes of one thread each, as torchrun starts them
     update    train.py's update against a plain one: prompt and completion in padded rows, full logits
-    step      generate.py, score.py and train.py against a step of TRL's GRPOTrainer at equal settings, if TRL is installed
+    step      generate.py, score.py and train.py against a step of TRL's GRPOTrainer at equal settings, if TRL is there
     scale     each stage as a process of its own at growing numbers of rows: time and peak memory
     fixed     what a round costs before it does anything: process start, imports, loading, saving
 
@@ -15,14 +15,15 @@ Sizes: `tiny` is the embedded model with its own prompts and its end-of-text tok
 which never stop early: 25m, and the shapes of Qwen2.5-0.5B and 1.5B with their vocabulary of 151,936. On a GPU the
 same arms run in bf16 (fp32 masters in the updates); there --sizes 0.5b 1.5b is what makes sense.
 
-How it is measured. Each round runs a matrix product, a matrix-vector product and all arms once; a ratio is taken within a round,
-and the table shows medians and the range. Before the first round each arm runs once, with a quarter of the new tokens.
-On a CPU with one thread (the default) times are CPU seconds of the process, so that neighbours on the machine disturb
-little; otherwise wall seconds. Both stand in the JSON. Loading of models and digests of files are left out of all arms
-and reported under `fixed`. Tokens are completion tokens. `roofline` is the time that the *needed* work (each prompt once,
-no padding) takes at the measured rates, as a share of the time that it took: products at the rate of the matrix product, or the reading
-of weights and cache at the rate of the matrix-vector product, whichever is longer. `extra` is the peak of memory beyond what
-is held before: weights and optimizer, and in `update` the gradients, too.
+How it is measured. Each round runs a matrix product, a matrix-vector product and all arms once; a ratio is taken
+within a round, and the table shows medians and the range. Before the first round each arm runs once, sampling with a
+quarter of the new tokens. On a CPU with one thread (the default) times are CPU seconds of the process, so that
+neighbours on the machine disturb little; otherwise wall seconds. Both stand in the JSON. Loading of models and digests of
+files are left out of all arms and reported under `fixed`. Tokens are completion tokens.
+    roofline  the time that the *needed* work (each prompt once, no padding) takes at the measured rates, as a share of
+              the time that it took: products at the rate of the matrix product, or the reading of weights and cache at
+              the rate of the matrix-vector product, whichever is longer
+    extra     the peak of memory beyond what is held before: weights and optimizer, and in `update` the gradients, too
 Writes --out as JSON; the entries of an existing file that this call does not measure stay as they are.
 """
 import argparse
@@ -76,15 +77,17 @@ PARTS = ("generate", "update", "step", "scale", "fixed")
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what is measured
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "25m", "0.5b"], choices=SIZES, help="default: %(default)s")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "25m", "0.5b"], choices=SIZES,
+                        help="default: %(default)s")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="rounds after the warm-up (default %(default)s)")
-    parser.add_argument("--rows", nargs="+", type=int, default=[10**4, 10**5, 10**6], help="scale: rows of score.py and evaluate.py "
-                        "(default %(default)s)")
-    parser.add_argument("--rollouts", nargs="+", type=int, default=[10**3, 10**4], help="scale: rows of generate.py and train.py "
-                        "(default %(default)s)")
+    parser.add_argument("--rows", nargs="+", type=int, default=[10**4, 10**5, 10**6],
+                        help="scale: rows of score.py and evaluate.py (default %(default)s)")
+    parser.add_argument("--rollouts", nargs="+", type=int, default=[10**3, 10**4],
+                        help="scale: rows of generate.py and train.py (default %(default)s)")
     # with what
-    parser.add_argument("--embedded", default=os.path.join(ROOT, "data", "tiny-countdown"), help="the embedded model's folder (default %(default)s)")
+    parser.add_argument("--embedded", default=os.path.join(ROOT, "data", "tiny-countdown"),
+                        help="the embedded model's folder (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there is one")
     # where it goes
@@ -109,7 +112,7 @@ import score
 import train
 
 
-# ---- Measuring --------------------------------------------------------------------------------------------------------
+# ---- Measuring ------------------------------------------------------------------------------------------------------
 LIBC = ctypes.CDLL(None)
 
 
@@ -120,7 +123,7 @@ def proc_status(field):
 
 
 class Meter:
-    """Seconds (wall and CPU) and the peak of extra memory of what runs between start() and stop(), which may alternate."""
+    """Seconds (wall and CPU) and the peak of extra memory of what runs between start() and stop(), in several pieces."""
 
     def __init__(self, device):
         self.cuda, self.base, self.extra, self.wall, self.cpu = device != "cpu", None, 0, 0.0, 0.0
@@ -143,7 +146,8 @@ class Meter:
             torch.cuda.synchronize()
         self.wall += time.perf_counter() - self.began[0]
         self.cpu += time.process_time() - self.began[1]
-        self.extra = max(self.extra, (torch.cuda.max_memory_allocated() if self.cuda else proc_status("VmHWM")) - self.base)
+        peak = torch.cuda.max_memory_allocated() if self.cuda else proc_status("VmHWM")
+        self.extra = max(self.extra, peak - self.base)
 
     def outside(self, function):
         """The same function, not measured."""
@@ -160,12 +164,13 @@ class Meter:
 
 
 def rates(bench):
-    """FLOP/s of a square matrix product and bytes/s of a matrix-vector product: what the machine gives at the moment."""
+    """FLOP/s of a square matrix product, bytes/s of a matrix-vector product: what the machine gives at the moment."""
     side, repeats = (8192, 10) if bench.device != "cpu" else (1536, 1)
     square = torch.randn(side, side, dtype=bench.dtype, device=bench.device)
     wide = torch.randn(8192, 2**16 if bench.device != "cpu" else 2**13, dtype=bench.dtype, device=bench.device)
     vector, best = wide[0].clone(), []
-    for work, function in ((2 * side**3, lambda: square @ square), (wide.numel() * wide.element_size(), lambda: wide @ vector)):
+    for work, function in ((2 * side**3, lambda: square @ square),
+                           (wide.numel() * wide.element_size(), lambda: wide @ vector)):
         function()
         took = []
         for _ in range(4):
@@ -180,16 +185,18 @@ def rates(bench):
 
 
 def needed(config, rows, element_size, training):
-    """(FLOP, bytes) that a batch needs. rows: [(prompt length, completion lengths of its samples)]; each prompt counts once,
-    a completion's last token goes through no layer, and the head sees one hidden state a completion token. Training: three times the products;
-    its bytes are left out."""
+    """(FLOP, bytes) that a batch needs. rows: [(prompt length, completion lengths of its samples)]; each prompt counts
+    once, a completion's last token goes through no layer, and the head sees one hidden state a completion token.
+    Training: three times the products; its bytes are left out."""
     head_dim = config.hidden_size // config.num_attention_heads
     kv_width = config.num_key_value_heads * head_dim
-    linear = 2 * config.hidden_size * (config.hidden_size + kv_width) + 3 * config.hidden_size * config.intermediate_size
+    linear = config.hidden_size * (2 * config.hidden_size + 2 * kv_width + 3 * config.intermediate_size)
     tokens = contexts = completion = 0
     for prompt, lengths in rows:
-        own = np.concatenate([np.arange(1, prompt + 1), *(np.arange(prompt + 1, prompt + length) for length in lengths)])
-        tokens, contexts, completion = tokens + len(own), contexts + int(own.sum()), completion + sum(lengths)
+        spans = [(1, prompt + 1)] + [(prompt + 1, prompt + length) for length in lengths]  # first context, last + 1
+        tokens += sum(last - first for first, last in spans)
+        contexts += sum((first + last - 1) * (last - first) // 2 for first, last in spans)
+        completion += sum(lengths)
     head = config.vocab_size * config.hidden_size
     flop = config.num_hidden_layers * (2 * linear * tokens + 4 * config.hidden_size * contexts) + 2 * head * completion
     steps = max(max(lengths) for _, lengths in rows)
@@ -228,16 +235,17 @@ class Bench:
                 scale = result["tokens"] / base["tokens"] / self.seconds(result)
                 shares.append(scale * max(flop / rate["flop_per_s"], read / rate["bytes_per_s"]))
             speeds = [result["tokens"] / self.seconds(result) for result in results]
-            ratios = [result["tokens"] / self.seconds(result) * self.seconds(base) / base["tokens"]
+            ratios = [base["tokens"] / self.seconds(base) * self.seconds(result) / result["tokens"]
                       for result, base in zip(results, arms[ours])]
             entry[name] = {"tokens_per_s": statistics.median(speeds), "roofline": statistics.median(shares),
-                           "extra_bytes": max(result["extra_bytes"] for result in results),
-                           "ours_is_faster": [1 / one for one in (statistics.median(ratios), max(ratios), min(ratios))], "rounds": results}
-        self.entries[f"{part}/{size}"] = {"arms": entry, "machine": machine, "clock": self.clock, "threads": self.args.threads,
-                                          "device": self.device, "dtype": str(self.dtype).removeprefix("torch."), **more}
+                           "extra_bytes": max(result["extra_bytes"] for result in results), "rounds": results,
+                           "ours_is_faster": [statistics.median(ratios), min(ratios), max(ratios)]}
+        self.entries[f"{part}/{size}"] = {
+            "arms": entry, "machine": machine, "clock": self.clock, "threads": self.args.threads, "device": self.device,
+            "dtype": str(self.dtype).removeprefix("torch."), **more}
 
 
-# ---- The models and their prompts ---------------------------------------------------------------------------------------
+# ---- The models and their prompts -----------------------------------------------------------------------------------
 def make_folder(bench, name):
     """A model folder and a prompt file of this size."""
     size, folder = SIZES[name], bench.args.embedded
@@ -260,14 +268,16 @@ def write_prompts(path, count, tokens=None):
     flags = countdown.parse_args(["--out", path, "--n", str(count)])
     with open(path, "w") as file:
         for problem in countdown.problems(flags):
-            prompt = countdown.TEMPLATES["plain"].format(numbers=" ".join(map(str, problem["numbers"])), target=problem["target"])
+            prompt = countdown.TEMPLATES["plain"].format(numbers=" ".join(map(str, problem["numbers"])),
+                                                         target=problem["target"])
             problem["prompt"] = (prompt * -(-tokens // len(prompt)))[-tokens:] if tokens else prompt
             file.write(json.dumps(problem) + "\n")
 
 
 def generate_flags(size, folder, prompts, out, **more):
     flags = {"model": folder, "prompts": prompts, "out": out, "n": size.n, "max-new-tokens": size.new_tokens, **more}
-    return [*(part for key, value in flags.items() for part in (f"--{key}", str(value))), *["--ignore-eos"] * bool(size.config)]
+    flags = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    return flags + ["--ignore-eos"] * bool(size.config)
 
 
 def lengths_of(completions, prompts):
@@ -275,10 +285,16 @@ def lengths_of(completions, prompts):
     return [(len(ids), [len(own) for problem, own in completions if problem == i]) for i, ids in enumerate(prompts)]
 
 
-# ---- generate: against model.generate and generate_batch ----------------------------------------------------------------
+def groups_of(rows, n):
+    """The same of rollout rows, n a prompt."""
+    return [(len(rows[i]["prompt_ids"]), [len(row["completion_ids"]) for row in rows[i:i + n]])
+            for i in range(0, len(rows), n)]
+
+
+# ---- generate: against model.generate and generate_batch ------------------------------------------------------------
 def same_tokens(one, other, prompts, resamples=999):
-    """p-value of a permutation test: do two samplers' completions hold the same tokens? Rows change sides within their prompt.
-    Statistic: chi-square of the counts (in 64 classes of ids). one, other: [(problem, ids)]."""
+    """p-value of a permutation test: do two samplers' completions hold the same tokens? Rows change sides within their
+    prompt. Statistic: chi-square of the counts (in 64 classes of ids). one, other: [(problem, ids)]."""
     owner = np.array([problem for problem, _ in one + other])
     counts = np.array([np.bincount(np.asarray(ids) % 64, minlength=64) for _, ids in one + other])
     side, rng, found = np.repeat([1, -1], [len(one), len(other)]), np.random.default_rng(0), []
@@ -293,7 +309,8 @@ def same_tokens(one, other, prompts, resamples=999):
 def bench_generate(bench, name):
     size, (folder, path) = SIZES[name], make_folder(bench, name)
     options = generate.check_model(folder)
-    tokenizer, model = generate.load(transformers.AutoTokenizer, folder, options), generate.load_model(folder, bench.dtype, bench.device, options)
+    tokenizer = generate.load(transformers.AutoTokenizer, folder, options)
+    model = generate.load_model(folder, bench.dtype, bench.device, options)
     problems, ends = generate.load_problems(path), [] if size.config else generate.end_ids(model, tokenizer)
     prompts = generate.encode(problems, tokenizer, model.config, size.new_tokens)
     rows = [i for i in range(len(prompts)) for _ in range(size.n)]
@@ -303,8 +320,12 @@ def bench_generate(bench, name):
         last = [k for k, one in enumerate(ids) if one in ends][:1]
         return ids[:last[0] + 1] if last else ids
 
+    def flags_of(new_tokens, seed):
+        more = {"max-new-tokens": new_tokens, "seed": seed}
+        return generate.parse_args(generate_flags(size, folder, path, "-", **more))
+
     def ours(new_tokens, seed):
-        args = generate.parse_args(generate_flags(size, folder, path, "-", **{"max-new-tokens": new_tokens, "seed": seed}))
+        args = flags_of(new_tokens, seed)
         chunks = generate.chunks_of([len(ids) for ids in prompts], size.n, new_tokens, args.max_batch_tokens)
         lines = [generate.run_chunk(chunk, problems, prompts, model, tokenizer, ends, args) for chunk in chunks]
         return lambda: [(problem, json.loads(line)["completion_ids"]) for chunk, part in zip(chunks, lines)
@@ -313,9 +334,9 @@ def bench_generate(bench, name):
     def processes(new_tokens, seed):
         """The same from one process a core, as torchrun starts them: here forked, because loading is not measured."""
         budget = -(-len(rows) // bench.args.threads) * (max(map(len, prompts)) + new_tokens)  # a chunk a process
-        args = generate.parse_args(generate_flags(size, folder, path, "-", **{"max-new-tokens": new_tokens, "seed": seed, "max-batch-tokens": budget}))
-        chunks, out = generate.chunks_of([len(ids) for ids in prompts], size.n, new_tokens, budget), bench.fresh("chunk")
-        children = []
+        args = flags_of(new_tokens, seed)
+        chunks = generate.chunks_of([len(ids) for ids in prompts], size.n, new_tokens, budget)
+        children, out = [], bench.fresh("chunk")
         for rank in range(bench.args.threads):
             children.append(os.fork())
             if not children[-1]:
@@ -326,11 +347,17 @@ def bench_generate(bench, name):
                 os._exit(0)
         for child in children:
             os.waitpid(child, 0)
-        return lambda: [(0, json.loads(line)["completion_ids"]) for number in range(len(chunks)) for line in open(f"{out}-{number}")]
+
+        def read():
+            for number in range(len(chunks)):
+                with open(f"{out}-{number}") as file:
+                    yield from ((0, json.loads(line)["completion_ids"]) for line in file)
+
+        return lambda: list(read())
 
     def settings(new_tokens):
-        return transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens,
-                                             eos_token_id=ends or None, pad_token_id=1)
+        return transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=1,
+                                             max_new_tokens=new_tokens, eos_token_id=ends or None)
 
     def huggingface(batch, new_tokens, seed):
         torch.manual_seed(seed)
@@ -340,7 +367,8 @@ def bench_generate(bench, name):
             longest = max(map(len, part))
             ids = torch.tensor([[1] * (longest - len(one)) + one for one in part], device=bench.device)
             mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in part], device=bench.device)
-            found += model.generate(input_ids=ids, attention_mask=mask, generation_config=settings(new_tokens))[:, longest:].tolist()
+            whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings(new_tokens))
+            found += whole[:, longest:].tolist()
         return lambda: [(problem, cut(ids)) for problem, ids in zip(rows, found)]
 
     def continuous(new_tokens, seed):
@@ -348,7 +376,7 @@ def bench_generate(bench, name):
         config = transformers.ContinuousBatchingConfig(return_logprobs=False)
         if bench.device == "cpu":  # by itself it would size its cache by the memory of a GPU
             pages = -(-(max(map(len, prompts)) + new_tokens) // 256)
-            config.num_blocks, config.max_batch_tokens, config.allow_block_sharing = pages * len(rows) + 8, max(256, len(rows)), False
+            config.num_blocks, config.max_batch_tokens = pages * len(rows) + 8, max(256, len(rows))
         found = model.generate_batch([prompts[i] for i in rows], generation_config=settings(new_tokens),
                                      continuous_batching_config=config, progress_bar=False)
         if len(found) < len(rows):
@@ -371,7 +399,8 @@ def bench_generate(bench, name):
         _, result = timed(huggingface, batch, warm, 0)
         speed[batch] = result["tokens"] / bench.seconds(result)
     batch = max(speed, key=speed.get)
-    arms = {"generate.py": ours, f"model.generate, batch {batch}": lambda *args: huggingface(batch, *args), "generate_batch": continuous}
+    peer = lambda *args: huggingface(batch, *args)
+    arms = {"generate.py": ours, f"model.generate, batch {batch}": peer, "generate_batch": continuous}
     if bench.device == "cpu" and bench.args.threads > 1:
         arms[f"generate.py, {bench.args.threads} processes"] = processes
     found = {arm: [] for arm in arms}
@@ -388,16 +417,16 @@ def bench_generate(bench, name):
                 completions, result = timed(function, size.new_tokens, seed)
                 found[arm].append(result)
                 if function is ours:
-                    work.append(needed(model.config, lengths_of(completions, prompts), model.dtype.itemsize, training=False))
-                if function in (ours, arms[f"model.generate, batch {batch}"]):
-                    pooled[function is not ours] += completions
+                    work.append(needed(model.config, lengths_of(completions, prompts), model.dtype.itemsize, False))
+                if function in (ours, peer):
+                    pooled[function is peer] += completions
     bench.add("generate", name, found, work, machine, same_tokens_p=same_tokens(*pooled, len(prompts)))
 
 
-# ---- update: against a plain one ----------------------------------------------------------------------------------------
+# ---- update: against a plain one ------------------------------------------------------------------------------------
 def plain_update(model, optimizer, rows, budget):
-    """A GRPO update as one writes it first. rows: dicts with prompt, completion (ids) and advantage. Micro-batches of at most
-    `budget` tokens, padding included, as in train.py."""
+    """A GRPO update as one writes it first. rows: dicts with prompt, completion (ids) and advantage. Micro-batches of
+    at most `budget` tokens, padding included, as in train.py."""
     device, tokens = model.device, sum(len(row["completion"]) for row in rows)
     per = max(1, budget // max(len(row["prompt"]) + len(row["completion"]) for row in rows))
     for start in range(0, len(rows), per):
@@ -425,16 +454,16 @@ def plain_update(model, optimizer, rows, budget):
 
 
 def at_rest(optimizer, gradients):
-    """Give all weights the moments of a first step and, if wanted, gradients of zero: what stands between two updates."""
+    """Give all weights the moments of a first step and, if wanted, gradients of zero: what one update leaves the next."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             weight.grad = torch.zeros_like(weight) if gradients else None
-            optimizer.state[weight] = {"step": torch.ones((), device=weight.device), "exp_avg": torch.zeros_like(weight),
-                                       "exp_avg_sq": torch.zeros_like(weight)}
+            optimizer.state[weight] = {"step": torch.ones((), device=weight.device),
+                                       "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
 
 
 def run_train(bench, meter, folder, model, tokenizer, rollouts, gradients, **more):
-    """train.py on a model that is loaded already and is not saved; `meter` runs, and leaves out what `more` replaces."""
+    """train.py on a model that is loaded already and is not saved; the running `meter` leaves out what is replaced."""
     def begin(optimizer, policy, folder):
         at_rest(optimizer, gradients)
         meter.base, meter.extra = None, 0
@@ -442,7 +471,8 @@ def run_train(bench, meter, folder, model, tokenizer, rollouts, gradients, **mor
 
     replaced = {"load_model": lambda *_: (model, tokenizer), "load_optimizer": begin, "save_round": lambda *_: None,
                 "publish": lambda *_: None, "describe": train.describe, **more}
-    flags = ["--model", folder, "--rollouts", rollouts, "--out", bench.fresh("round"), "--temperature", "1", "--device", bench.device[:4].rstrip(":")]
+    flags = ["--model", folder, "--rollouts", rollouts, "--out", bench.fresh("round"), "--temperature", "1",
+             "--device", bench.device.split(":")[0]]
     with mock.patch.multiple(train, **{name: meter.outside(function) for name, function in replaced.items()}), \
             mock.patch.object(train.Policy, "check", meter.outside(lambda *_: None)), \
             contextlib.redirect_stderr(io.StringIO()):
@@ -461,14 +491,15 @@ def bench_update(bench, name):
             # The embedded model's answers have 7 to 19 tokens; a random model's fill all room.
             length = size.new_tokens if size.config else rng.randint(7, 19)
             completion = [rng.randrange(model.config.vocab_size) for _ in range(length)]
-            rows.append({"id": problem["id"], "sample": k, "prompt_ids": prompt, "completion_ids": completion, "logprobs": [-1.0] * length,
-                         "finish_reason": "stop", "correct": k % 2 == 0, "reward": float(k % 2 == 0)})
+            rows.append({"id": problem["id"], "sample": k, "prompt_ids": prompt, "completion_ids": completion,
+                         "logprobs": [-1.0] * length, "finish_reason": "stop", "correct": k % 2 == 0,
+                         "reward": float(k % 2 == 0)})
     rollouts = bench.fresh("scored.jsonl")
     with open(rollouts, "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    plain = [{"prompt": row["prompt_ids"], "completion": row["completion_ids"], "advantage": 2 * row["reward"] - 1} for row in rows]
-    lengths = [(len(rows[i]["prompt_ids"]), [len(row["completion_ids"]) for row in rows[i:i + n]]) for i in range(0, len(rows), n)]
-    tokens, work = sum(len(row["completion_ids"]) for row in rows), needed(model.config, lengths, 4, training=True)
+    plain = [{"prompt": row["prompt_ids"], "completion": row["completion_ids"], "advantage": 2 * row["reward"] - 1}
+             for row in rows]
+    tokens, work = sum(len(row["completion_ids"]) for row in rows), needed(model.config, groups_of(rows, n), 4, True)
     arms, machine = {"train.py": [], "plain PyTorch": []}, []
     for count in range(bench.args.rounds + 1):
         machine.append(rates(bench))
@@ -487,16 +518,17 @@ def bench_update(bench, name):
         model.zero_grad(set_to_none=True)
         del optimizer
         arms["plain PyTorch"].append(meter.result(tokens))
-    bench.add("update", name, {arm: results[1:] for arm, results in arms.items()}, [work] * bench.args.rounds, machine[1:])
+    arms = {arm: results[1:] for arm, results in arms.items()}
+    bench.add("update", name, arms, [work] * bench.args.rounds, machine[1:])
 
 
-# ---- step: against TRL --------------------------------------------------------------------------------------------------
+# ---- step: against TRL ----------------------------------------------------------------------------------------------
 def our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed):
     """generate.py, score.py and train.py with their files, on loaded models. The rollouts."""
     rollouts, scored = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        with mock.patch.multiple(generate, load_model=meter.outside(lambda *_: sampler), load=meter.outside(generate.load),
-                                 describe=meter.outside(generate.describe)):
+        with mock.patch.multiple(generate, load_model=meter.outside(lambda *_: sampler),
+                                 load=meter.outside(generate.load), describe=meter.outside(generate.describe)):
             meter.start()
             generate.main(generate.parse_args(generate_flags(size, folder, path, rollouts, seed=seed)))
         with mock.patch.object(score, "describe", meter.outside(score.describe)):
@@ -510,15 +542,17 @@ def our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed
 def bench_step(bench, name):
     size, (folder, path) = SIZES[name], make_folder(bench, name)
     learner, tokenizer = train.load_model(folder, bench.device, train.check_model(folder))
-    sampler = learner if bench.device == "cpu" else generate.load_model(folder, bench.dtype, bench.device, generate.check_model(folder))
+    sampler = learner
+    if bench.device != "cpu":
+        sampler = generate.load_model(folder, bench.dtype, bench.device, generate.check_model(folder))
     arms, machine, work = {"generate.py + score.py + train.py": []}, [], []
 
     def ours(seed):
         meter = Meter(bench.device)
         rows = our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed)
         arms["generate.py + score.py + train.py"].append(meter.result(sum(len(row["completion_ids"]) for row in rows)))
-        lengths = [(len(rows[i]["prompt_ids"]), [len(row["completion_ids"]) for row in rows[i:i + size.n]]) for i in range(0, len(rows), size.n)]
-        (flop, read), (trained, _) = (needed(learner.config, lengths, sampler.dtype.itemsize, training) for training in (False, True))
+        (flop, read), (trained, _) = (needed(learner.config, groups_of(rows, size.n), sampler.dtype.itemsize, training)
+                                      for training in (False, True))
         rate = machine[-1]
         # As products, the reading that the sampling waits for included.
         work.append((trained + max(flop, read * rate["flop_per_s"] / rate["bytes_per_s"]), 0))
@@ -558,30 +592,36 @@ def trl_rounds(bench, size, path, learner, tokenizer, machine, ours, Dataset, GR
             ours(state.global_step)
 
     config = GRPOConfig(
-        output_dir=bench.fresh("trl"), max_steps=bench.args.rounds + 1, learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.01,
+        # the algorithm, as in train.py --method grpo
+        learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.01, num_iterations=1, beta=0.0, epsilon=0.2,
+        epsilon_high=0.25, loss_type="dapo", scale_rewards="group", temperature=1.0, top_p=1.0, top_k=0,
+        # the work, all rows of a step at once
         per_device_train_batch_size=size.prompts * size.n, gradient_accumulation_steps=1, num_generations=size.n,
-        max_completion_length=size.new_tokens, temperature=1.0, top_p=1.0, top_k=0, beta=0.0, epsilon=0.2, epsilon_high=0.25,
-        num_iterations=1, loss_type="dapo", scale_rewards="group", gradient_checkpointing=False, bf16=bench.device != "cpu",
-        use_cpu=bench.device == "cpu", dataloader_pin_memory=False, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True)
+        max_completion_length=size.new_tokens, max_steps=bench.args.rounds + 1, gradient_checkpointing=False,
+        # the machine
+        bf16=bench.device != "cpu", use_cpu=bench.device == "cpu", dataloader_pin_memory=False,
+        output_dir=bench.fresh("trl"), report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True)
+    data = Dataset.from_list([{key: row[key] for key in ("prompt", "numbers", "target")} for row in problems])
     with contextlib.redirect_stdout(io.StringIO()):
-        GRPOTrainer(model=copy.deepcopy(learner), reward_funcs=reward, args=config, processing_class=tokenizer, callbacks=[InTurns()],
-                    train_dataset=Dataset.from_list([{key: row[key] for key in ("prompt", "numbers", "target")} for row in problems])).train()
+        GRPOTrainer(model=copy.deepcopy(learner), reward_funcs=reward, args=config, processing_class=tokenizer,
+                    callbacks=[InTurns()], train_dataset=data).train()
     return results
 
 
-# ---- scale and fixed: the stages as processes ---------------------------------------------------------------------------
+# ---- scale and fixed: the stages as processes -----------------------------------------------------------------------
 # A process starts with the peak memory of the one that starts it: hence a small one in between, which reports as JSON.
 STARTER = """import json, resource, subprocess, sys, time
 began = time.perf_counter()
 done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps([done.returncode, done.stderr[-500:], time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))"""
+print(json.dumps([done.returncode, done.stderr[-500:], time.perf_counter() - began, used.ru_utime + used.ru_stime,
+                  used.ru_maxrss * 1024]))"""
 
 
 def usage(*command):
     """Wall and CPU seconds and the peak memory of a Python process of its own."""
-    said = subprocess.run([sys.executable, "-c", STARTER, sys.executable, *command], stdout=subprocess.PIPE, check=True).stdout
-    code, errors, wall, cpu, peak = json.loads(said)
+    said = subprocess.run([sys.executable, "-c", STARTER, sys.executable, *command], stdout=subprocess.PIPE, check=True)
+    code, errors, wall, cpu, peak = json.loads(said.stdout)
     if code:
         raise RuntimeError(f"{' '.join(command)}: {errors}")
     return {"wall_s": wall, "cpu_s": cpu, "peak_bytes": peak}
@@ -592,21 +632,21 @@ def stage(name):
 
 
 def write_rollouts(path, rows, n=50):
-    """Countdown rollouts, n a problem, whose answers are random expressions over the problem's numbers: hardly one stands twice, so that
-    score.py gains nothing from having judged it before."""
+    """Countdown rollouts, n a problem, whose answers are random expressions over the problem's numbers: hardly one
+    stands twice, so that score.py gains nothing from having judged it before."""
     rng = random.Random(0)
     with open(path, "w") as file:
         for first in range(0, rows, n):
             numbers = [rng.randint(1, 12) for _ in range(4)]
-            head = json.dumps({"id": f"problem-{first // n}", "task": "countdown", "prompt": f"{' '.join(map(str, numbers))}=24:",
+            head = json.dumps({"id": f"problem-{first // n}", "task": "countdown", "prompt": "3 4 5 6=24:",
                                "numbers": numbers, "target": 24, "n_solutions": 2})[:-1]
             ids = ", ".join(str(rng.randint(3, 20)) for _ in range(12))
             logprobs = ", ".join(repr(-rng.random()) for _ in range(12))
             for sample in range(min(n, rows - first)):
                 (a, b, c, d), (p, q, r) = rng.sample(numbers, 4), rng.choices("+-*/", k=3)
                 text = f"({a}{p}{b}){q}{c}{r}{d}" if sample % 2 else f"{a}{p}({b}{q}{c}){r}{d}"
-                file.write(f'{head}, "sample": {sample}, "completion": "{text}", "prompt_ids": [{ids}], "completion_ids": [{ids}], '
-                           f'"logprobs": [{logprobs}], "finish_reason": "stop"}}\n')
+                file.write(f'{head}, "sample": {sample}, "completion": "{text}", "prompt_ids": [{ids}], '
+                           f'"completion_ids": [{ids}], "logprobs": [{logprobs}], "finish_reason": "stop"}}\n')
 
 
 def bench_scale(bench):
@@ -623,7 +663,7 @@ def bench_scale(bench):
         measure("evaluate.py", rows, scored, "--out", bench.fresh("eval.json"))
         os.remove(scored)
     for rows in bench.args.rollouts:
-        prompts, rollouts, scored = bench.fresh("prompts.jsonl"), bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
+        prompts, rollouts, scored = (bench.fresh(f"{name}.jsonl") for name in ("prompts", "rollouts", "scored"))
         write_prompts(prompts, -(-rows // 16))
         measure("generate.py", rows, *generate_flags(SIZES["tiny"], bench.args.embedded, prompts, rollouts))
         usage(stage("score.py"), rollouts, "--out", scored)
@@ -637,30 +677,34 @@ def bench_fixed(bench):
     for _ in range(bench.args.rounds):
         rollouts, scored, out = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl"), bench.fresh("round")
         for label, command in {
-                "python -c pass": ["-c", "pass"], "import torch": ["-c", "import torch"], "import torch, transformers": ["-c", "import torch, transformers"],
+                "python -c pass": ["-c", "pass"], "import torch": ["-c", "import torch"],
+                "import torch, transformers": ["-c", "import torch, transformers"],
                 "train.py --help": [stage("train.py"), "--help"], "score.py --help": [stage("score.py"), "--help"],
-                "generate.py": [stage("generate.py"), "--model", bench.args.embedded, "--prompts", prompts, "--out", rollouts, "--n", "2",
-                                "--max-new-tokens", "2"],
+                "generate.py": [stage("generate.py"), "--model", bench.args.embedded, "--prompts", prompts,
+                                "--out", rollouts, "--n", "2", "--max-new-tokens", "2"],
                 "score.py": [stage("score.py"), rollouts, "--out", scored],
                 "train.py": [stage("train.py"), "--model", bench.args.embedded, "--rollouts", scored, "--out", out],
                 "evaluate.py": [stage("evaluate.py"), scored, "--out", bench.fresh("eval.json")]}.items():
             found.setdefault(label, []).append(usage(*command))
-    bench.entries["fixed"] = {"threads": bench.args.threads, "commands": {
-        label: {key: statistics.median(one[key] for one in results) for key in results[0]} for label, results in found.items()}}
+    middle = {label: {key: statistics.median(one[key] for one in results) for key in results[0]}
+              for label, results in found.items()}
+    bench.entries["fixed"] = {"threads": bench.args.threads, "commands": middle}
 
 
 def plot_scale(entry, path):
     """Left CPU time, right peak memory, against rows."""
     import matplotlib
     from matplotlib.figure import Figure
-    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.grid": True,
-                                "axes.axisbelow": True, "grid.color": "#e6e6e6", "legend.frameon": False})
+    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
+                                "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6",
+                                "legend.frameon": False})
     figure = Figure(figsize=(9.4, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
-    for (name, results), colour, marker in zip(entry["stages"].items(), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "os^D"):
-        rows = [one["rows"] for one in results]
-        for axis, values in zip(axes, ([one["cpu_s"] for one in results], [one["peak_bytes"] / 2**20 for one in results])):
-            axis.plot(rows, values, color=colour, marker=marker, markersize=4.5, label=name)
+    looks = zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "os^D")  # Okabe-Ito, colour-blind safe
+    for (name, results), (colour, marker) in zip(entry["stages"].items(), looks):
+        for axis, key, unit in zip(axes, ("cpu_s", "peak_bytes"), (1, 2**20)):
+            axis.plot([one["rows"] for one in results], [one[key] / unit for one in results], color=colour,
+                      marker=marker, markersize=4.5, label=name)
     axes[0].set(title="CPU time of the process (s), start included", xscale="log", yscale="log")
     axes[1].set(title="Peak memory of the process (MiB)", xscale="log", ylim=(0, None))
     axes[0].legend()
@@ -668,7 +712,11 @@ def plot_scale(entry, path):
     figure.savefig(path, dpi=200)
 
 
-# ---- The report -----------------------------------------------------------------------------------------------------------
+# ---- The report -----------------------------------------------------------------------------------------------------
+def told(one):
+    return f"{one['cpu_s']:8.2f} s CPU {one['wall_s']:8.2f} s wall {one['peak_bytes'] / 2**20:8,.0f} MiB"
+
+
 def print_table(entries):
     grid = [["", "", "tokens/s", "roofline", "extra MiB", "ours is faster by"]]
     for key, entry in sorted(entries.items()):
@@ -677,15 +725,17 @@ def print_table(entries):
                 grid.append([key, arm, "-", "-", "-", one["missing"]])
                 continue
             middle, low, high = one["ours_is_faster"]
-            grid.append([key, arm, f"{one['tokens_per_s']:,.0f}", f"{one['roofline']:.1%}", f"{one['extra_bytes'] / 2**20:,.0f}",
-                         "" if arm == next(iter(entry["arms"])) else f"{middle:.2f} [{low:.2f}, {high:.2f}]"])
+            ratio = "" if arm == next(iter(entry["arms"])) else f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+            grid.append([key, arm, f"{one['tokens_per_s']:,.0f}", f"{one['roofline']:.1%}",
+                         f"{one['extra_bytes'] / 2**20:,.0f}", ratio])
+    widths = [max(map(len, column)) for column in zip(*grid)][:-1]
     for line in grid if len(grid) > 1 else ():
-        print("| " + " | ".join(cell.ljust(max(len(other[i]) for other in grid) if i < 5 else 0) for i, cell in enumerate(line)) + " |")
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, (*widths, 0))) + " |")
     for name, results in entries.get("scale", {"stages": {}})["stages"].items():
         for one in results:
-            print(f"{name:12} {one['rows']:>9,} rows: {one['cpu_s']:8.1f} s CPU {one['wall_s']:8.1f} s wall {one['peak_bytes'] / 2**20:8,.0f} MiB")
+            print(f"{name:12} {one['rows']:>9,} rows: {told(one)}")
     for label, one in entries.get("fixed", {"commands": {}})["commands"].items():
-        print(f"{label:28} {one['cpu_s']:6.2f} s CPU {one['wall_s']:6.2f} s wall {one['peak_bytes'] / 2**20:6,.0f} MiB")
+        print(f"{label:28} {told(one)}")
 
 
 def processor():
@@ -707,9 +757,10 @@ def main(args):
     if args.out and os.path.exists(args.out):
         with open(args.out) as file:
             report = json.load(file)
-    report["machine"] = {"processor": processor(), "cores": os.cpu_count(), "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-                         "gpu": torch.cuda.get_device_name() if bench.device != "cpu" else None, "torch": torch.__version__,
-                         "transformers": transformers.__version__}
+    report["machine"] = {"processor": processor(), "cores": os.cpu_count(),
+                         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+                         "gpu": torch.cuda.get_device_name() if bench.device != "cpu" else None,
+                         "torch": torch.__version__, "transformers": transformers.__version__}
     report["entries"].update(bench.entries)
     if args.out:
         with open(args.out + ".partial", "w") as file:

@@ -1,4 +1,4 @@
-"""tests/bench.py at toy size: its arms run, its counts of work are right, and its report holds what the README quotes.
+"""tests/bench.py at toy size: its arms run, its counts of work are right, its report holds what the README quotes.
 No test looks at a time."""
 import json
 import os
@@ -32,8 +32,8 @@ def test_generate_and_update_at_toy_size(tmp_path, tiny_model, monkeypatch, caps
     entry = report["entries"]["generate/toy"]
     ours, theirs, continuous = entry["arms"].values()
     size = bench.SIZES["toy"]
-    assert [one["tokens"] for one in ours["rounds"]] == 2 * [size.prompts * size.n * size.new_tokens]  # nothing ends early
-    assert [one["tokens"] for one in theirs["rounds"]] == 2 * [size.prompts * size.n * size.new_tokens]
+    for arm in (ours, theirs):  # nothing ends early
+        assert [one["tokens"] for one in arm["rounds"]] == 2 * [size.prompts * size.n * size.new_tokens]
     assert continuous == {"missing": "RuntimeError: made for GPUs"}
     assert entry["same_tokens_p"] > 0.001
     assert 0 < ours["roofline"] < 1 and ours["ours_is_faster"] == pytest.approx([1, 1, 1])
@@ -57,22 +57,26 @@ def test_step_without_trl_and_kept_entries(tmp_path, tiny_model, monkeypatch):
 
 def test_plain_update_is_the_update_of_train(tmp_path, tiny_model):
     """The two arms of `update` do the same work: without smoothing they move the weights alike."""
-    rows = [{"id": f"{k // 2}", "sample": k % 2, "prompt_ids": [5, 6, 7][:1 + k // 2], "completion_ids": [8, 9, 4, 10][k % 2:],
-             "logprobs": [-1.0] * (4 - k % 2), "finish_reason": "stop", "correct": k % 2 == 0, "reward": float(k % 2 == 0)} for k in range(4)]
+    rows = [{"id": f"{k // 2}", "sample": k % 2, "prompt_ids": [5, 6, 7][:1 + k // 2],
+             "completion_ids": [8, 9, 4, 10][k % 2:], "logprobs": [-1.0] * (4 - k % 2), "finish_reason": "stop",
+             "correct": k % 2 == 0, "reward": float(k % 2 == 0)} for k in range(4)]
     rollouts, moved = str(tmp_path / "scored.jsonl"), []
     with open(rollouts, "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    bench.train.main(bench.train.parse_args(["--model", tiny_model, "--rollouts", rollouts, "--out", str(tmp_path / "round"), "--method", "grpo",
-                                             "--temperature", "1", "--lr", "1e-3"]))
+    bench.train.main(bench.train.parse_args([
+        "--model", tiny_model, "--rollouts", rollouts, "--out", str(tmp_path / "round"), "--method", "grpo",
+        "--temperature", "1", "--lr", "1e-3"]))
     for folder in (str(tmp_path / "round"), tiny_model):
         model, _ = bench.train.load_model(folder, "cpu", bench.train.check_model(folder))
         if folder == tiny_model:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-            bench.plain_update(model, optimizer, [{"prompt": row["prompt_ids"], "completion": row["completion_ids"],
-                                                   "advantage": 2 * row["reward"] - 1} for row in rows], 16384)
+            plain = [{"prompt": row["prompt_ids"], "completion": row["completion_ids"],
+                      "advantage": 2 * row["reward"] - 1} for row in rows]
+            bench.plain_update(model, optimizer, plain, 16384)
         moved.append(torch.cat([weight.flatten() for weight in model.parameters()]))
     assert torch.nn.functional.cosine_similarity(*(one.double() for one in moved), dim=0) > 1 - 1e-9
-    assert (moved[0] - moved[1]).abs().mean() < 1e-5  # AdamW's first step is lr * sign of the gradient, 1e-3 wherever they differ
+    # AdamW's first step is lr * sign of the gradient: 2e-3 wherever the signs differ
+    assert (moved[0] - moved[1]).abs().mean() < 1e-5
 
 
 def test_needed_work_counts_each_prompt_once():
@@ -95,8 +99,11 @@ def test_needed_work_counts_each_prompt_once():
 
 def test_same_tokens_tells_samplers_apart():
     generator = torch.Generator().manual_seed(0)
+
     def rows(probs):
-        return [(i % 3, torch.multinomial(torch.tensor(probs), 8, True, generator=generator).tolist()) for i in range(90)]
+        drawn = torch.multinomial(torch.tensor(probs), 90 * 8, True, generator=generator).view(90, 8).tolist()
+        return [(i % 3, ids) for i, ids in enumerate(drawn)]
+
     assert bench.same_tokens(rows([.5, .3, .2]), rows([.5, .3, .2]), 3) > 0.01
     assert bench.same_tokens(rows([.5, .3, .2]), rows([.4, .3, .3]), 3) < 0.01
 

@@ -1,5 +1,6 @@
 """Every architecture that the README names, at toy size with random weights: the three ways to compute a log-prob (sampling with a
 cache, training with shared prompts, training with repeated ones) agree with a plain pass, and the whole pipeline runs on it."""
+import argparse
 import json
 import os
 import shutil
@@ -44,6 +45,7 @@ ARCHITECTURES = {
     "cohere2": ("Cohere2", {"sliding_window": 8, "logit_scale": 0.25}),
     "granite": ("Granite", {"logits_scaling": 4.0}),
     "olmo2": ("Olmo2", {}),
+    "gpt2": ("GPT2", {}),  # learned positions, where all others see distances alone
     "gpt-oss": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "sliding_window": 8}),
     "deepseek": ("DeepseekV3", {"num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
                                 "num_experts_per_tok": 2, "moe_intermediate_size": 16, "q_lora_rank": 16, "kv_lora_rank": 16,
@@ -120,6 +122,22 @@ def refusal(capfd, call, *args):
     lines = capfd.readouterr().err.splitlines()
     assert end.value.code == 2 and len(lines) == 1, lines
     return lines[0]
+
+
+# ---- The sampler ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sampled_logprobs_equal_a_plain_pass(name):
+    """To 1e-5, with padded prompts longer and shorter than the sliding window, several ends, and rows dropped when they end."""
+    model, rng = build(name), np.random.default_rng(1)
+    prompts = [rng.integers(6, 64, length).tolist() for length in (3, 20, 9, 8)]
+    owner = [0, 0, 1, 1, 1, 2, 3, 3]
+    args = argparse.Namespace(max_new_tokens=20, temperature=0.7, top_p=1.0, top_k=0, stop=[])
+    tokens, logprobs, lengths, stops = generate.sample(model, prompts, owner, rng.random((8, 20)), ENDS, None, args)
+    assert any(stops) and max(lengths) == 20  # some were dropped, some went on
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            logp, _ = forced(model, prompts[owner[row]], tokens[row, :length].tolist(), 0.7)
+        assert (logp - logprobs[row, :length]).abs().max() < 1e-5
 
 
 # ---- The policy -----------------------------------------------------------------------------------------------------------
