@@ -18,8 +18,8 @@ same arms run in bf16 (fp32 masters in the updates); there --sizes 0.5b 1.5b is 
 How it is measured. Each round runs a matrix product, a matrix-vector product and all arms once; a ratio is taken
 within a round, and the table shows medians and the range. Before the first round each arm runs once, sampling with a
 quarter of the new tokens. On a CPU with one thread (the default) times are CPU seconds of the process, so that
-neighbours on the machine disturb little; otherwise wall seconds. Both stand in the JSON. Loading of models and digests of
-files are left out of all arms and reported under `fixed`. Tokens are completion tokens.
+neighbours on the machine disturb little; otherwise wall seconds. Both stand in the JSON. Loading of models and digests
+of files are left out of all arms and reported under `fixed`. Tokens are completion tokens.
     roofline  the time that the *needed* work (each prompt once, no padding) takes at the measured rates, as a share of
               the time that it took: products at the rate of the matrix product, or the reading of weights and cache at
               the rate of the matrix-vector product, whichever is longer
@@ -123,7 +123,7 @@ def proc_status(field):
 
 
 class Meter:
-    """Seconds (wall and CPU) and the peak of extra memory of what runs between start() and stop(), in several pieces."""
+    """Seconds (wall and CPU) and the peak of extra memory of what runs between start() and stop()."""
 
     def __init__(self, device):
         self.cuda, self.base, self.extra, self.wall, self.cpu = device != "cpu", None, 0, 0.0, 0.0
@@ -454,7 +454,7 @@ def plain_update(model, optimizer, rows, budget):
 
 
 def at_rest(optimizer, gradients):
-    """Give all weights the moments of a first step and, if wanted, gradients of zero: what one update leaves the next."""
+    """Give all weights the moments of a first step and, if wanted, gradients of zero: the state between two updates."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             weight.grad = torch.zeros_like(weight) if gradients else None
@@ -743,29 +743,37 @@ def processor():
         return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
 
 
-def main(args):
-    torch.set_num_threads(args.threads)
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args, folder)
-        for part in args.only:
-            for size in args.sizes if part in ("generate", "update", "step") else ():
-                {"generate": bench_generate, "update": bench_update, "step": bench_step}[part](bench, size)
-            if part in ("scale", "fixed"):
-                {"scale": bench_scale, "fixed": bench_fixed}[part](bench)
+def save(args, entries):
+    """Put the entries into the JSON file, beside those that it holds already."""
     report = {"entries": {}}
     if args.out and os.path.exists(args.out):
         with open(args.out) as file:
             report = json.load(file)
     report["machine"] = {"processor": processor(), "cores": os.cpu_count(),
                          "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-                         "gpu": torch.cuda.get_device_name() if bench.device != "cpu" else None,
+                         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                          "torch": torch.__version__, "transformers": transformers.__version__}
-    report["entries"].update(bench.entries)
+    report["entries"].update(entries)
     if args.out:
         with open(args.out + ".partial", "w") as file:
             file.write(json.dumps(report, indent=1) + "\n")
         os.replace(file.name, args.out)
+    return report
+
+
+def main(args):
+    torch.set_num_threads(args.threads)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+    by_size = {"generate": bench_generate, "update": bench_update, "step": bench_step}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, folder)
+        for part in args.only:
+            for size in args.sizes if part in by_size else ():
+                by_size[part](bench, size)
+                save(args, bench.entries)  # it is long: what is measured is kept
+            if part in ("scale", "fixed"):
+                {"scale": bench_scale, "fixed": bench_fixed}[part](bench)
+    report = save(args, bench.entries)
     if args.plot:
         plot_scale(report["entries"]["scale"], args.plot)
     print_table(bench.entries)

@@ -107,12 +107,14 @@ def answer(connection, modules):
                 os.dup2(handle, number)
             os.closerange(3, connection.fileno() + 4)  # a lock of this process must not outlive it in another
             os.chdir(request["cwd"])
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             sys.argv = request["argv"]
             stage = modules[os.path.basename(sys.argv[0]).removesuffix(".py")]
+            args = stage.parse_args(sys.argv[1:])
             if request["fault"]:
                 inject(**request["fault"])
-            stage.run(stage.main, stage.parse_args(sys.argv[1:]))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            stage.run(stage.main, args)
             code = 0
         except SystemExit as end:
             code = end.code or 0

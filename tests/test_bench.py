@@ -20,7 +20,8 @@ def keep_threads():
 
 def measure(tmp_path, model, *flags):
     out = str(tmp_path / "bench.json")
-    return bench.main(bench.parse_args(["--sizes", "toy", "--rounds", "2", "--embedded", model, "--out", out, *flags])), out
+    args = bench.parse_args(["--sizes", "toy", "--rounds", "2", "--embedded", model, "--out", out, *flags])
+    return bench.main(args), out
 
 
 def test_generate_and_update_at_toy_size(tmp_path, tiny_model, monkeypatch, capsys):

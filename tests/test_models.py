@@ -132,7 +132,7 @@ def test_sampled_logprobs_equal_a_plain_pass(name):
     prompts = [rng.integers(6, 64, length).tolist() for length in (3, 20, 9, 8)]
     owner = [0, 0, 1, 1, 1, 2, 3, 3]
     args = argparse.Namespace(max_new_tokens=20, temperature=0.7, top_p=1.0, top_k=0, stop=[])
-    tokens, logprobs, lengths, stops = generate.sample(model, prompts, owner, rng.random((8, 20)), ENDS, None, args)
+    tokens, logprobs, lengths, stops = generate.sample(model, prompts, owner, rng.random((8, 20)), [0, 5], None, args)
     assert any(stops) and max(lengths) == 20  # some were dropped, some went on
     for row, length in enumerate(lengths):
         with torch.no_grad():

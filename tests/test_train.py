@@ -466,7 +466,7 @@ def test_pitfall_25_k3_is_never_negative(pairs):
     torch.testing.assert_close(train.k3(logp.double(), near.double()), (near.double() - logp.double()) ** 2 / 2, rtol=1e-4, atol=1e-20)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_fuzz_advantage(data):
     """Any rewards, verdicts and settings: finite, zero-mean where the formula says so, and the same whatever order the tokens stand in."""
@@ -955,7 +955,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-2 ** 70, 2 ** 70) |
                     max_leaves=4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.fixed_dictionaries({}, optional={
     "id": st.sampled_from("ab") | JSON, "sample": st.integers(0, 2) | JSON, "prompt_ids": st.just([2, 3]) | JSON, "completion_ids": st.just([4]) | JSON,
     "logprobs": st.just([-1.0]) | JSON, "finish_reason": st.sampled_from(["stop", "length"]) | JSON, "correct": st.booleans() | JSON,
