@@ -163,8 +163,10 @@ def test_pitfall_03_pad_may_be_eos_and_pad_may_be_sampled(tiny_model, prompts, b
     assert any(1 in row["completion_ids"][:-1] for row in rows)
 
 
-def test_pitfall_03_several_ends(tiny_model, prompts, base, tmp_path):
-    model = copy_of(tiny_model, tmp_path / "model", generation_config={"eos_token_id": [0, 5, 9]})
+@pytest.mark.parametrize("config", [[0, 5, 9], [9, 5]])
+def test_pitfall_03_several_ends(config, tiny_model, prompts, base, tmp_path):
+    """Those of generation_config.json and that of the tokenizer (0), whether or not it stands there."""
+    model = copy_of(tiny_model, tmp_path / "model", generation_config={"eos_token_id": config})
     rows = run(model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
     for row, before in zip(rows, base[1]):
         ids = before["completion_ids"]
@@ -325,6 +327,12 @@ def test_the_ends_of_the_unit_interval_draw_no_impossible_token(logits, temperat
     uniform = torch.tensor([0.0, 2.0 ** -53, 0.5, 1 - 2.0 ** -53], dtype=torch.float64)
     ids, logp = generate.draw(torch.tensor([logits]).expand(4, -1), uniform, temperature, top_p, top_k)
     assert set(ids.tolist()) <= {1, 3} and torch.isfinite(logp).all()
+
+
+def test_a_large_vocabulary_loses_no_token_to_rounding():
+    """The middle of each token's interval draws that token: sums of 150,000 probabilities in fp32 would be off by many tokens."""
+    ids, logp = generate.draw(torch.zeros(1, 150_000).expand(150, -1), (torch.arange(150, dtype=torch.float64) * 1000 + 0.5) / 150_000, 1.0)
+    assert ids.tolist() == list(range(0, 150_000, 1000)) and torch.allclose(logp, torch.tensor(-math.log(150_000)))
 
 
 def test_the_first_token_follows_the_softmax_end_to_end(tiny_model, prompts, tmp_path):
