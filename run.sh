@@ -31,6 +31,7 @@
 #   --countdown "FLAGS"     flags for data/countdown.py, such as "--max-solutions 3"  (none)
 #   --nproc N               processes a stage, through torchrun                       (1: plain python)
 set -euo pipefail
+main() {  # read whole before it runs: an edit, or a git pull, in the middle of a night changes nothing
 cd "$(dirname "$0")"
 
 die() { echo "run.sh: error: $*" >&2; exit 2; }
@@ -126,3 +127,5 @@ if [ "$eval_problems" -gt 0 ]; then
   say python evaluate.py --training "$dir" --plot "$dir/training.png"
   echo "$dir: eval-${trained#*-}.json, passk.png and training.png are there" >&2
 fi
+}
+main "$@"
