@@ -357,7 +357,8 @@ def test_run_lets_a_defect_show_itself():
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_in_one_line(number, code):
-    script = ("import argparse, evaluate, time\n"
+    script = ("import argparse, evaluate, signal, time\n"
+              "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job starts with it ignored
               "evaluate.run(lambda args: (print('ready', flush=True), time.sleep(60)), argparse.Namespace(out='o'))")
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
