@@ -212,7 +212,7 @@ def parse_args(argv=None):
     parser.add_argument("--reset-optimizer", action="store_true", help="start with fresh moments and step 0")
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle (default %(default)s)")
     # machine
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="most tokens, padding included, in one forward and backward pass "
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="most tokens, padding included, in one forward and backward pass "
                         "(default %(default)s)")
     parser.add_argument("--share-prompts", action=argparse.BooleanOptionalAction, help="compute each prompt once for all its samples, with "
                         "gradients through its key-value cache (default: yes, unless --checkpoint-activations or --shard)")

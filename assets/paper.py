@@ -1,12 +1,16 @@
 """The README's experiment: every arm, several seeds, two distributions, from the embedded model on two CPU cores.
 
-    bash run.sh --suite paper                        # tuning, then all reported runs; stop and restart it as you like
-    bash run.sh --suite paper --arms grpo --seeds 3  # one arm and seed; with a new seed, one more row
-    bash run.sh --suite paper --list                 # what is done, what is left, and how long that will take
+    bash run.sh --suite paper                                # tuning, then all reported runs; stop and restart it as you like
+    bash run.sh --suite paper --arms grpo --seeds 7          # one arm with a new seed: one more row
+    bash run.sh --suite paper --arms grpo --seeds 3 --check  # the same again, compared with the table instead of added to it
+    bash run.sh --suite paper --list                         # what is done and what is left
 
-Every arm has the same rollouts and updates: --rounds rounds of 192 problems x 16 samples, 4 updates each. Coefficients are chosen
-on the tune split with seed 100 (assets/tuning.csv: everything that was tried; the choice is the best mean of Pass@k over
-k = 1, 2, 4, .., 128) and reported on the test split with other seeds. A run is one core; --jobs of them go side by side.
+Every arm has the same rollouts and updates: --rounds rounds of 192 problems x 16 samples, 4 updates each. What is tuned is tuned
+on the tune split with seed 100 (assets/tuning.csv: everything that was tried) by one rule, fixed beforehand: the learning rate is
+the best for GRPO's Pass@1 and serves all; of an arm's own candidates (at most four), those whose Pass@1 is at least GRPO's less
+0.01 stand for election, and the best mean of Pass@k over k = 1, 2, 4, .., 128 wins; where none does, the best Pass@1. All that is
+reported comes from the test split and other seeds. A run is one core; --jobs of them go side by side, each a process that
+imports the stages once and calls the main functions that run.sh calls as commands, with the same flags.
 
 Writes, after every run, in assets/: tuning.csv (arm, setting, lr, k, pass_at_k); results.csv (arm, distribution, seed, k, pass_at_k);
 counts.jsonl (arm, distribution, seed, and for every held-out problem: n, correct, distinct solutions found, solutions that exist),
@@ -15,50 +19,54 @@ Runs stand in runs/paper/.
 """
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import json
+import multiprocessing
 import os
+import re
 import shutil
-import subprocess
 import sys
-import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 
 DISTRIBUTIONS = {"main": "", "low-multiplicity": "--max-solutions 2"}
-GAMMAS = [(0.3, 0.03), (0.1, 0.01), (1.0, 0.1), (0.3, 0.0)]
+GAMMAS = [(0.3, 0.03), (1.0, 0.1), (0.3, 0.0)]
 # Each arm's candidates, at most four; one learning rate, tuned for GRPO, serves all.
 CANDIDATES = {
-    "grpo": [["--method", "grpo"]],
-    **{f"ds-{level}": [["--method", "ds-grpo", "--smooth-level", level, "--gamma-p", f"{p}", "--gamma-n", f"{n}"] for p, n in GAMMAS]
-       for level in ("token", "sequence", "reward")},
-    "entropy-bonus": [["--method", "grpo", "--entropy-coef", c] for c in ("0.02", "0.05", "0.1", "0.2")],
-    "entropy-penalty": [["--method", "grpo", "--entropy-coef", c] for c in ("-0.01", "-0.02", "-0.05", "-0.1")],
-    "ds-entropy": [["--method", "grpo", "--entropy-coef-correct", c, "--entropy-coef-wrong", d]
-                   for c, d in (("0.3", "-0.03"), ("0.3", "0.03"), ("0.2", "0.0"), ("0.5", "0.05"))],
-    "passk": [["--method", "passk", "--pass-k", k] for k in ("2", "4", "8")],
-    "cispo": [["--method", "cispo"]],
-    "w-reinforce": [["--method", "w-reinforce", "--positive-weight", w] for w in ("0.1", "0.3", "1.0")],
+    "grpo": ["--method grpo"],
+    "ds-token": [f"--method ds-grpo --smooth-level token --gamma-p {p} --gamma-n {n}" for p, n in [*GAMMAS, (0.1, 0.01)]],
+    "ds-sequence": [f"--method ds-grpo --smooth-level sequence --gamma-p {p} --gamma-n {n}" for p, n in GAMMAS],
+    "ds-reward": [f"--method ds-grpo --smooth-level reward --gamma-p {p} --gamma-n {n}" for p, n in GAMMAS],
+    "entropy-bonus": [f"--method grpo --entropy-coef {c}" for c in (0.02, 0.05, 0.1, 0.2)],
+    "entropy-penalty": [f"--method grpo --entropy-coef {c}" for c in (-0.01, -0.03, -0.1)],
+    "ds-entropy": [f"--method grpo --entropy-coef-correct {c} --entropy-coef-wrong {d}" for c, d in ((0.3, -0.03), (0.3, 0.03), (0.2, 0.0), (0.6, 0.0))],
+    "passk": [f"--method passk --pass-k {k}" for k in (2, 4, 8)],
+    "cispo": ["--method cispo"],
+    "w-reinforce": [f"--method w-reinforce --positive-weight {w}" for w in (0.1, 0.3, 1.0)],
 }
 LEARNING_RATES = ("1e-4", "2e-4", "4e-4")
-CORE = ("grpo", "ds-token", "ds-entropy", "entropy-bonus", "entropy-penalty")
-FURTHER = ("ds-sequence", "ds-reward", "ds-positive", "ds-negative", "passk", "cispo", "w-reinforce")
+FURTHER = ("ds-token", "ds-sequence", "ds-reward", "ds-positive", "ds-negative", "passk", "cispo", "w-reinforce")  # less the level that is core
 TUNING_SEED = 100
 GRID = [(p, n) for p in (0.1, 0.3, 1.0) for n in (0.0, 0.03, 0.3)]  # the ablation over gamma_p x gamma_n, token level, seed 1
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", help="only these arms (default: all)")
+    parser.add_argument("--arms", nargs="+", choices=["base", *CANDIDATES, "ds-positive", "ds-negative"], help="only these arms (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, help="these seeds (default: 1..5 for the core arms, 1..3 for the others)")
     parser.add_argument("--distributions", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS), help="default: both")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of 4 updates (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one core each (default %(default)s)")
     parser.add_argument("--tune-only", action="store_true", help="stop after the tuning")
+    parser.add_argument("--check", action="store_true", help="run --arms and --seeds again and compare with assets/results.csv; exit 1 if any differs")
     parser.add_argument("--list", action="store_true", help="only say what is done and what is left")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.check and not (args.arms and args.seeds):
+        parser.error("--check needs --arms and --seeds")
+    return args
 
 
 def read_csv(name):
@@ -79,151 +87,193 @@ def write_csv(name, rows):
     os.replace(path + ".partial", path)
 
 
-def stage(*command, log):
-    """Run one stage on one core; its output goes to the run's log; a failed stage ends the run."""
-    with open(log, "a") as file:
-        subprocess.run(command, cwd=ROOT, check=True, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def one_run(name, flags, lr, rounds, seed, distribution, split, problems, n):
-    """Train (unless flags is None: the base model) and sample the held-out problems: the counts of every problem."""
-    folder = os.path.join(ROOT, "runs", name)
+    """Train (unless flags is None: the base model) and sample the held-out problems: the counts of every problem.
+    A run that was stopped carries on from its last finished round."""
+    os.chdir(ROOT)
+    sys.path[:0] = [ROOT, os.path.join(ROOT, "data")]
+    import countdown
+    import evaluate
+    import generate
+    import score
+    import torch
+    import train
+    torch.set_num_threads(1)
+    folder, problem_flags, model = f"runs/{name}", DISTRIBUTIONS[distribution], "data/tiny-countdown"
     os.makedirs(folder, exist_ok=True)
-    log, countdown, model = f"{folder}/log.txt", DISTRIBUTIONS[distribution], "data/tiny-countdown"
-    if flags is not None:
-        method, rest = flags[1], flags[2:]
-        stage("bash", "run.sh", "--name", name, "--method", method, "--rounds", str(rounds), "--seed", str(seed), "--keep", "1", "--lr", lr,
-              "--eval-problems", "0", "--countdown", countdown, "--", *rest, log=log)
-        model = f"runs/{name}/round-{rounds:03d}"
-    heldout = f"{folder}/heldout.jsonl"
-    stage(sys.executable, "data/countdown.py", "--out", heldout, "--n", str(problems), "--seed", "1", "--split", split, *countdown.split(), log=log)
-    stage(sys.executable, "generate.py", "--model", model, "--prompts", heldout, "--out", f"{folder}/heldout.rollouts.jsonl", "--n", str(n),
-          "--max-new-tokens", "24", "--seed", str(10_000 + seed), log=log)
-    stage(sys.executable, "score.py", f"{folder}/heldout.rollouts.jsonl", "--out", f"{folder}/heldout.scored.jsonl", log=log)
-    stage(sys.executable, "evaluate.py", f"{folder}/heldout.scored.jsonl", "--out", f"{folder}/heldout.eval.json", log=log)
-    counts = {}
-    with open(f"{folder}/heldout.scored.jsonl") as file:
+
+    def stage(module, command):
+        print(f"+ {module.__name__}.py {command}", file=sys.stderr)
+        module.main(module.parse_args(command.split()))
+
+    with open(f"{folder}/log.txt", "a") as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
+        done = [int(entry[6:]) for entry in os.listdir(folder) if entry.startswith("round-") and entry[6:].isdigit()]
+        for r in range(max(done, default=0) + 1, rounds + 1 if flags else 0):
+            before, after = f"{folder}/round-{r - 1:03d}" if r > 1 else model, f"{folder}/round-{r:03d}"
+            prompts, rollouts, scored = (f"{folder}/{kind}-{r:03d}.jsonl" for kind in ("prompts", "rollouts", "scored"))
+            stage(countdown, f"--out {prompts} --n 192 --seed {seed * 100000 + r} --split train {problem_flags}")
+            stage(generate, f"--model {before} --prompts {prompts} --out {rollouts} --n 16 --max-new-tokens 24 --seed {seed * 100000 + r} --device cpu")
+            stage(score, f"{rollouts} --out {scored}")
+            stage(train, f"--model {before} --rollouts {scored} --out {after} --updates 4 --lr {lr} --seed {seed} --device cpu {flags}")
+            for path in (prompts, rollouts, scored, *([before] if r > 1 else [])):
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+                os.remove(path + ".meta.json")
+        model = f"{folder}/round-{rounds:03d}" if flags else model
+        heldout, rollouts, scored, report = (f"{folder}/heldout.{kind}" for kind in ("jsonl", "rollouts.jsonl", "scored.jsonl", "eval.json"))
+        stage(countdown, f"--out {heldout} --n {problems} --seed 1 --split {split} {problem_flags}")
+        stage(generate, f"--model {model} --prompts {heldout} --out {rollouts} --n {n} --max-new-tokens 24 --seed {10_000 + seed} --device cpu")
+        stage(score, f"{rollouts} --out {scored}")
+        stage(evaluate, f"{scored} --out {report}")
+    counts, curve = {}, []
+    with open(scored) as file:
         for row in map(json.loads, file):
             count = counts.setdefault(row["id"], [0, 0, set(), row["n_solutions"]])
             count[0] += 1
             count[1] += row["correct"]
             count[2] |= {row["solution"]} - {None}
-    for file in ("heldout.rollouts.jsonl", "heldout.scored.jsonl"):
-        os.remove(f"{folder}/{file}")
-    with open(f"{folder}/heldout.eval.json") as file:
-        report = json.load(file)["runs"][0]
-    curve = []
-    if flags is not None:
-        with open(f"{folder}/round-{rounds:03d}/metrics.jsonl") as file:
+    if flags:
+        with open(f"{model}/metrics.jsonl") as file:
             curve = [json.loads(line) for line in file]
-    return {"pass_at_k": {k: cell["value"] for k, cell in report["pass_at_k"].items()}, "curve": curve,
+    with open(report) as file:
+        passes = json.load(file)["runs"][0]["pass_at_k"]
+    return {"pass_at_k": {k: cell["value"] for k, cell in passes.items()}, "curve": curve,
             "counts": [[n, c, len(found), existing] for n, c, found, existing in counts.values()]}
 
 
-class Progress:
-    """Runs jobs side by side, hands each result over under a lock, and says how long the rest will take."""
-
-    def __init__(self, jobs):
-        self.jobs, self.lock = jobs, threading.Lock()
-
-    def __call__(self, todo, keep):
-        """todo: [(label, function, arguments)]; keep(label, result) stores one result."""
-        began, done = time.monotonic(), 0
-        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
-            futures = {pool.submit(function, *arguments): label for label, function, arguments in todo}
-            for future in concurrent.futures.as_completed(futures):
-                with self.lock:
-                    keep(futures[future], future.result())
-                done += 1
-                left = (time.monotonic() - began) / done * (len(todo) - done)
-                print(f"{time.strftime('%H:%M')} {done}/{len(todo)} {' '.join(map(str, futures[future]))}: about {left / 3600:.1f} h left", flush=True)
+def attempt(label, arguments):
+    try:
+        return one_run(*arguments)
+    except SystemExit as error:  # a stage's refusal, told in the run's log
+        raise RuntimeError(f"{label}: a stage ended with {error}; see runs/{arguments[0]}/log.txt") from error
 
 
-def mean_pass(row):
-    return sum(row.values()) / len(row)
+def run(todo, keep, jobs):
+    """Run todo, [(label, arguments of one_run)], side by side, a fresh process each; keep(label, result) stores each result."""
+    began = time.monotonic()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = {pool.submit(attempt, label, arguments): (label, arguments[0]) for label, arguments in todo}
+        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            label, name = futures[future]
+            keep(label, future.result())
+            shutil.rmtree(os.path.join(ROOT, "runs", name))  # its figures are kept
+            left = (time.monotonic() - began) / done * (len(todo) - done)
+            print(f"{time.strftime('%H:%M')} {done}/{len(todo)} {' '.join(map(str, label))}: about {left / 3600:.1f} h left here", flush=True)
 
 
-def chosen(tuning, arm, lr=None):
-    """The setting of an arm with the best mean of Pass@k over the tuned k, or None while it is incomplete."""
+def table_of(arm, lr=None):
+    """{(setting, lr): {k: pass_at_k}} of an arm in tuning.csv, at one learning rate or all."""
     table = {}
-    for row in tuning:
+    for row in read_csv("tuning.csv"):
         if row["arm"] == arm and lr in (None, row["lr"]):
             table.setdefault((row["setting"], row["lr"]), {})[row["k"]] = float(row["pass_at_k"])
-    return max(table, key=lambda key: mean_pass(table[key])) if table else None
+    return table
 
 
-def tune(args, run):
-    """Fill tuning.csv: the learning rate on GRPO first, then every arm's own candidates at that rate."""
-    def todo(pairs):
-        done = {(row["arm"], row["setting"], row["lr"]) for row in read_csv("tuning.csv")}
-        return [((arm, " ".join(flags), lr), one_run, (f"paper/tune-{arm}-{i}-{lr}", flags, lr, args.rounds, TUNING_SEED, "main", "tune", 200, 128))
-                for arm, i, flags, lr in pairs if (arm, " ".join(flags), lr) not in done]
-
-    def keep(label, result):
-        write_csv("tuning.csv", read_csv("tuning.csv") + [
-            {"arm": label[0], "setting": label[1], "lr": label[2], "k": k, "pass_at_k": value} for k, value in result["pass_at_k"].items()])
-
-    rates = todo(("grpo", 0, CANDIDATES["grpo"][0], lr) for lr in LEARNING_RATES)
-    if args.list and rates:
-        return print(f"tuning: {len(rates)} learning rates left, then the arms")
-    run(rates, keep)
-    lr = chosen(read_csv("tuning.csv"), "grpo")[1]
-    wanted = [arm for arm in CANDIDATES if not args.arms or arm in args.arms or (arm == "ds-token" and {"ds-positive", "ds-negative"} & set(args.arms))]
-    left = todo((arm, i, flags, lr) for arm in wanted for i, flags in enumerate(CANDIDATES[arm]) if len(CANDIDATES[arm]) > 1)
-    if args.list:
-        print(f"tuning: {len(left)} runs left at learning rate {lr}")
-    else:
-        run(left, keep)
-    return lr
+def chosen_rate():
+    return max((passes["1"], lr) for (_, lr), passes in table_of("grpo").items())[1]
 
 
-def settings(lr):
-    """The chosen flags of every arm that is tuned; the halves of DS-GRPO are those of its tuned form."""
-    tuning, found = read_csv("tuning.csv"), {"base": None}
-    for arm, candidates in CANDIDATES.items():
-        best = candidates[0] if len(candidates) == 1 else (chosen(tuning, arm, lr) or [None])[0]
-        if best:
-            found[arm] = best if isinstance(best, list) else best.split()
-    if "ds-token" in found:
-        for arm, gone in (("ds-positive", "--gamma-n"), ("ds-negative", "--gamma-p")):
-            found[arm] = [value if found["ds-token"][max(i - 1, 0)] != gone else "0" for i, value in enumerate(found["ds-token"])]
-    return found
+def chosen(arm, lr):
+    """(score, setting) of an arm by the rule above; of 'ds', by the same rule, among all three smoothing levels."""
+    least = table_of("grpo", lr)[CANDIDATES["grpo"][0], lr]["1"] - 0.01
+    arms = ["ds-token", "ds-sequence", "ds-reward"] if arm == "ds" else [arm]
+    table = {setting: passes for one in arms for (setting, _), passes in table_of(one, lr).items()}
+    return max(((passes["1"] >= least, sum(passes.values()) / len(passes) if passes["1"] >= least else passes["1"]), setting)
+               for setting, passes in table.items())[1]
+
+
+def tune(arms, lr, args):
+    """Fill tuning.csv with every candidate of these arms at this learning rate."""
+    done = {(row["arm"], row["setting"], row["lr"]) for row in read_csv("tuning.csv")}
+    todo = [((arm, setting, lr), (f"paper/tune-{arm}-{i}-{lr}", setting, lr, args.rounds, TUNING_SEED, "main", "tune", 200, 128))
+            for arm in arms for i, setting in enumerate(CANDIDATES[arm]) if (arm, setting, lr) not in done]
+    return todo
+
+
+def setting_of(arm, lr, level):
+    """The flags with which an arm is reported; the halves of DS-GRPO are those of its tuned form, of the chosen smoothing level."""
+    if arm == "base":
+        return None
+    if arm in ("ds-positive", "ds-negative"):
+        return re.sub(r"(--gamma-n) \S+" if arm == "ds-positive" else r"(--gamma-p) \S+", r"\1 0", chosen(level, lr))
+    return chosen(arm, lr) if len(CANDIDATES[arm]) > 1 else CANDIDATES[arm][0]
+
+
+def keep_tuning(label, result):
+    arm, setting, lr = label
+    write_csv("tuning.csv", read_csv("tuning.csv") + [
+        {"arm": arm, "setting": setting, "lr": lr, "k": k, "pass_at_k": value} for k, value in result["pass_at_k"].items()])
+
+
+def keep_result(label, result):
+    arm, distribution, seed = label
+    name = {"arm": arm, "distribution": distribution, "seed": seed}
+    with open(os.path.join(HERE, "counts.jsonl"), "a") as file:
+        file.write(json.dumps({**name, "problems": result["counts"]}) + "\n")
+    if result["curve"]:
+        write_csv("curves.csv", read_csv("curves.csv") + [{**name, **{key: line[key] for key in (
+            "step", "pass@1", "entropy", "entropy_correct", "entropy_wrong", "completion_len")}} for line in result["curve"]])
+    write_csv("results.csv", read_csv("results.csv") + [{**name, "k": k, "pass_at_k": value} for k, value in result["pass_at_k"].items()])
+
+
+def keep_gamma(label, result):
+    write_csv("gamma.csv", read_csv("gamma.csv") + [
+        {"gamma_p": label[1], "gamma_n": label[2], "k": k, "pass_at_k": value} for k, value in result["pass_at_k"].items()])
+
+
+def check(label, result):
+    """Compare a repeated run with results.csv: 'equal' to the last digit, or by how much it differs."""
+    stored = {row["k"]: float(row["pass_at_k"]) for row in read_csv("results.csv")
+              if (row["arm"], row["distribution"], int(row["seed"])) == label}
+    if not stored:
+        raise SystemExit(f"{label}: not in assets/results.csv; run it without --check first")
+    check.worst = max(abs(stored[str(k)] - value) for k, value in result["pass_at_k"].items())
+    check.differ = getattr(check, "differ", 0) + (check.worst > 0)
+    print(f"{' '.join(map(str, label))}: " + ("equal" if not check.worst else f"Pass@k differs by up to {check.worst:.4f}"))
 
 
 def main():
     args = parse_args()
-    run = Progress(args.jobs)
-    lr = tune(args, run)
-    if args.tune_only or args.list and not lr:
+
+    def phase(name, todo, keep):
+        if args.list:
+            print(f"{name}: {len(todo)} runs left" + "".join(f"\n  {' '.join(map(str, label))}" for label, _ in todo))
+            if todo and keep is keep_tuning:
+                raise SystemExit("what follows depends on these")
+        elif todo:
+            print(f"{name}: {len(todo)} runs", flush=True)
+            run(todo, keep, args.jobs)
+
+    def reported(arms, level):
+        stored = {(row["arm"], row["distribution"], int(row["seed"])) for row in read_csv("results.csv")}
+        jobs = [(arm, distribution, seed) for arm in arms if not args.arms or arm in args.arms for distribution in args.distributions
+                for seed in args.seeds or range(1, 6 if arm in core and distribution == "main" else 4)
+                if arm in core or distribution == "main"]
+        jobs.sort(key=lambda job: (job[2] > 3, job[1] != "main", job[2]))  # three seeds of everything, then the other two
+        return [(job, (f"paper/{'check-' * args.check}{'-'.join(map(str, job))}", setting_of(job[0], lr, level), lr, args.rounds, job[2], job[1],
+                       "test", 300, 256)) for job in jobs if args.check or job not in stored]
+
+    phase("learning rate", [job for rate in LEARNING_RATES for job in tune(["grpo"], rate, args)], keep_tuning)
+    lr = chosen_rate()
+    phase("tuning of the core arms", tune(["ds-token", "ds-sequence", "ds-reward", "entropy-bonus", "entropy-penalty", "ds-entropy"], lr, args),
+          keep_tuning)
+    level = "ds-" + chosen("ds", lr).split("--smooth-level ")[1].split()[0]
+    core = ("base", "grpo", level, "ds-entropy", "entropy-bonus", "entropy-penalty")
+    further = [arm for arm in FURTHER if arm not in core]
+    if args.tune_only:
         return
-    flags, done = settings(lr), {(row["arm"], row["distribution"], int(row["seed"])) for row in read_csv("results.csv")}
-    wanted = [(arm, distribution, seed) for distribution in args.distributions for arm in ("base", *CORE, *FURTHER)
-              for seed in args.seeds or range(1, 6 if (arm in CORE or arm == "base") and distribution == "main" else 4)
-              if (arm in CORE or arm == "base" or distribution == "main") and (not args.arms or arm in args.arms) and arm in flags]
-    wanted.sort(key=lambda job: (job[2], job[1] != "main", job[0] in FURTHER))  # whole tables of one seed come first
-    todo = [((arm, distribution, seed), one_run, (f"paper/{arm}-{distribution}-{seed}", flags[arm], lr, args.rounds, seed, distribution, "test", 300, 256))
-            for arm, distribution, seed in wanted if (arm, distribution, seed) not in done]
-
-    def keep(label, result):
-        arm, distribution, seed = label
-        write_csv("results.csv", read_csv("results.csv") + [
-            {"arm": arm, "distribution": distribution, "seed": seed, "k": k, "pass_at_k": value} for k, value in result["pass_at_k"].items()])
-        if result["curve"]:
-            write_csv("curves.csv", read_csv("curves.csv") + [
-                {"arm": arm, "distribution": distribution, "seed": seed, **{key: line[key] for key in (
-                    "step", "pass@1", "entropy", "entropy_correct", "entropy_wrong", "completion_len")}} for line in result["curve"]])
-        with open(os.path.join(HERE, "counts.jsonl"), "a") as file:
-            file.write(json.dumps({"arm": arm, "distribution": distribution, "seed": seed, "problems": result["counts"]}) + "\n")
-        shutil.rmtree(os.path.join(ROOT, "runs", "paper", f"{arm}-{distribution}-{seed}"))
-
-    grid = [(p, n) for p, n in GRID if not args.arms and (f"{p}", f"{n}") not in {(row["gamma_p"], row["gamma_n"]) for row in read_csv("gamma.csv")}]
-    if args.list:
-        return print(f"{len(todo)} runs and {len(grid)} of the gamma grid left: " + ", ".join(" ".join(map(str, label)) for label, _, _ in todo))
-    run(todo, keep)
-    run([(("gamma", p, n), one_run, (f"paper/gamma-{p}-{n}", ["--method", "ds-grpo", "--gamma-p", f"{p}", "--gamma-n", f"{n}"], lr, args.rounds, 1,
-                                     "main", "test", 300, 256)) for p, n in grid],
-        lambda label, result: write_csv("gamma.csv", read_csv("gamma.csv") + [
-            {"gamma_p": label[1], "gamma_n": label[2], "k": k, "pass_at_k": value} for k, value in result["pass_at_k"].items()]))
+    store = check if args.check else keep_result
+    phase("core arms", reported(core, level), store)
+    if not args.arms or set(args.arms) & set(further):
+        phase("tuning of the further arms", tune(["passk", "w-reinforce"], lr, args), keep_tuning)
+        phase("further arms", reported(further, level), store)
+    if not args.arms:
+        there = {(row["gamma_p"], row["gamma_n"]) for row in read_csv("gamma.csv")}
+        phase("gamma grid", [(("gamma", p, n), (f"paper/gamma-{p}-{n}", f"--method ds-grpo --gamma-p {p} --gamma-n {n}", lr, args.rounds, 1, "main",
+                                                "test", 300, 256)) for p, n in GRID if (f"{p}", f"{n}") not in there], keep_gamma)
+    if args.check:
+        sys.exit(getattr(check, "differ", 0) > 0)
 
 
 if __name__ == "__main__":
