@@ -14,7 +14,8 @@ imports the stages once and calls the main functions that run.sh calls as comman
 
 Writes, after every run, in assets/: tuning.csv (arm, setting, lr, k, pass_at_k); results.csv (arm, distribution, seed, k, pass_at_k);
 counts.jsonl (arm, distribution, seed, and for every held-out problem: n, correct, distinct solutions found, solutions that exist),
-from which assets/figures.py takes all intervals; curves.csv (training curves); gamma.csv (gamma_p, gamma_n, k, pass_at_k).
+from which assets/figures.py takes all intervals; curves.csv (training curves); gamma.csv (gamma_p, gamma_n, k, pass_at_k);
+overhead.csv (pair, arm, cpu_s, peak_rss_mib: one round's train.py as a process, GRPO and the tuned DS-GRPO in turn).
 Runs stand in runs/paper/.
 """
 import argparse
@@ -26,6 +27,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 
@@ -222,6 +224,31 @@ def keep_gamma(label, result):
         {"gamma_p": label[1], "gamma_n": label[2], "k": k, "pass_at_k": value} for k, value in result["pass_at_k"].items()])
 
 
+def overhead(pairs, flags, lr):
+    """CPU time and peak memory of train.py on the base model's own rollouts: (arm, flags) in turn, `pairs` times, one core each."""
+    folder = os.path.join(ROOT, "runs", "paper", "overhead")
+    os.makedirs(folder, exist_ok=True)
+
+    def stage(command):
+        process = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        err = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{command}: {err.decode()}")
+        return {"cpu_s": usage.ru_utime + usage.ru_stime, "peak_rss_mib": usage.ru_maxrss / 1024}
+
+    stage(f"data/countdown.py --out {folder}/prompts.jsonl --n 192 --seed 1 --split train")
+    stage(f"generate.py --model data/tiny-countdown --prompts {folder}/prompts.jsonl --out {folder}/rollouts.jsonl --n 16 --max-new-tokens 24 --device cpu")
+    stage(f"score.py {folder}/rollouts.jsonl --out {folder}/scored.jsonl")
+    rows = []
+    for pair in range(pairs):
+        for arm, setting in flags[::1 - pair % 2 * 2]:  # the other one first in every second pair
+            rows.append({"pair": pair, "arm": arm, **stage(
+                f"train.py --model data/tiny-countdown --rollouts {folder}/scored.jsonl --out {folder}/{arm}-{pair} --updates 4 --lr {lr} --device cpu {setting}")})
+            write_csv("overhead.csv", rows)
+    shutil.rmtree(folder)
+
+
 def check(label, result):
     """Compare a repeated run with results.csv: 'equal' to the last digit, or by how much it differs."""
     stored = {row["k"]: float(row["pass_at_k"]) for row in read_csv("results.csv")
@@ -272,6 +299,8 @@ def main():
         there = {(row["gamma_p"], row["gamma_n"]) for row in read_csv("gamma.csv")}
         phase("gamma grid", [(("gamma", p, n), (f"paper/gamma-{p}-{n}", f"--method ds-grpo --gamma-p {p} --gamma-n {n}", lr, args.rounds, 1, "main",
                                                 "test", 300, 256)) for p, n in GRID if (f"{p}", f"{n}") not in there], keep_gamma)
+        if not args.list and len(read_csv("overhead.csv")) < 20:
+            overhead(10, [("grpo", CANDIDATES["grpo"][0]), (level, setting_of(level, lr, level))], lr)
     if args.check:
         sys.exit(getattr(check, "differ", 0) > 0)
 
