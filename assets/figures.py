@@ -9,6 +9,7 @@ is one seed alone a bootstrap over problems takes t's place.
 """
 import argparse
 import csv
+import functools
 import json
 import os
 
@@ -28,9 +29,15 @@ COLOURS = {"base": "#000000", "grpo": "#D55E00", "ds-token": "#0072B2", "ds-entr
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def pass_at_k(n, c, k):
-    """The unbiased estimate 1 - C(n - c, k) / C(n, k), as a product; n, c: (problems,) -> (problems,)."""
-    return np.array([1.0 if a - b < k else 1 - np.prod(1 - k / np.arange(a - b + 1, a + 1)) for a, b in zip(n, c)])
+@functools.cache
+def pass_table(n, k):
+    """1 - C(n - c, k) / C(n, k) for c = 0..n, as a product: the unbiased estimate of Pass@k from c correct of n; (n + 1,)."""
+    return 1 - np.concatenate([[1.0], np.cumprod(1 - k / np.arange(n, 0, -1))])
+
+
+def pass_at_k(counts, k):
+    """Pass@k of each problem. counts: (problems, 4) with n, the same for all, and correct in front -> (problems,)."""
+    return pass_table(int(counts[0, 0]), k)[counts[:, 1]]
 
 
 def interval(values):
@@ -51,7 +58,7 @@ def load():
 
 def curve(counts, ks):
     """Pass@k at every k of one run."""
-    return np.array([pass_at_k(counts[:, 0], counts[:, 1], k).mean() for k in ks])
+    return np.array([pass_at_k(counts, k).mean() for k in ks])
 
 
 def difference(one, other, measure):
@@ -71,7 +78,7 @@ def difference(one, other, measure):
 
 
 def tables(table, ks):
-    at = lambda k: lambda counts: pass_at_k(counts[:, 0], counts[:, 1], k)
+    at = lambda k: lambda counts: pass_at_k(counts, k)
     coverage = lambda counts: counts[:, 2] / counts[:, 3]
     for distribution in sorted({distribution for _, distribution in table}):
         arms = [arm for arm in LABELS if (arm, distribution) in table]

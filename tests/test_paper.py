@@ -25,7 +25,7 @@ def fake(name, flags, lr, rounds, seed, distribution, split, problems, n):
         first, large = first - 0.011, 0.9  # gives up too much Pass@1 for the rule
     correct = np.random.default_rng(seed).binomial(n, first, problems).tolist()
     passes = {str(k): first if k == 1 else large + 1e-6 * seed for k in KS if k <= n}
-    line = {key: 0.5 for key in ("step", "pass@1", "entropy", "entropy_correct", "entropy_wrong", "completion_len")}
+    line = {"step": 4, **{key: 0.5 for key in ("pass@1", "entropy", "entropy_correct", "entropy_wrong", "completion_len")}}
     return {"pass_at_k": passes, "curve": [line] if flags else [], "counts": [[n, c, min(c, 3), 4] for c in correct]}
 
 
@@ -121,7 +121,7 @@ def test_figures_agree_with_evaluate_and_with_intervals_by_hand():
     rng = np.random.default_rng(0)
     counts = np.stack([np.full(40, 64), rng.integers(0, 65, 40), rng.integers(0, 4, 40), np.full(40, 5)], 1)
     for k in (1, 3, 64):
-        assert np.allclose(figures.pass_at_k(counts[:, 0], counts[:, 1], k), evaluate.pass_at_k(64, k)[counts[:, 1]], atol=1e-12)
+        assert np.allclose(figures.pass_at_k(counts, k), evaluate.pass_at_k(64, k)[counts[:, 1]], atol=1e-12)
     # Student t by hand: 3 values 1, 2, 6: mean 3, sd sqrt(7), t(2) = 4.303
     assert figures.interval([1, 2, 6]) == (3.0, pytest.approx(4.303 * 7**0.5 / 3**0.5))
     one, other = ({seed: np.array([[2, c, 0, 1]] * 4) for seed, c in enumerate(values)} for values in ((1, 2, 2), (1, 1, 1)))
