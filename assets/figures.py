@@ -2,7 +2,7 @@
 
     python assets/figures.py                 # passk.png, training.png, gamma.png; tables in Markdown on the terminal
 
-Reads counts.jsonl (every problem's n, correct, distinct, existing, per arm, distribution and seed), curves.csv, gamma.csv.
+Reads counts.jsonl (every problem's n, correct, distinct, existing, per arm, distribution and seed), curves.csv, gamma.csv, overhead.csv.
 A figure of an arm is a mean over seeds with a Student t interval over seeds. A difference between two arms is paired: per seed
 over the same problems, then Student t over seeds; in brackets behind it the share of seeds with its sign, and where there
 is one seed alone a bootstrap over problems takes t's place.
@@ -24,7 +24,8 @@ LABELS = {"base": "base", "grpo": "GRPO", "ds-token": "DS-GRPO (token)", "ds-seq
           "ds-positive": "DS, positive half", "ds-negative": "DS, negative half", "ds-entropy": "differential entropy",
           "entropy-bonus": "uniform bonus", "entropy-penalty": "uniform penalty", "passk": "Pass@k training", "cispo": "CISPO",
           "w-reinforce": "W-REINFORCE"}
-COLOURS = {"base": "#000000", "grpo": "#D55E00", "ds-token": "#0072B2", "ds-entropy": "#009E73", "entropy-bonus": "#CC79A7", "entropy-penalty": "#E69F00"}
+COLOURS = {"base": "#000000", "grpo": "#D55E00", **dict.fromkeys(("ds-token", "ds-sequence", "ds-reward"), "#0072B2"), "ds-entropy": "#009E73",
+           "entropy-bonus": "#CC79A7", "entropy-penalty": "#E69F00"}
 # 97.5 % quantiles of Student's t for 1, 2, .. degrees of freedom (two-sided 95 % intervals of 2, 3, .. seeds)
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -54,6 +55,15 @@ def load():
         for row in map(json.loads, file):
             table.setdefault((row["arm"], row["distribution"]), {})[row["seed"]] = np.array(row["problems"])
     return table
+
+
+def tuned_level(table):
+    """The DS-GRPO arm of the level that the tuning chose: the one with the most runs."""
+    return max(("ds-token", "ds-sequence", "ds-reward"), key=lambda arm: sum(len(runs) for (name, _), runs in table.items() if name == arm))
+
+
+def core_arms(table):
+    return [arm for arm in COLOURS if not arm.startswith("ds-") or arm in ("ds-entropy", tuned_level(table))]
 
 
 def curve(counts, ks):
@@ -98,7 +108,7 @@ def tables(table, ks):
                 reached = np.flatnonzero(np.mean([curve(counts, fine) for counts in runs.values()], 0) >= goal)
                 match = str(fine[reached[0]]) if len(reached) else f"> {ks[-1]}"
             print(f"| {LABELS[arm]} | {len(runs)} | " + " | ".join(cells) + f" | {match} |")
-        for reference in ("grpo", "entropy-bonus", "ds-token", "base"):
+        for reference in ("grpo", "entropy-bonus", tuned_level(table), "base"):
             if (reference, distribution) not in table:
                 continue
             print(f"\n| minus {LABELS[reference]} | Pass@1 | Pass@16 | Pass@{ks[-1]} | coverage |\n|---|---|---|---|---|")
@@ -108,11 +118,24 @@ def tables(table, ks):
                                                             for measure in (at(1), at(16), at(ks[-1]), coverage)) + " |")
 
 
+def overhead():
+    """One line: what the tuned DS-GRPO costs over GRPO, by the pairs of overhead.csv."""
+    with open(os.path.join(HERE, "overhead.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    arm = next(row["arm"] for row in rows if row["arm"] != "grpo")
+    for key, what in (("cpu_s", "CPU time"), ("peak_rss_mib", "peak memory")):
+        value = {(row["arm"], row["pair"]): float(row[key]) for row in rows}
+        ratios = [value[arm, pair] / value["grpo", pair] for name, pair in value if name == arm]
+        print(f"\n{LABELS[arm]} over GRPO, {what} of train.py: {np.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}], {len(ratios)} pairs; "
+              f"GRPO {np.median([v for (name, _), v in value.items() if name == 'grpo']):.1f}")
+
+
 def figure_passk(table, ks):
+    drawn = core_arms(table)
     shown = [distribution for distribution in ("main", "low-multiplicity") if ("grpo", distribution) in table]
     figure, axes = plt.subplots(1, len(shown), figsize=(4.8 * len(shown), 3.8), layout="constrained", squeeze=False)
     for axis, distribution in zip(axes[0], shown):
-        for arm in COLOURS:
+        for arm in drawn:
             if (arm, distribution) not in table:
                 continue
             curves = np.array([curve(counts, ks) for counts in table[arm, distribution].values()])
@@ -128,14 +151,15 @@ def figure_passk(table, ks):
     figure.savefig(os.path.join(HERE, "passk.png"), dpi=160)
 
 
-def figure_training():
+def figure_training(table):
+    drawn = core_arms(table)
     with open(os.path.join(HERE, "curves.csv"), newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["distribution"] == "main" and row["arm"] in COLOURS]
+        rows = [row for row in csv.DictReader(file) if row["distribution"] == "main" and row["arm"] in drawn]
     panels = {"pass@1": "Pass@1 of the rollouts", "entropy": "token entropy, all (nats)", "entropy_correct": "token entropy, correct (nats)",
               "entropy_wrong": "token entropy, wrong (nats)", "completion_len": "completion length (tokens)"}
     figure, axes = plt.subplots(1, 5, figsize=(16, 3.2), layout="constrained")
     for axis, (key, title) in zip(axes, panels.items()):
-        for arm in COLOURS:
+        for arm in drawn:
             points = {}
             for row in rows:
                 if row["arm"] == arm and row[key]:
@@ -174,7 +198,7 @@ def main():
     ks = [2**power for power in range(int(n).bit_length())]
     tables(table, ks)
     figure_passk(table, ks)
-    for name, draw in (("curves.csv", figure_training), ("gamma.csv", figure_gamma)):
+    for name, draw in (("curves.csv", lambda: figure_training(table)), ("gamma.csv", figure_gamma), ("overhead.csv", overhead)):
         if os.path.exists(os.path.join(HERE, name)):
             draw()
 

@@ -133,11 +133,14 @@ def test_figures_agree_with_evaluate_and_with_intervals_by_hand():
 
 def test_figures_draw_what_the_suite_leaves(suite, tmp_path, monkeypatch, capsys):
     suite()
+    with open(tmp_path / "overhead.csv", "w") as file:
+        file.write("pair,arm,cpu_s,peak_rss_mib\n0,grpo,10,100\n0,ds-token,11,100\n1,ds-token,12,103\n1,grpo,10,100\n")
     monkeypatch.setattr(figures, "HERE", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["figures.py"])
     figures.main()
     out = capsys.readouterr().out
     assert "### main" in out and "### low-multiplicity" in out and "minus GRPO" in out
+    assert "CPU time of train.py: 1.150 [1.100, 1.200], 2 pairs; GRPO 10.0" in out and "peak memory of train.py: 1.015" in out
     for name in ("passk.png", "training.png", "gamma.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
