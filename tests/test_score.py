@@ -315,6 +315,15 @@ def test_pitfall_12_bombs_end_and_leave_the_others_alone(tmp_path, capsys, some)
     assert f"timeout   {len(some):10}" in capsys.readouterr().out
 
 
+def test_a_large_parent_does_not_count_as_a_workers_memory(tmp_path):
+    """Linux hands a process's peak memory on to its children: here it is above what a worker may use."""
+    source = write(tmp_path / "r.jsonl", [maths(r"\frac{1}{2}", r"\boxed{0.5}", id="a"), maths("7", r"\boxed{8}", id="b")])
+    code = (f"import score; ballast = b'x' * {score.MEMORY // 2 + 2**26}; "
+            f"score.main(score.parse_args([{source!r}, '--out', {str(tmp_path / 's.jsonl')!r}, '--timeout', '60', '--workers', '1']))")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert [json.loads(line)["reason"] for line in open(tmp_path / "s.jsonl")] == ["ok", "value"]
+
+
 @pytest.mark.slow
 def test_strange_answers_are_wrong_and_harmless(tmp_path):
     strange = ["(" * 500 + "1" + ")" * 500, "{" * 900 + "1" + "}" * 900, r"\frac{" * 300 + "1" + "}{2}" * 300,
