@@ -113,7 +113,12 @@ def ranks(request, model, files, tmp_path_factory):
     job("fp64", "sharded then plain", f"{folder}/three updates sharded", "all", NEXT)
     job("fp64", "plain then sharded", f"{folder}/three updates plain", "all", [*NEXT, "--shard"])
     job("fp64", "refused", model, "all", ["--updates", 2, "--lr", 1e300])
-    code, stderr = finish(start(folder, request.param, "train", jobs), 600)
+    # Before 2.12 torch's FSDP2 hangs where a process shards a second time, in a second process group; a user never does.
+    again = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+    code = 0
+    for part in [jobs] if again else [[job] for job in jobs]:
+        assert not code, stderr
+        code, stderr = finish(start(folder, request.param, "train", part), 600)
     return types.SimpleNamespace(folder=folder, world=request.param, code=code, stderr=stderr)
 
 
