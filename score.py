@@ -466,7 +466,13 @@ def work(seconds):
         limit = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(limit)[1]
         resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard),) * 2)
-    inherited = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts the parent's peak as the child's
+    status = os.open("/proc/self/status", os.O_RDONLY) if os.path.exists("/proc/self/status") else None
+
+    def peak():  # bytes; on Linux ru_maxrss begins at the parent's peak, VmHWM does not
+        if status is None:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return 1024 * int(re.search(rb"VmHWM:\s+(\d+)", os.pread(status, 8192, 0))[1])
+
     sys.addaudithook(guard)
     os.write(out, b"ready\n")
     for line in sys.stdin.buffer:
@@ -477,7 +483,7 @@ def work(seconds):
             return
         except Exception:
             word = "parse"
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > max(inherited, MEMORY // 2 // 1024):
+        if peak() > MEMORY // 2:
             return  # SymPy may have swallowed a MemoryError
         os.write(out, word.encode() + b"\n")
         signal.setitimer(signal.ITIMER_REAL, 0)
