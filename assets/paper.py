@@ -12,7 +12,7 @@ the best for GRPO's Pass@1 and serves all; of an arm's own candidates (at most f
 reported comes from the test split and other seeds. A run is one core; --jobs of them go side by side, each a process that
 imports the stages once and calls the main functions that run.sh calls as commands, with the same flags.
 
-Writes, after every run, in assets/: tuning.csv (arm, setting, lr, k, pass_at_k); results.csv (arm, distribution, seed, k, pass_at_k);
+Writes, after every run, in assets/: tuning.csv (arm, setting, lr, k, pass_at_k, chosen); results.csv (arm, distribution, seed, k, pass_at_k);
 counts.jsonl (arm, distribution, seed, and for every held-out problem: n, correct, distinct solutions found, solutions that exist),
 from which assets/figures.py takes all intervals; curves.csv (training curves); gamma.csv (gamma_p, gamma_n, k, pass_at_k);
 overhead.csv (pair, arm, cpu_s, peak_rss_mib: one round's train.py as a process, GRPO and the tuned DS-GRPO in turn).
@@ -205,7 +205,14 @@ def setting_of(arm, lr, level):
 def keep_tuning(label, result):
     arm, setting, lr = label
     write_csv("tuning.csv", read_csv("tuning.csv") + [
-        {"arm": arm, "setting": setting, "lr": lr, "k": k, "pass_at_k": value} for k, value in result["pass_at_k"].items()])
+        {"arm": arm, "setting": setting, "lr": lr, "k": k, "pass_at_k": value, "chosen": ""} for k, value in result["pass_at_k"].items()])
+
+
+def mark_chosen(settings, lr):
+    """Say in tuning.csv which settings the rule chose."""
+    rows = [{**row, "chosen": "yes" if row["lr"] == lr and row["setting"] in settings else ""} for row in read_csv("tuning.csv")]
+    if rows != read_csv("tuning.csv"):
+        write_csv("tuning.csv", rows)
 
 
 def keep_result(label, result):
@@ -288,12 +295,16 @@ def main():
     level = "ds-" + chosen("ds", lr).split("--smooth-level ")[1].split()[0]
     core = ("base", "grpo", level, "ds-entropy", "entropy-bonus", "entropy-penalty")
     further = [arm for arm in FURTHER if arm not in core]
+    if not args.list:
+        mark_chosen([setting_of(arm, lr, level) for arm in CANDIDATES if table_of(arm, lr)], lr)
     if args.tune_only:
         return
     store = check if args.check else keep_result
     phase("core arms", reported(core, level), store)
     if not args.arms or set(args.arms) & set(further):
         phase("tuning of the further arms", tune(["passk", "w-reinforce"], lr, args), keep_tuning)
+        if not args.list:
+            mark_chosen([setting_of(arm, lr, level) for arm in CANDIDATES if table_of(arm, lr)], lr)
         phase("further arms", reported(further, level), store)
     if not args.arms:
         there = {(row["gamma_p"], row["gamma_n"]) for row in read_csv("gamma.csv")}

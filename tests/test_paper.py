@@ -74,6 +74,8 @@ def test_the_suite_chooses_by_its_rule_and_reports_every_arm(suite, tmp_path):
     assert seeds == {**{(arm, "main"): {1, 2, 3, 4, 5} if arm in core else {1, 2, 3} for arm in every},
                      **{(arm, "low-multiplicity"): {1, 2, 3} for arm in core}}
     assert len(rows(tmp_path, "gamma.csv")) == 9 * len(KS)
+    chosen = {row["setting"] for row in rows(tmp_path, "tuning.csv") if row["chosen"] == "yes"}
+    assert chosen == {arguments[1] for (arm, _, _), arguments in settings.items() if arm not in ("base", "cispo", "ds-positive", "ds-negative")}
     # tuning sees other problems and another seed than what is reported; nobody has more than four runs
     assert {(arguments[4], arguments[6]) for label, arguments in done if label not in settings and label[0] != "gamma"} == {(100, "tune")}
     assert {arguments[6] for arguments in settings.values()} == {"test"} and not any(arguments[4] == 100 for arguments in settings.values())
