@@ -502,6 +502,7 @@ def bench_update(bench, name):
     plain = [{"prompt": row["prompt_ids"], "completion": row["completion_ids"], "advantage": 2 * row["reward"] - 1}
              for row in rows]
     tokens, work = sum(len(row["completion_ids"]) for row in rows), needed(model.config, groups_of(rows, n), 4, True)
+    budget = train.parse_args(["--model", folder, "--rollouts", rollouts, "--out", "-"]).micro_batch_tokens  # the same for both
     arms, machine = {"train.py": [], "plain PyTorch": []}, []
     for count in range(bench.args.rounds + 1):
         machine.append(rates(bench))
@@ -515,7 +516,7 @@ def bench_update(bench, name):
         at_rest(optimizer, gradients=True)
         meter = Meter(bench.device)
         meter.start()
-        plain_update(model, optimizer, plain, 16384)
+        plain_update(model, optimizer, plain, budget)
         meter.stop()
         model.zero_grad(set_to_none=True)
         del optimizer
