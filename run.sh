@@ -61,7 +61,7 @@ command -v python3 >/dev/null || die "no python3 on the PATH"
 launch() { if [ "$nproc" -gt 1 ]; then say torchrun --standalone --nproc-per-node "$nproc" "$@"; else say python "$@"; fi; }
 
 if [ $# -eq 0 ] && [ "$method" = ds-grpo ] && [ "$model" = data/tiny-countdown ]; then
-  set -- --gamma-p 0.3 --gamma-n 0.03  # larger than the paper's 0.01 / 0.01, whose models are a thousand times larger; chosen by hand, not yet tuned
+  set -- --gamma-p 0.3 --gamma-n 0.03  # larger than the paper's 0.01 / 0.01, whose models are a thousand times larger; assets/tuning.csv
 fi
 
 # A run folder belongs to one set of flags; only --rounds, --keep, --nproc and what is evaluated may change when it is continued.
