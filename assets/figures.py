@@ -132,7 +132,8 @@ def overhead():
 
 def figure_passk(table, ks):
     drawn = core_arms(table)
-    shown = [distribution for distribution in ("main", "low-multiplicity") if ("grpo", distribution) in table]
+    seeds = {distribution: min(len(table.get((arm, distribution), ())) for arm in drawn) for distribution in ("main", "low-multiplicity")}
+    shown = [distribution for distribution in seeds if distribution == "main" or seeds[distribution] >= 3]  # fewer are no result
     figure, axes = plt.subplots(1, len(shown), figsize=(4.8 * len(shown), 3.8), layout="constrained", squeeze=False)
     for axis, distribution in zip(axes[0], shown):
         for arm in drawn:
@@ -142,8 +143,7 @@ def figure_passk(table, ks):
             middle, half = np.array([interval(values) for values in curves.T]).T
             axis.plot(ks, middle, color=COLOURS[arm], marker="o", markersize=3.5, linestyle="--" if arm == "base" else "-", label=LABELS[arm])
             axis.fill_between(ks, middle - np.nan_to_num(half), middle + np.nan_to_num(half), color=COLOURS[arm], alpha=0.15, linewidth=0)
-        seeds = len(table["grpo", distribution])
-        axis.set(xscale="log", title=f"{distribution} ({seeds} seed{'s' * (seeds > 1)})", xlabel="k (samples a problem)", ylabel="Pass@k, held-out problems")
+        axis.set(xscale="log", title=f"{distribution} ({seeds[distribution]} seed{'s' * (seeds[distribution] > 1)})", xlabel="k (samples a problem)", ylabel="Pass@k, held-out problems")
         axis.set_xscale("log", base=2)
         axis.set_xticks(ks, ks)
         axis.grid(color="#e6e6e6")
