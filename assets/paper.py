@@ -177,7 +177,7 @@ def chosen_rate():
 
 
 def chosen(arm, lr):
-    """(score, setting) of an arm by the rule above; of 'ds', by the same rule, among all three smoothing levels."""
+    """The setting of an arm by the rule above; of 'ds', by the same rule, among all three smoothing levels."""
     least = table_of("grpo", lr)[CANDIDATES["grpo"][0], lr]["1"] - 0.01
     arms = ["ds-token", "ds-sequence", "ds-reward"] if arm == "ds" else [arm]
     table = {setting: passes for one in arms for (setting, _), passes in table_of(one, lr).items()}
@@ -186,11 +186,10 @@ def chosen(arm, lr):
 
 
 def tune(arms, lr, args):
-    """Fill tuning.csv with every candidate of these arms at this learning rate."""
+    """What run() has to do for tuning.csv to hold every candidate of these arms at this learning rate."""
     done = {(row["arm"], row["setting"], row["lr"]) for row in read_csv("tuning.csv")}
-    todo = [((arm, setting, lr), (f"paper/tune-{arm}-{i}-{lr}", setting, lr, args.rounds, TUNING_SEED, "main", "tune", 200, 128))
+    return [((arm, setting, lr), (f"paper/tune-{arm}-{i}-{lr}", setting, lr, args.rounds, TUNING_SEED, "main", "tune", 200, 128))
             for arm in arms for i, setting in enumerate(CANDIDATES[arm]) if (arm, setting, lr) not in done]
-    return todo
 
 
 def setting_of(arm, lr, level):
@@ -208,8 +207,9 @@ def keep_tuning(label, result):
         {"arm": arm, "setting": setting, "lr": lr, "k": k, "pass_at_k": value, "chosen": ""} for k, value in result["pass_at_k"].items()])
 
 
-def mark_chosen(settings, lr):
+def mark_chosen(lr, level):
     """Say in tuning.csv which settings the rule chose."""
+    settings = [setting_of(arm, lr, level) for arm in CANDIDATES if table_of(arm, lr)]
     rows = [{**row, "chosen": "yes" if row["lr"] == lr and row["setting"] in settings else ""} for row in read_csv("tuning.csv")]
     if rows != read_csv("tuning.csv"):
         write_csv("tuning.csv", rows)
@@ -234,7 +234,8 @@ def keep_gamma(label, result):
 def overhead(pairs, flags, lr):
     """CPU time and peak memory of train.py on the base model's own rollouts: (arm, flags) in turn, `pairs` times, one core each."""
     folder = os.path.join(ROOT, "runs", "paper", "overhead")
-    os.makedirs(folder, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what a stopped attempt left would be found complete, in no time
+    os.makedirs(folder)
 
     def stage(command):
         process = subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -262,9 +263,9 @@ def check(label, result):
               if (row["arm"], row["distribution"], int(row["seed"])) == label}
     if not stored:
         raise SystemExit(f"{label}: not in assets/results.csv; run it without --check first")
-    check.worst = max(abs(stored[str(k)] - value) for k, value in result["pass_at_k"].items())
-    check.differ = getattr(check, "differ", 0) + (check.worst > 0)
-    print(f"{' '.join(map(str, label))}: " + ("equal" if not check.worst else f"Pass@k differs by up to {check.worst:.4f}"))
+    worst = max(abs(stored[str(k)] - value) for k, value in result["pass_at_k"].items())
+    check.differ = getattr(check, "differ", 0) + (worst > 0)
+    print(f"{' '.join(map(str, label))}: " + ("equal" if not worst else f"Pass@k differs by up to {worst:.4f}"))
 
 
 def main():
@@ -296,7 +297,7 @@ def main():
     core = ("base", "grpo", level, "ds-entropy", "entropy-bonus", "entropy-penalty")
     further = [arm for arm in FURTHER if arm not in core]
     if not args.list:
-        mark_chosen([setting_of(arm, lr, level) for arm in CANDIDATES if table_of(arm, lr)], lr)
+        mark_chosen(lr, level)
     if args.tune_only:
         return
     store = check if args.check else keep_result
@@ -304,7 +305,7 @@ def main():
     if not args.arms or set(args.arms) & set(further):
         phase("tuning of the further arms", tune(["passk", "w-reinforce"], lr, args), keep_tuning)
         if not args.list:
-            mark_chosen([setting_of(arm, lr, level) for arm in CANDIDATES if table_of(arm, lr)], lr)
+            mark_chosen(lr, level)
         phase("further arms", reported(further, level), store)
     if not args.arms:
         there = {(row["gamma_p"], row["gamma_n"]) for row in read_csv("gamma.csv")}

@@ -371,7 +371,8 @@ def test_pitfall_31_the_package_kernels_and_the_folder_kernels(installed, tiny_m
     available, ours, version = out.split()
     assert ours == os.path.join(ROOT, "kernels", "fused_linear_entropy.py")
     assert version == ("0.18.5" if installed else "None")
-    assert installed or available == "False"  # whether it takes this version is each transformers' own affair
+    if not installed or tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):  # 5.17 takes other versions of it
+        assert available == str(installed)
     if not installed:
         return
     rollouts, scored, model = str(tmp_path / "rollouts.jsonl"), str(tmp_path / "scored.jsonl"), str(tmp_path / "round")

@@ -31,7 +31,7 @@ def fake(name, flags, lr, rounds, seed, distribution, split, problems, n):
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
-    """Run assets/paper.py on fake runs, tables in tmp_path; returns the labels of the runs that were done and what was printed."""
+    """Run assets/paper.py on fake runs, tables in tmp_path; returns the runs that were done."""
     monkeypatch.setattr(paper, "HERE", str(tmp_path))
     monkeypatch.setattr(paper, "overhead", lambda *_: None)
 
