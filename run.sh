@@ -23,6 +23,7 @@
 #   --n N                   samples a problem                                         (16)
 #   --temperature T         of all sampling, in training and evaluation               (1.0)
 #   --max-new-tokens L      longest completion                                        (24)
+#   --attention A           of generate.py: auto | model | shared                     (auto)
 #   --updates U             optimizer steps a round                                   (4)
 #   --lr LR                 learning rate                                             (3e-4)
 #   --eval-prompts FILE     held-out problems; without it Countdown problems of the test split
@@ -38,12 +39,12 @@ die() { echo "run.sh: error: $*" >&2; exit 2; }
 say() { echo "+ $*" >&2; "$@"; }
 
 name=demo model=data/tiny-countdown method=ds-grpo rounds=8 seed=0 keep=2 prompts= prompts_per_round=192 n=16 temperature=1.0
-max_new_tokens=24 updates=4 lr=3e-4 eval_prompts= eval_problems=300 eval_n=64 countdown= nproc=1
+max_new_tokens=24 updates=4 lr=3e-4 eval_prompts= eval_problems=300 eval_n=64 countdown= nproc=1 attention=auto
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     --suite) [ "${2:-}" = paper ] || die "--suite knows 'paper' only"; shift 2; exec python assets/paper.py "$@" ;;
-    --name|--model|--method|--rounds|--seed|--keep|--prompts|--prompts-per-round|--n|--temperature|--max-new-tokens|--updates|--lr|--eval-prompts|--eval-problems|--eval-n|--countdown|--nproc)
+    --name|--model|--method|--rounds|--seed|--keep|--prompts|--prompts-per-round|--n|--temperature|--max-new-tokens|--updates|--lr|--eval-prompts|--eval-problems|--eval-n|--countdown|--nproc|--attention)
       [ $# -gt 1 ] || die "$1 needs a value"
       key=${1#--}; printf -v "${key//-/_}" '%s' "$2"; shift 2 ;;
     --) shift; break ;;
@@ -68,7 +69,7 @@ fi
 dir=runs/$name
 mkdir -p "$dir"
 settings="model=$model method=$method seed=$seed prompts=$prompts prompts_per_round=$prompts_per_round n=$n temperature=$temperature"
-settings+=" max_new_tokens=$max_new_tokens updates=$updates lr=$lr countdown=$countdown train=$*"
+settings+=" max_new_tokens=$max_new_tokens attention=$attention updates=$updates lr=$lr countdown=$countdown train=$*"
 if [ -f "$dir/settings" ] && [ "$(cat "$dir/settings")" != "$settings" ]; then
   die "$dir was begun with other flags ($(cat "$dir/settings")); choose another --name or delete it"
 fi
@@ -102,7 +103,7 @@ for ((round = last + 1; round <= rounds; round++)); do
     say python data/countdown.py --out "$dir/prompts-$id.jsonl" --n "$prompts_per_round" --seed $((seed * 100000 + round)) --split train $countdown
   fi
   launch generate.py --model "$(round_path $((round - 1)))" --prompts "$dir/prompts-$id.jsonl" --out "$dir/rollouts-$id.jsonl" --n "$n" \
-    --temperature "$temperature" --max-new-tokens "$max_new_tokens" --seed $((seed * 100000 + round))
+    --temperature "$temperature" --max-new-tokens "$max_new_tokens" --attention "$attention" --seed $((seed * 100000 + round))
   say python score.py "$dir/rollouts-$id.jsonl" --out "$dir/scored-$id.jsonl"
   launch train.py --model "$(round_path $((round - 1)))" --rollouts "$dir/scored-$id.jsonl" --out "$dir/round-$id" --method "$method" \
     --updates "$updates" --lr "$lr" --seed "$seed" "$@"
@@ -119,7 +120,7 @@ if [ "$eval_problems" -gt 0 ]; then
   for which in base "$trained"; do
     if [ "$which" = base ]; then path=$model; else path=$(round_path "$rounds"); fi
     launch generate.py --model "$path" --prompts "$test" --limit "$eval_problems" --out "$dir/$which.rollouts.jsonl" --n "$eval_n" \
-      --temperature "$temperature" --max-new-tokens "$max_new_tokens" --seed 1
+      --temperature "$temperature" --max-new-tokens "$max_new_tokens" --attention "$attention" --seed 1
     say python score.py "$dir/$which.rollouts.jsonl" --out "$dir/$which.scored.jsonl"
   done
   say python evaluate.py "$dir/base.scored.jsonl" "$dir/$trained.scored.jsonl" --names base "$method" \

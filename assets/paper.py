@@ -35,6 +35,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 
 DISTRIBUTIONS = {"main": "", "low-multiplicity": "--max-solutions 2"}
+SAMPLING = "--max-new-tokens 24 --attention model"  # the table is older than --attention shared, whose rounding differs
 GAMMAS = [(0.3, 0.03), (1.0, 0.1), (0.3, 0.0)]
 # Each arm's candidates, at most four; one learning rate, tuned for GRPO, serves all.
 CANDIDATES = {
@@ -114,7 +115,7 @@ def one_run(name, flags, lr, rounds, seed, distribution, split, problems, n):
             before, after = f"{folder}/round-{r - 1:03d}" if r > 1 else model, f"{folder}/round-{r:03d}"
             prompts, rollouts, scored = (f"{folder}/{kind}-{r:03d}.jsonl" for kind in ("prompts", "rollouts", "scored"))
             stage(countdown, f"--out {prompts} --n 192 --seed {seed * 100000 + r} --split train {problem_flags}")
-            stage(generate, f"--model {before} --prompts {prompts} --out {rollouts} --n 16 --max-new-tokens 24 --seed {seed * 100000 + r} --device cpu")
+            stage(generate, f"--model {before} --prompts {prompts} --out {rollouts} --n 16 {SAMPLING} --seed {seed * 100000 + r} --device cpu")
             stage(score, f"{rollouts} --out {scored}")
             stage(train, f"--model {before} --rollouts {scored} --out {after} --updates 4 --lr {lr} --seed {seed} --device cpu {flags}")
             for path in (prompts, rollouts, scored, *([before] if r > 1 else [])):
@@ -123,7 +124,7 @@ def one_run(name, flags, lr, rounds, seed, distribution, split, problems, n):
         model = f"{folder}/round-{rounds:03d}" if flags else model
         heldout, rollouts, scored, report = (f"{folder}/heldout.{kind}" for kind in ("jsonl", "rollouts.jsonl", "scored.jsonl", "eval.json"))
         stage(countdown, f"--out {heldout} --n {problems} --seed 1 --split {split} {problem_flags}")
-        stage(generate, f"--model {model} --prompts {heldout} --out {rollouts} --n {n} --max-new-tokens 24 --seed {10_000 + seed} --device cpu")
+        stage(generate, f"--model {model} --prompts {heldout} --out {rollouts} --n {n} {SAMPLING} --seed {10_000 + seed} --device cpu")
         stage(score, f"{rollouts} --out {scored}")
         stage(evaluate, f"{scored} --out {report}")
     counts, curve = {}, []

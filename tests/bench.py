@@ -313,6 +313,7 @@ def bench_generate(bench, name):
     options = generate.check_model(folder)
     tokenizer = generate.load(transformers.AutoTokenizer, folder, options)
     model = generate.load_model(folder, bench.dtype, bench.device, options)
+    other = generate.load_model(folder, bench.dtype, bench.device, options, "model")  # with transformers' own attention
     problems, ends = generate.load_problems(path), [] if size.config else generate.end_ids(model, tokenizer)
     prompts = generate.encode(problems, tokenizer, model.config, size.new_tokens)
     rows = [i for i in range(len(prompts)) for _ in range(size.n)]
@@ -369,7 +370,7 @@ def bench_generate(bench, name):
             longest = max(map(len, part))
             ids = torch.tensor([[1] * (longest - len(one)) + one for one in part], device=bench.device)
             mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in part], device=bench.device)
-            whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings(new_tokens))
+            whole = other.generate(input_ids=ids, attention_mask=mask, generation_config=settings(new_tokens))
             found += whole[:, longest:].tolist()
         return lambda: [(problem, cut(ids)) for problem, ids in zip(rows, found)]
 
@@ -379,7 +380,7 @@ def bench_generate(bench, name):
         if bench.device == "cpu":  # by itself it would size its cache by the memory of a GPU
             pages = -(-(max(map(len, prompts)) + new_tokens) // 256)
             config.num_blocks, config.max_batch_tokens = pages * len(rows) + 8, max(256, len(rows))
-        found = model.generate_batch([prompts[i] for i in rows], generation_config=settings(new_tokens),
+        found = other.generate_batch([prompts[i] for i in rows], generation_config=settings(new_tokens),
                                      continuous_batching_config=config, progress_bar=False)
         if len(found) < len(rows):
             raise RuntimeError(f"{len(rows) - len(found)} of {len(rows)} rows did not come back")

@@ -248,9 +248,8 @@ def test_pitfall_08_prompts_are_computed_once_and_finished_rows_dropped(tiny_mod
     assert ids_of(rows) == ids_of(base[1])
     longest = max(len(row["prompt_ids"]) for row in rows)
     assert shapes[0] == (12, longest) and shapes[1][1] == 1 and len(shapes) == 24
-    assert 87 <= shapes[1][0] <= 96 and [rows for rows, _ in shapes[1:]] == sorted((rows for rows, _ in shapes[1:]), reverse=True)
     ended = [sum(len(row["completion_ids"]) <= step for row in rows) for step in range(1, 24)]
-    assert all(96 - count <= shape[0] <= (96 - count) / 0.9 + 1 for count, shape in zip(ended, shapes[1:]))
+    assert [shape[0] for shape in shapes[1:]] == [96 - count for count in ended] and 0 < ended[0] < ended[-1]
 
 
 def test_greedy_and_top_k_1(tiny_model, prompts, tmp_path):
@@ -374,34 +373,49 @@ def test_a_logit_that_is_not_finite_is_refused(tiny_model, prompts, tmp_path, mo
 
 
 # ---- The cache ----------------------------------------------------------------------------------------------------------
-def test_pitfall_08_the_roomy_cache_equals_the_plain_one(tiny_model):
-    """Over 60 steps (the spare room is outgrown), with rows dropped on the way and left-padded prompts."""
+@pytest.mark.parametrize("kind", [generate.RoomyLayer, generate.SharedLayer])
+def test_pitfall_08_the_caches_equal_the_plain_one(tiny_model, kind):
+    """Over 60 steps, short and long ones for the two ways of SharedLayer, with rows dropped on the way and left-padded prompts."""
     model = reload(tiny_model)
     torch.manual_seed(0)
     prompt, tokens = torch.randint(3, 22, (4, 11)), torch.randint(3, 22, (12, 60))
-    mask = (torch.arange(11) >= torch.tensor([0, 3, 7, 10])[:, None]).long()
-    owner, results = torch.arange(4).repeat_interleave(3), []
-    for roomy in (False, True):
-        cache, logits, rows = DynamicCache(config=model.config), [], torch.arange(12)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    padding = torch.tensor([0, 3, 7, 10])
+    mask = (torch.arange(11) >= padding[:, None]).long()
+    owner, results = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 3]), []
+    for layers in (DynamicLayer, kind):
+        model.set_attn_implementation("shared" if layers is generate.SharedLayer else "sdpa")
+        generate.shared_attention.cache = cache = DynamicCache(config=model.config)
+        logits, rows, positions = torch.zeros(60, 12, 22), torch.arange(12), (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode():
             model(input_ids=prompt, attention_mask=mask, position_ids=positions, past_key_values=cache)
-            cache.batch_select_indices(owner)
-            if roomy:
-                for layer in cache.layers:
-                    assert type(layer) is DynamicLayer
-                    layer.__class__ = generate.RoomyLayer
+            for layer in cache.layers:
+                assert type(layer) is DynamicLayer
+                layer.__class__ = layers
+                layer.batch_select_indices(owner) if layers is DynamicLayer else layer.spread(owner, padding, 60)
             seen, position = mask[owner], positions[owner, -1:]
             for step in range(60):
-                if step in (5, 6, 30, 50):
-                    keep = torch.arange(len(rows)) != len(rows) // 2
+                if step in (1, 5, 30, 50):  # the last two rows take the places of the first and another one
+                    keep = torch.arange(len(rows) - 2)
+                    keep[[0, 3]] = len(rows) - torch.tensor([1, 2])
                     rows, seen, position = rows[keep], seen[keep], position[keep]
-                    cache.batch_select_indices(keep.nonzero().squeeze(-1))
+                    cache.batch_select_indices(keep)
                 position, seen = position + 1, torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
-                logits.append(model(input_ids=tokens[rows, step:step + 1], attention_mask=seen, position_ids=position,
-                                    past_key_values=cache).logits)
-        results.append(torch.cat(logits))
-    assert (results[0] - results[1]).abs().max() < 1e-5 and len(results[0]) == 5 * 12 + 1 * 11 + 24 * 10 + 20 * 9 + 10 * 8
+                logits[step, rows] = model(input_ids=tokens[rows, step:step + 1], position_ids=position, past_key_values=cache,
+                                           attention_mask=None if layers is generate.SharedLayer else seen).logits[:, -1]
+        results.append(logits)
+    assert (results[0] - results[1]).abs().max() < 1e-5
+    assert (results[1].abs().sum(-1) > 0).sum() == 1 * 12 + 4 * 10 + 25 * 8 + 20 * 6 + 10 * 4
+
+
+def test_both_attentions_sample_the_same(tiny_model, prompts, tmp_path, capfd):
+    """The same tokens, log-probs to rounding; what was chosen is said and stands in the meta."""
+    found = {attention: run(tiny_model, prompts, tmp_path / f"{attention}.jsonl", "--attention", attention) for attention in ("auto", "shared", "model")}
+    metas = {attention: json.loads((tmp_path / f"{attention}.jsonl.meta.json").read_text())["attention"] for attention in found}
+    assert metas == {"auto": "shared", "shared": "shared", "model": "sdpa"} and "attention sdpa" in capfd.readouterr().err
+    assert ids_of(found["auto"]) == ids_of(found["shared"]) == ids_of(found["model"])
+    assert (tmp_path / "auto.jsonl").read_bytes() == (tmp_path / "shared.jsonl").read_bytes()
+    for one, other in zip(found["shared"], found["model"]):
+        assert np.allclose(one["logprobs"], other["logprobs"], atol=1e-5)
 
 
 # ---- Stopping -------------------------------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ ARCHITECTURES = {
                                 "num_experts_per_tok": 2, "moe_intermediate_size": 16, "q_lora_rank": 16, "kv_lora_rank": 16,
                                 "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1}),
 }
+NOT_SHARED = ("qwen2-window", "mistral", "ministral", "gemma2", "gemma3", "phi3", "cohere2", "gpt-oss",  # windows, soft caps, sinks
+              "deepseek")  # what it caches is not yet its keys and values
 ORDINARY = ("qwen2", "gemma2")  # these run the pipeline in the ordinary tests, the others in the slow ones
 
 
@@ -125,15 +127,23 @@ def refusal(capfd, call, *args):
 
 
 # ---- The sampler ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("attention", ["model", "shared"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_sampled_logprobs_equal_a_plain_pass(name):
+def test_sampled_logprobs_equal_a_plain_pass(name, attention, capfd):
     """To 1e-5, with padded prompts longer and shorter than the sliding window, several ends, and rows dropped when they end."""
     model, rng = build(name), np.random.default_rng(1)
+    if attention == "shared" and name in NOT_SHARED:
+        assert "--attention shared needs SDPA over plain keys" in refusal(capfd, generate.choose_attention, model, name, attention)
+        generate.choose_attention(model, name, "cpu")
+        assert model.config._attn_implementation == build(name).config._attn_implementation
+        return
+    generate.choose_attention(model, name, attention)
     prompts = [rng.integers(6, 64, length).tolist() for length in (3, 20, 9, 8)]
     owner = [0, 0, 1, 1, 1, 2, 3, 3]
     args = argparse.Namespace(max_new_tokens=20, temperature=0.7, top_p=1.0, top_k=0, stop=[])
     tokens, logprobs, lengths, stops = generate.sample(model, prompts, owner, rng.random((8, 20)), [0, 5], None, args)
     assert any(stops) and max(lengths) == 20  # some were dropped, some went on
+    model.set_attn_implementation(build(name).config._attn_implementation)
     for row, length in enumerate(lengths):
         with torch.no_grad():
             logp, _ = forced(model, prompts[owner[row]], tokens[row, :length].tolist(), 0.7)
