@@ -1,6 +1,7 @@
-"""Draw the README's pictures and print its tables from the small files that assets/paper.py leaves here.
+"""Draw the README's pictures and print its tables from the small files that assets/paper.py leaves.
 
-    python assets/figures.py                 # passk.png, training.png, gamma.png; tables in Markdown on the terminal
+    python assets/figures.py                        # passk.png, training.png, gamma.png; tables in Markdown on the terminal
+    python assets/figures.py --tables assets/long   # the same of another experiment, beside its tables
 
 Reads counts.jsonl (every problem's n, correct, distinct, existing, per arm, distribution and seed), curves.csv, gamma.csv, overhead.csv.
 A figure of an arm is a mean over seeds with a Student t interval over seeds. A difference between two arms is paired: per seed
@@ -48,10 +49,14 @@ def interval(values):
     return values.mean(), half
 
 
+def place(name):
+    return os.path.join(place.tables, name)
+
+
 def load():
     """{(arm, distribution): {seed: (problems, 4) array of n, correct, distinct, existing}}; a later line of a run stands for it."""
     table = {}
-    with open(os.path.join(HERE, "counts.jsonl")) as file:
+    with open(place("counts.jsonl")) as file:
         for row in map(json.loads, file):
             table.setdefault((row["arm"], row["distribution"]), {})[row["seed"]] = np.array(row["problems"])
     return table
@@ -120,7 +125,7 @@ def tables(table, ks):
 
 def overhead():
     """One line: what the tuned DS-GRPO costs over GRPO, by the pairs of overhead.csv."""
-    with open(os.path.join(HERE, "overhead.csv"), newline="") as file:
+    with open(place("overhead.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     arm = next(row["arm"] for row in rows if row["arm"] != "grpo")
     for key, what in (("cpu_s", "CPU time"), ("peak_rss_mib", "peak memory")):
@@ -132,7 +137,8 @@ def overhead():
 
 def figure_passk(table, ks):
     drawn = core_arms(table)
-    seeds = {distribution: min(len(table.get((arm, distribution), ())) for arm in drawn) for distribution in ("main", "low-multiplicity")}
+    seeds = {distribution: min([len(table[arm, distribution]) for arm in drawn if (arm, distribution) in table], default=0)
+             for distribution in ("main", "low-multiplicity")}
     shown = [distribution for distribution in seeds if distribution == "main" or seeds[distribution] >= 3]  # fewer are no result
     figure, axes = plt.subplots(1, len(shown), figsize=(4.8 * len(shown), 3.8), layout="constrained", squeeze=False)
     for axis, distribution in zip(axes[0], shown):
@@ -148,12 +154,12 @@ def figure_passk(table, ks):
         axis.set_xticks(ks, ks)
         axis.grid(color="#e6e6e6")
         axis.legend(frameon=False, fontsize=8)
-    figure.savefig(os.path.join(HERE, "passk.png"), dpi=160)
+    figure.savefig(place("passk.png"), dpi=160)
 
 
 def figure_training(table):
     drawn = core_arms(table)
-    with open(os.path.join(HERE, "curves.csv"), newline="") as file:
+    with open(place("curves.csv"), newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["distribution"] == "main" and row["arm"] in drawn]
     panels = {"pass@1": "Pass@1 of the rollouts", "entropy": "token entropy, all (nats)", "entropy_correct": "token entropy, correct (nats)",
               "entropy_wrong": "token entropy, wrong (nats)", "completion_len": "completion length (tokens)"}
@@ -169,11 +175,11 @@ def figure_training(table):
         axis.set(title=title, xlabel="update")
         axis.grid(color="#e6e6e6")
     axes[0].legend(frameon=False, fontsize=7)
-    figure.savefig(os.path.join(HERE, "training.png"), dpi=130)
+    figure.savefig(place("training.png"), dpi=130)
 
 
 def figure_gamma():
-    with open(os.path.join(HERE, "gamma.csv"), newline="") as file:
+    with open(place("gamma.csv"), newline="") as file:
         rows = list(csv.DictReader(file))
     ks = sorted({int(row["k"]) for row in rows})
     p, n = (sorted({float(row[key]) for row in rows}) for key in ("gamma_p", "gamma_n"))
@@ -188,18 +194,20 @@ def figure_gamma():
         for i, j in np.ndindex(grid.shape):
             axis.text(j, i, f"{grid[i, j]:.3f}", ha="center", va="center", color="black" if grid[i, j] > middle else "white")
         axis.set(title=f"Pass@{k}", xlabel="gamma_n", ylabel="gamma_p", xticks=range(len(n)), yticks=range(len(p)), xticklabels=n, yticklabels=p)
-    figure.savefig(os.path.join(HERE, "gamma.png"), dpi=140)
+    figure.savefig(place("gamma.png"), dpi=140)
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", default=HERE, help="folder of the tables and pictures (default: assets)")
+    place.tables = parser.parse_args().tables
     table = load()
     n = min(counts[:, 0].min() for runs in table.values() for counts in runs.values())
     ks = [2**power for power in range(int(n).bit_length())]
     tables(table, ks)
     figure_passk(table, ks)
     for name, draw in (("curves.csv", lambda: figure_training(table)), ("gamma.csv", figure_gamma), ("overhead.csv", overhead)):
-        if os.path.exists(os.path.join(HERE, name)):
+        if os.path.exists(place(name)):
             draw()
 
 

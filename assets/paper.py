@@ -4,6 +4,7 @@
     bash run.sh --suite paper --arms grpo --seeds 7          # one arm with a new seed: one more row
     bash run.sh --suite paper --arms grpo --seeds 3 --check  # the same again, compared with the table instead of added to it
     bash run.sh --suite paper --list                         # what is done and what is left
+    bash run.sh --suite paper --rounds 60 --tables assets/long --arms grpo ds-token --seeds 1 2 3 --distributions main    # a longer one
 
 Every arm has the same rollouts and updates: --rounds rounds of 192 problems x 16 samples, 4 updates each. What is tuned is tuned
 on the tune split with seed 100 (assets/tuning.csv: everything that was tried) by one rule, fixed beforehand: the learning rate is
@@ -12,7 +13,7 @@ the best for GRPO's Pass@1 and serves all; of an arm's own candidates (at most f
 reported comes from the test split and other seeds. A run is one core; --jobs of them go side by side, each a process that
 imports the stages once and calls the main functions that run.sh calls as commands, with the same flags.
 
-Writes, after every run, in assets/: tuning.csv (arm, setting, lr, k, pass_at_k, chosen); results.csv (arm, distribution, seed, k, pass_at_k);
+Writes, after every run, in assets/ (all but tuning.csv in --tables): tuning.csv (arm, setting, lr, k, pass_at_k, chosen); results.csv (arm, distribution, seed, k, pass_at_k);
 counts.jsonl (arm, distribution, seed, and for every held-out problem: n, correct, distinct solutions found, solutions that exist),
 from which assets/figures.py takes all intervals; curves.csv (training curves); gamma.csv (gamma_p, gamma_n, k, pass_at_k);
 overhead.csv (pair, arm, cpu_s, peak_rss_mib: one round's train.py as a process, GRPO and the tuned DS-GRPO in turn).
@@ -50,6 +51,7 @@ CANDIDATES = {
     "cispo": ["--method cispo"],
     "w-reinforce": [f"--method w-reinforce --positive-weight {w}" for w in (0.1, 0.3, 1.0)],
 }
+ROUNDS = 20
 LEARNING_RATES = ("1e-4", "2e-4", "4e-4")
 FURTHER = ("ds-token", "ds-sequence", "ds-reward", "ds-positive", "ds-negative", "passk", "cispo", "w-reinforce")  # less the level that is core
 TUNING_SEED = 100
@@ -61,7 +63,9 @@ def parse_args():
     parser.add_argument("--arms", nargs="+", choices=["base", *CANDIDATES, "ds-positive", "ds-negative"], help="only these arms (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, help="these seeds (default: 1..5 for the core arms, 1..3 for the others)")
     parser.add_argument("--distributions", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS), help="default: both")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds of 4 updates (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of 4 updates in the reported runs (default %(default)s)")
+    parser.add_argument("--lr", help="learning rate of the reported runs (default: the tuned one)")
+    parser.add_argument("--tables", default=HERE, help="folder of the result tables (default: assets)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one core each (default %(default)s)")
     parser.add_argument("--tune-only", action="store_true", help="stop after the tuning")
     parser.add_argument("--check", action="store_true", help="run --arms and --seeds again and compare with assets/results.csv; exit 1 if any differs")
@@ -69,11 +73,18 @@ def parse_args():
     args = parser.parse_args()
     if args.check and not (args.arms and args.seeds):
         parser.error("--check needs --arms and --seeds")
+    if args.tables == HERE and (args.rounds != ROUNDS or args.lr):
+        parser.error("runs of other --rounds or --lr need --tables of their own")
     return args
 
 
+def place(name):
+    """Where a table stands. What the tuning found serves all experiments."""
+    return os.path.join(HERE if name == "tuning.csv" else place.tables, name)
+
+
 def read_csv(name):
-    path = os.path.join(HERE, name)
+    path = place(name)
     if not os.path.exists(path):
         return []
     with open(path, newline="") as file:
@@ -82,7 +93,7 @@ def read_csv(name):
 
 def write_csv(name, rows):
     """Whole and at once: a killed suite leaves the old table or the new one."""
-    path = os.path.join(HERE, name)
+    path = place(name)
     with open(path + ".partial", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
@@ -186,10 +197,10 @@ def chosen(arm, lr):
                for setting, passes in table.items())[1]
 
 
-def tune(arms, lr, args):
+def tune(arms, lr):
     """What run() has to do for tuning.csv to hold every candidate of these arms at this learning rate."""
     done = {(row["arm"], row["setting"], row["lr"]) for row in read_csv("tuning.csv")}
-    return [((arm, setting, lr), (f"paper/tune-{arm}-{i}-{lr}", setting, lr, args.rounds, TUNING_SEED, "main", "tune", 200, 128))
+    return [((arm, setting, lr), (f"paper/tune-{arm}-{i}-{lr}", setting, lr, ROUNDS, TUNING_SEED, "main", "tune", 200, 128))
             for arm in arms for i, setting in enumerate(CANDIDATES[arm]) if (arm, setting, lr) not in done]
 
 
@@ -219,7 +230,7 @@ def mark_chosen(lr, level):
 def keep_result(label, result):
     arm, distribution, seed = label
     name = {"arm": arm, "distribution": distribution, "seed": seed}
-    with open(os.path.join(HERE, "counts.jsonl"), "a") as file:
+    with open(place("counts.jsonl"), "a") as file:
         file.write(json.dumps({**name, "problems": result["counts"]}) + "\n")
     if result["curve"]:
         write_csv("curves.csv", read_csv("curves.csv") + [{**name, **{key: line[key] for key in (
@@ -271,6 +282,8 @@ def check(label, result):
 
 def main():
     args = parse_args()
+    place.tables, folder = args.tables, f"paper/{'' if args.tables == HERE else os.path.basename(os.path.abspath(args.tables)) + '-'}"
+    os.makedirs(args.tables, exist_ok=True)
 
     def phase(name, todo, keep):
         if args.list:
@@ -287,12 +300,13 @@ def main():
                 for seed in args.seeds or range(1, 6 if arm in core and distribution == "main" else 4)
                 if arm in core or distribution == "main"]
         jobs.sort(key=lambda job: (job[2] > 3, job[1] != "main", job[2]))  # three seeds of everything, then the other two
-        return [(job, (f"paper/{'check-' * args.check}{'-'.join(map(str, job))}", setting_of(job[0], lr, level), lr, args.rounds, job[2], job[1],
+        return [(job, (f"{folder}{'check-' * args.check}{'-'.join(map(str, job))}", setting_of(job[0], lr, level), rate, args.rounds, job[2], job[1],
                        "test", 300, 256)) for job in jobs if args.check or job not in stored]
 
-    phase("learning rate", [job for rate in LEARNING_RATES for job in tune(["grpo"], rate, args)], keep_tuning)
+    phase("learning rate", [job for rate in LEARNING_RATES for job in tune(["grpo"], rate)], keep_tuning)
     lr = chosen_rate()
-    phase("tuning of the core arms", tune(["ds-token", "ds-sequence", "ds-reward", "entropy-bonus", "entropy-penalty", "ds-entropy"], lr, args),
+    rate = args.lr or lr
+    phase("tuning of the core arms", tune(["ds-token", "ds-sequence", "ds-reward", "entropy-bonus", "entropy-penalty", "ds-entropy"], lr),
           keep_tuning)
     level = "ds-" + chosen("ds", lr).split("--smooth-level ")[1].split()[0]
     core = ("base", "grpo", level, "ds-entropy", "entropy-bonus", "entropy-penalty")
@@ -304,16 +318,16 @@ def main():
     store = check if args.check else keep_result
     phase("core arms", reported(core, level), store)
     if not args.arms or set(args.arms) & set(further):
-        phase("tuning of the further arms", tune(["passk", "w-reinforce"], lr, args), keep_tuning)
+        phase("tuning of the further arms", tune(["passk", "w-reinforce"], lr), keep_tuning)
         if not args.list:
             mark_chosen(lr, level)
         phase("further arms", reported(further, level), store)
     if not args.arms:
         there = {(row["gamma_p"], row["gamma_n"]) for row in read_csv("gamma.csv")}
-        phase("gamma grid", [(("gamma", p, n), (f"paper/gamma-{p}-{n}", f"--method ds-grpo --gamma-p {p} --gamma-n {n}", lr, args.rounds, 1, "main",
+        phase("gamma grid", [(("gamma", p, n), (f"{folder}gamma-{p}-{n}", f"--method ds-grpo --gamma-p {p} --gamma-n {n}", rate, args.rounds, 1, "main",
                                                 "test", 300, 256)) for p, n in GRID if (f"{p}", f"{n}") not in there], keep_gamma)
         if not args.list and len(read_csv("overhead.csv")) < 20:
-            overhead(10, [("grpo", CANDIDATES["grpo"][0]), (level, setting_of(level, lr, level))], lr)
+            overhead(10, [("grpo", CANDIDATES["grpo"][0]), (level, setting_of(level, lr, level))], rate)
     if args.check:
         sys.exit(getattr(check, "differ", 0) > 0)
 

@@ -119,6 +119,24 @@ def test_the_suite_lists_adds_a_seed_and_checks(suite, tmp_path, capsys):
     assert (tmp_path / "results.csv").read_text() == before
 
 
+def test_another_experiment_has_tables_of_its_own(suite, tmp_path, monkeypatch, capsys):
+    """With the settings that the tuning found; the main table cannot get rows of other rounds or of another learning rate."""
+    suite("--arms", "grpo", "ds-sequence", "--seeds", "1")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    for flags in (("--rounds", "60"), ("--lr", "1e-4")):
+        with pytest.raises(SystemExit):
+            suite(*flags)
+        assert "need --tables of their own" in capsys.readouterr().err
+    done = suite("--rounds", "60", "--lr", "1e-4", "--tables", str(tmp_path / "long"), "--arms", "grpo", "ds-sequence", "--seeds", "1", "--distributions", "main")
+    assert [arguments[:5] for _, arguments in done] == [("paper/long-grpo-main-1", "--method grpo", "1e-4", 60, 1), (
+        "paper/long-ds-sequence-main-1", f"{DS} sequence --gamma-p 1.0 --gamma-n 0.1", "1e-4", 60, 1)]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert {row["arm"] for row in rows(tmp_path / "long", "results.csv")} == {"grpo", "ds-sequence"}
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--tables", str(tmp_path / "long")])
+    figures.main()
+    assert "| DS-GRPO (sequence) | 1 |" in capsys.readouterr().out and (tmp_path / "long" / "passk.png").exists()
+
+
 def test_figures_agree_with_evaluate_and_with_intervals_by_hand():
     rng = np.random.default_rng(0)
     counts = np.stack([np.full(40, 64), rng.integers(0, 65, 40), rng.integers(0, 4, 40), np.full(40, 5)], 1)
