@@ -294,7 +294,7 @@ def choose_attention(model, name, attention):
         model.set_attn_implementation("shared")
         shared_attention.cache, shared_attention.plain = DynamicCache(config=model.config), 0
         with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=shared_attention.cache)
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=shared_attention.cache, use_cache=True)
         possible = shared_attention.plain == len(layers)
     if not possible and attention == "shared":
         fail(f"{name}: --attention shared needs SDPA over plain keys and values in every layer; use --attention model")

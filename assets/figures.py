@@ -123,6 +123,19 @@ def tables(table, ks):
                                                             for measure in (at(1), at(16), at(ks[-1]), coverage)) + " |")
 
 
+def predicted(table, ks):
+    """One line: how often a seed's Pass@k lies in the 95 % prediction interval that the other seeds give, mean +- t s sqrt(1 + 1/n)."""
+    inside = []
+    for runs in table.values():
+        curves = np.array([curve(counts, ks) for counts in runs.values()])  # (seeds, ks)
+        for i in range(len(curves) if len(curves) > 2 else 0):
+            others = np.delete(curves, i, 0)
+            half = T975[len(others) - 2] * others.std(0, ddof=1) * (1 + 1 / len(others)) ** 0.5
+            inside += (abs(curves[i] - others.mean(0)) <= half).tolist()
+    if inside:
+        print(f"\n{sum(inside)} of {len(inside)} Pass@k of a run lie in the 95 % prediction interval of the same arm's other seeds")
+
+
 def overhead():
     """One line: what the tuned DS-GRPO costs over GRPO, by the pairs of overhead.csv."""
     with open(place("overhead.csv"), newline="") as file:
@@ -205,6 +218,7 @@ def main():
     n = min(counts[:, 0].min() for runs in table.values() for counts in runs.values())
     ks = [2**power for power in range(int(n).bit_length())]
     tables(table, ks)
+    predicted(table, ks)
     figure_passk(table, ks)
     for name, draw in (("curves.csv", lambda: figure_training(table)), ("gamma.csv", figure_gamma), ("overhead.csv", overhead)):
         if os.path.exists(place(name)):

@@ -151,6 +151,15 @@ def test_figures_agree_with_evaluate_and_with_intervals_by_hand():
     assert figures.difference({0: one[1]}, {0: other[1]}, measure) == "+0.500 [+0.500, +0.500] (1/1)"
 
 
+def test_a_seed_is_predicted_by_the_others(capsys):
+    """By hand: of 2, 4 and 6 of 10 correct, the interval of any two holds the third; t(1) = 12.706. 9, 9, 9, 9 and 1: all but the 1, as t(3) = 3.182."""
+    runs = lambda *correct: {seed: np.array([[10, c, 0, 1]]) for seed, c in enumerate(correct)}
+    figures.predicted({("grpo", "main"): runs(2, 4, 6), ("base", "main"): runs(1, 2)}, [1])
+    assert "3 of 3 Pass@k" in capsys.readouterr().out
+    figures.predicted({("grpo", "main"): runs(9, 9, 9, 9, 1)}, [1])
+    assert "4 of 5 Pass@k" in capsys.readouterr().out
+
+
 def test_figures_draw_what_the_suite_leaves(suite, tmp_path, monkeypatch, capsys):
     suite()
     with open(tmp_path / "overhead.csv", "w") as file:
