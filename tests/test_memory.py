@@ -45,7 +45,7 @@ def test_the_announced_memory_is_within_15_percent_of_the_peak(tmp_path, tokens)
             file.write(json.dumps({"id": f"{group}", "sample": k, "task": "x", "prompt_ids": [3 + group] * 64, "completion_ids": ids,
                                    "logprobs": [-1.0] * len(ids), "finish_reason": "stop", "correct": k % 2 == 0, "reward": float(k % 2 == 0)}) + "\n")
     # Two updates, so that Adam's moments are there, of 4 groups x (64 + 8 x 120) tokens: several micro-batches, of which all but
-    # the first meet gradients. Where one micro-batch is an update, it does not, and the announced memory is an upper bound.
+    # the first meet gradients.
     # glibc's default threshold grows with use and keeps freed activations; with a fixed one a freed tensor is given back.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, "-c", MEASURE, "--model", model, "--rollouts", rows, "--out", str(tmp_path / "out"), "--temperature", "1",
