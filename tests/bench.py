@@ -11,8 +11,8 @@
     scale     each stage as a process of its own at growing numbers of rows: time and peak memory
     fixed     what a round costs before it does anything: process start, imports, loading, saving
 
-Sizes: `tiny` is the embedded model with its own prompts and its end-of-text token; the others are random Qwen2 models
-which never stop early: 25m, and the shapes of Qwen2.5-0.5B and 1.5B with their vocabulary of 151,936. On a GPU the
+Sizes: `tiny` is the embedded model with its own prompts and its end-of-text token, a quarter of a round of the suite,
+`tiny-64` the same with 150 prompts x 64 samples of 18 tokens at most; the others are random Qwen2 models which never stop early: 25m, and the shapes of Qwen2.5-0.5B and 1.5B with their vocabulary of 151,936. On a GPU the
 same arms run in bf16 (fp32 masters in the updates); there --sizes 0.5b 1.5b is what makes sense, and 1.5b-2048, a round
 of the recipe for Qwen2.5-Math-1.5B: 32 x 8 rollouts of 2048 tokens.
 
@@ -68,6 +68,7 @@ def qwen2(vocab, hidden, layers, heads, kv_heads, intermediate):
 SIZES = {
     "toy": Size(2, 4, 8, 4, (2, 4, 8), qwen2(64, 32, 2, 2, 1, 64)),  # for the test of this script
     "tiny": Size(48, 16, None, 24, (64, 256, 768)),
+    "tiny-64": Size(150, 64, None, 18, (256, 512, 1024)),  # an evaluation
     "25m": Size(4, 16, 64, 32, (16, 32, 64), qwen2(4096, 512, 8, 8, 2, 1408)),
     "0.5b": Size(1, 16, 128, 64, (4, 8, 16), qwen2(151936, 896, 24, 14, 2, 4864), update_n=8),
     "1.5b": Size(16, 16, 128, 64, (64, 128, 256), qwen2(151936, 1536, 28, 12, 2, 8960)),
