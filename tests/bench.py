@@ -4,8 +4,9 @@
     python tests/bench.py --sizes tiny --only generate step --rounds 5
     python tests/bench.py --only scale --plot assets/scale.png
 
-    generate  generate.py against `model.generate` (the best of three batch sizes) and `generate_batch` (continuous
-              batching); with --threads N on a CPU also N processes of one thread each, as torchrun starts them
+    generate  generate.py against `model.generate` (the best of three batch sizes), `generate_batch` (continuous
+              batching) and itself with --attention model; with --threads N on a CPU also N processes of one thread
+              each, as torchrun starts them
     update    train.py's update against a plain one: prompt and completion in padded rows, full logits
     step      generate.py, score.py and train.py against a step of TRL's GRPOTrainer at equal settings, if TRL is there
     scale     each stage as a process of its own at growing numbers of rows: time and peak memory
@@ -328,7 +329,7 @@ def bench_generate(bench, name):
         more = {"max-new-tokens": new_tokens, "seed": seed}
         return generate.parse_args(generate_flags(size, folder, path, "-", **more))
 
-    def ours(new_tokens, seed):
+    def ours(new_tokens, seed, model=model):
         args = flags_of(new_tokens, seed)
         chunks = generate.chunks_of([len(ids) for ids in prompts], size.n, new_tokens, args.max_batch_tokens)
         lines = [generate.run_chunk(chunk, problems, prompts, model, tokenizer, ends, args) for chunk in chunks]
@@ -405,6 +406,8 @@ def bench_generate(bench, name):
     batch = max(speed, key=speed.get)
     peer = lambda *args: huggingface(batch, *args)
     arms = {"generate.py": ours, f"model.generate, batch {batch}": peer, "generate_batch": continuous}
+    if model.config._attn_implementation == "shared":
+        arms["generate.py --attention model"] = lambda *args: ours(*args, other)
     if bench.device == "cpu" and bench.args.threads > 1:
         arms[f"generate.py, {bench.args.threads} processes"] = processes
     found = {arm: [] for arm in arms}

@@ -31,9 +31,9 @@ def test_generate_and_update_at_toy_size(tmp_path, tiny_model, monkeypatch, caps
     monkeypatch.setattr(bench.transformers.Qwen2ForCausalLM, "generate_batch", unable)
     report, out = measure(tmp_path, tiny_model, "--only", "generate", "update")
     entry = report["entries"]["generate/toy"]
-    ours, theirs, continuous = entry["arms"].values()
+    ours, theirs, continuous, copies = entry["arms"].values()
     size = bench.SIZES["toy"]
-    for arm in (ours, theirs):  # nothing ends early
+    for arm in (ours, theirs, copies):  # nothing ends early
         assert [one["tokens"] for one in arm["rounds"]] == 2 * [size.prompts * size.n * size.new_tokens]
     assert continuous == {"missing": "RuntimeError: made for GPUs"}
     assert entry["same_tokens_p"] > 0.001
