@@ -4,7 +4,7 @@
     bash run.sh --suite paper --arms grpo --seeds 7          # one arm with a new seed: one more row
     bash run.sh --suite paper --arms grpo --seeds 3 --check  # the same again, compared with the table instead of added to it
     bash run.sh --suite paper --list                         # what is done and what is left
-    bash run.sh --suite paper --rounds 60 --tables assets/long --arms grpo ds-token --seeds 1 2 3 --distributions main    # a longer one
+    bash run.sh --suite paper --rounds 40 --tables assets/long --arms grpo ds-token --seeds 1 2 3 --distributions main    # a longer one
 
 Every arm has the same rollouts and updates: --rounds rounds of 192 problems x 16 samples, 4 updates each. What is tuned is tuned
 on the tune split with seed 100 (assets/tuning.csv: everything that was tried) by one rule, fixed beforehand: the learning rate is
@@ -65,7 +65,7 @@ def parse_args():
     parser.add_argument("--distributions", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS), help="default: both")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of 4 updates in the reported runs (default %(default)s)")
     parser.add_argument("--lr", help="learning rate of the reported runs (default: the tuned one)")
-    parser.add_argument("--tables", default=HERE, help="folder of the result tables (default: assets)")
+    parser.add_argument("--tables", type=os.path.abspath, default=HERE, help="folder of the result tables (default: assets)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one core each (default %(default)s)")
     parser.add_argument("--tune-only", action="store_true", help="stop after the tuning")
     parser.add_argument("--check", action="store_true", help="run --arms and --seeds again and compare with assets/results.csv; exit 1 if any differs")
@@ -282,7 +282,7 @@ def check(label, result):
 
 def main():
     args = parse_args()
-    place.tables, folder = args.tables, f"paper/{'' if args.tables == HERE else os.path.basename(os.path.abspath(args.tables)) + '-'}"
+    place.tables, folder = args.tables, f"paper/{'' if args.tables == HERE else os.path.basename(args.tables) + '-'}"
     os.makedirs(args.tables, exist_ok=True)
 
     def phase(name, todo, keep):

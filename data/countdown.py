@@ -16,154 +16,20 @@ them, drawn again until it is a whole number in 1..max-target. No prompt stands 
 with a target: a hash of it puts it for good into one of three splits, train (80 %, all that the embedded model was
 pre-trained on), tune and test (10 % each). It was pre-trained on targets up to 300: about one default problem in twelve lies beyond.
 """
-import argparse
-import contextlib
-import fcntl
 import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
 import os
 import random
-import signal
-import subprocess
 import sys
 from fractions import Fraction
 
-# ---- Files: these lines stand in every stage alike, and tests/test_files.py holds the copies identical --------------
-def fail(message, code=2):
-    """End the stage with one line on stderr: `score.py: error: rollouts.jsonl:17: missing field 'id'`."""
-    line = " ".join(str(message).split())  # it may quote hostile text, which must not command the terminal
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    print(f"{os.path.basename(__file__)}: error: {line}", file=sys.stderr)
-    sys.exit(code)
+if __name__ == "__main__":  # the repository's root, not this folder
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message} (see --help)")
-
-
-def read_rows(path):
-    """Yield (where, line, row) for each line of a JSONL file: 'file:number' for messages, the bytes, the dict."""
-    def unique(pairs):
-        if len(row := dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice")
-        return row
-
-    def finite(text):
-        if not math.isfinite(number := float(text)):
-            raise ValueError(f"{text} is not a finite number")
-        return number
-
-    decode = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=finite).decode
-    row, number = None, 0
-    with open(path, "rb") as file:
-        while line := file.readline(2**24 + 1):
-            number += 1
-            where = f"{path}:{number}"
-            if len(line) > 2**24:
-                fail(f"{where}: a line above 16 MB is refused unread")
-            line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
-            if not line:
-                continue
-            try:
-                row = decode(line.decode())
-                if b"\\ud" in line.lower():  # half a surrogate pair is no text: no tokenizer takes it, no file holds it
-                    json.dumps(row, ensure_ascii=False).encode()
-                if not isinstance(row, dict):
-                    raise ValueError("not an object")
-            except (ValueError, RecursionError) as error:
-                fail(f"{where}: not a valid JSON row ({error}); mend or delete this line")
-            yield where, line, row
-    if row is None:
-        fail(f"{path}: no rows in this file")
-
-
-def describe(args, inputs, **more):
-    """The meta of an output: what made it and from what. `inputs`: files or folders (a Hub id has no digest)."""
-    def digest(path):
-        if os.path.isdir(path):
-            names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)))
-            digests = "".join(name + digest(os.path.join(path, name)) for name in names)
-            return hashlib.sha256(digests.encode()).hexdigest()
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def version(package):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(package)
-
-    commit, git = None, ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--verify", "HEAD"]
-    with contextlib.suppress(OSError):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    return {"stage": os.path.basename(__file__), "argv": sys.argv, "flags": vars(args), "git": commit,
-            "inputs": {path: digest(path) if os.path.exists(path) else None for path in inputs},
-            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in (
-                "torch", "transformers", "tokenizers", "safetensors", "triton", "numpy", "math-verify")}}, **more}
-
-
-def claim(out, meta, ignore=(), folder=False):
-    """Lock and return the path `out`.partial; None if `out` is complete; refuse an `out` made with other flags.
-    `ignore`: flags that change no byte of the output, and those that name inputs (their digests are compared)."""
-    out = out.rstrip("/")
-    if os.path.exists(out):
-        with contextlib.suppress(Exception), open(out + ".meta.json", encoding="utf-8") as file:
-            old, new = ({**one["flags"], "inputs": list(one["inputs"].values())}
-                        for one in (json.load(file), json.loads(json.dumps(meta))))
-            flags = (old.keys() | new.keys()) - set(ignore)
-            differ = sorted(flag for flag in flags if old.get(flag) != new.get(flag))
-            if not differ:
-                return print(f"{out}: complete, left alone", file=sys.stderr)
-            fail(f"{out}: made with other {', '.join(differ)}; delete it or choose another --out")
-        fail(f"{out}: exists, and no {out}.meta.json says how it was made; delete it or choose another --out")
-    partial = out + ".partial"
-    if folder:
-        os.makedirs(partial, exist_ok=True)
-    # The lock is held until the process ends.
-    claim.lock = os.open(partial, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(claim.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(claim.lock), os.stat(partial)) and not os.path.exists(out):
-            return partial
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    fail(f"{out}: another run is writing it; wait for it or choose another --out")
-
-
-def publish(out, meta, partial=None):
-    """Give `partial` (`out`.partial) its name: contents to disk, the meta, the rename; nobody reads half a file."""
-    def sync(path):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-    out = out.rstrip("/")
-    partial = partial or out + ".partial"
-    for root, _, names in os.walk(partial):
-        for path in [os.path.join(root, name) for name in names] + [root]:
-            sync(path)
-    sync(partial)
-    with open(out + ".meta.json.partial", "w", encoding="utf-8") as file:
-        file.write(json.dumps(meta, indent=1) + "\n")
-    sync(file.name)
-    os.replace(file.name, out + ".meta.json")
-    os.replace(partial, out)
-    sync(os.path.dirname(os.path.abspath(out)))
-
-
-def run(main, args):
-    """main(args), with a full disk, a missing file, Ctrl-C or SIGTERM told in one line."""
-    signal.signal(signal.SIGTERM, lambda *_: fail("terminated; the same command carries on from here", 143))
-    try:
-        main(args)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command carries on from here", 130)
-    except OSError as error:
-        fail(f"{error.filename or args.out or 'stdout'}: {error.strerror or error}")
-# ---- End of the lines that stand in every stage ----------------------------------------------------------------------
+from data.files import Parser, claim, describe, fail, publish, read_rows, run
 
 
 TEMPLATES = {
@@ -178,7 +44,7 @@ TEMPLATES = {
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__file__, description=__doc__)
     parser.add_argument("--out", required=True, help="the JSONL file to write")
     parser.add_argument("--n", type=int, default=1000, help="problems to write (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default %(default)s)")

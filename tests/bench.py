@@ -13,9 +13,10 @@
     fixed     what a round costs before it does anything: process start, imports, loading, saving
 
 Sizes: `tiny` is the embedded model with its own prompts and its end-of-text token, a quarter of a round of the suite,
-`tiny-64` the same with 150 prompts x 64 samples of 18 tokens at most; the others are random Qwen2 models which never stop early: 25m, and the shapes of Qwen2.5-0.5B and 1.5B with their vocabulary of 151,936. On a GPU the
-same arms run in bf16 (fp32 masters in the updates); there --sizes 0.5b 1.5b is what makes sense, and 1.5b-2048, a round
-of the recipe for Qwen2.5-Math-1.5B: 32 x 8 rollouts of 2048 tokens.
+`tiny-64` the same with 150 prompts x 64 samples of 18 tokens at most; the others are random Qwen2 models which never
+stop early: 25m, and the shapes of Qwen2.5-0.5B and 1.5B with their vocabulary of 151,936. On a GPU the same arms run in
+bf16 (fp32 masters in the updates); there --sizes 0.5b 1.5b is what makes sense, and 1.5b-2048, a round of the recipe
+for Qwen2.5-Math-1.5B: 32 x 8 rollouts of 2048 tokens.
 
 How it is measured. Each round runs a matrix product, a matrix-vector product and all arms once; a ratio is taken
 within a round, and the table shows medians and the range. Before the first round each arm runs once, sampling with a

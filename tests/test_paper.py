@@ -123,7 +123,7 @@ def test_another_experiment_has_tables_of_its_own(suite, tmp_path, monkeypatch, 
     """With the settings that the tuning found; the main table cannot get rows of other rounds or of another learning rate."""
     suite("--arms", "grpo", "ds-sequence", "--seeds", "1")
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    for flags in (("--rounds", "60"), ("--lr", "1e-4")):
+    for flags in (("--rounds", "60"), ("--lr", "1e-4"), ("--rounds", "60", "--tables", f"{tmp_path}/")):
         with pytest.raises(SystemExit):
             suite(*flags)
         assert "need --tables of their own" in capsys.readouterr().err

@@ -1,0 +1,232 @@
+"""The contract between the stages, in code: how rows are read, and how an output is claimed, described and published.
+
+Whoever replaces a stage reads this file first. Every stage is `run(main, parse_args())`, and in its main
+
+    meta = describe(args, [args.rollouts], ...)        # what the output will be made of, before anything is computed
+    partial = claim(args.out, meta)                    # OUT.partial, locked; None if OUT is complete already
+    for where, line, row in read_rows(args.rollouts, Rollout): ...
+    publish(args.out, meta)                            # to disk, OUT.meta.json, and only then the name OUT
+
+so that a stage that is killed and started again ends as if it had never been killed, and nobody reads half a file.
+Errors are one line on stderr and exit 2 (`fail`). The structs below document the fields of the rows; a stage decodes
+those it uses, and every other field of a row passes through all stages as the bytes it came in.
+"""
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from typing import Annotated, Literal
+
+import msgspec
+
+STAGE = os.path.basename(sys.argv[0])  # the script that speaks in messages and metas; a Parser sets it
+LONGEST_LINE = 2**24  # bytes; a longer one is refused unread
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+Sample = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Number = Annotated[float, msgspec.Meta(gt=-1e9, lt=1e9)]
+
+
+class Message(msgspec.Struct):
+    """One turn of a chat, rendered with the model's own chat template."""
+    role: str
+    content: str
+
+
+class Problem(msgspec.Struct):
+    """A line of prompts.jsonl, as generate.py reads it. It also holds `task` ("countdown", "math", ...) and the task's own
+    fields (data/countdown.py, data/maths.py), and may hold `source`, the name of the benchmark it is from."""
+    id: str  # unique in the file; a text, never a file name
+    prompt: str | msgspec.UnsetType = msgspec.UNSET  # the text to continue; or
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Rollout(msgspec.Struct):
+    """A line of rollouts.jsonl, a sampled completion, as score.py reads it: the problem's fields and these. It also holds
+    what `Scored` names. Rows stand in the prompt file's order, then by sample."""
+    id: str
+    sample: Sample  # 0 .. n - 1 within its problem
+    completion: str  # the sampled text, special tokens removed
+    finish_reason: Literal["stop", "length"]  # by itself, or cut at the length limit
+
+
+class Scored(msgspec.Struct):
+    """A line of scored.jsonl as train.py reads it. It also holds `pred` (the extracted answer, or null), `reason` (ok,
+    no_answer, parse, numbers, value, truncated, timeout) and, for Countdown, `solution` (the answer's canonical form)."""
+    id: str
+    sample: Sample
+    prompt_ids: Annotated[list[TokenId], msgspec.Meta(min_length=1)]  # unpadded
+    completion_ids: list[TokenId]  # unpadded; the end-of-text token included when it was sampled
+    logprobs: list[Number]  # of each completion id, of the full softmax of logits / T, whatever top-p was
+    finish_reason: Literal["stop", "length"]
+    correct: bool  # the verdict: decides the sign of the smoothing; not the same as reward > 0
+    reward: Number
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+def fail(message, code=2):
+    """End the stage with one line on stderr: `score.py: error: rollouts.jsonl:17: missing field 'id'`."""
+    line = " ".join(str(message).split())  # it may quote hostile text, which must not command the terminal
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    print(f"{STAGE}: error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are `fail`'s. file: the __file__ of the stage, whose name stands in all messages and metas."""
+
+    def __init__(self, file=None, **options):
+        global STAGE
+        if file:
+            STAGE = os.path.basename(file)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        fail(f"{message} (see --help)")
+
+
+def run(main, args):
+    """main(args), with a full disk, a missing file, Ctrl-C or SIGTERM told in one line."""
+    signal.signal(signal.SIGTERM, lambda *_: fail("terminated; the same command carries on from here", 143))
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command carries on from here", 130)
+    except OSError as error:
+        fail(f"{error.filename or args.out or 'stdout'}: {error.strerror or error}")
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+def read_rows(path, kind=dict):
+    """Yield (where, line, row) for each line of a JSONL file: 'file:number' for messages, the bytes, the decoded row.
+
+    kind: a msgspec.Struct with the fields that are wanted, or a union of tagged ones, or dict for all fields.
+    Ends the stage on the first line that is no such row: torn, of wrong types, not finite, without a field, or above 16 MB;
+    and on a file without any row. Of a key that stands twice in a row, the last one counts.
+    """
+    decode, empty = msgspec.json.Decoder(kind).decode, True
+    with open(path, "rb") as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > LONGEST_LINE:
+                fail(f"{where}: a line above 16 MB is refused unread")
+            line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
+            if not line:
+                continue
+            try:
+                if not line.isascii():
+                    line.decode()  # msgspec skips what it is not asked for without looking at its UTF-8
+                row = decode(line)
+            except msgspec.ValidationError as error:
+                fail(f"{where}: {in_our_words(error)}")
+            except (ValueError, RecursionError) as error:
+                fail(f"{where}: not a valid JSON row ({error}); mend or delete this line")
+            empty = False
+            yield where, line, row
+    if empty:
+        fail(f"{path}: no rows in this file")
+
+
+def in_our_words(error):
+    """msgspec's message as a stage tells it: the field first, as the row spells it."""
+    text = str(error)
+    if missing := re.fullmatch(r"Object missing required field `(.*?)`( - at `.*`)?", text):
+        return f"missing field '{missing[1]}'"
+    what, _, place = text.partition(" - at `$")
+    field = place.rstrip("`").lstrip(".")
+    return f"field '{field}': {what.replace('`', '')}" if field else f"not a valid JSON row ({what.replace('`', '')})"
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+def describe(args, inputs, **more):
+    """The meta of an output: what made it and from what. `inputs`: files or folders (a Hub id has no digest)."""
+    def digest(path):
+        if os.path.isdir(path):
+            names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)))
+            digests = "".join(name + digest(os.path.join(path, name)) for name in names)
+            return hashlib.sha256(digests.encode()).hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def version(package):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+
+    commit, here = None, os.path.dirname(os.path.abspath(__file__))
+    with contextlib.suppress(OSError):
+        git = ["git", "-C", here, "rev-parse", "--verify", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numpy", "math-verify")
+    return {"stage": STAGE, "argv": sys.argv, "flags": vars(args), "git": commit,
+            "inputs": {path: digest(path) if os.path.exists(path) else None for path in inputs},
+            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}}, **more}
+
+
+def claim(out, meta, ignore=(), folder=False):
+    """Lock and return the path `out`.partial; None if `out` is complete; refuse an `out` made with other flags.
+    `ignore`: flags that change no byte of the output, and those that name inputs (their digests are compared)."""
+    out = out.rstrip("/")
+    if os.path.exists(out):
+        with contextlib.suppress(Exception), open(out + ".meta.json", encoding="utf-8") as file:
+            old, new = ({**one["flags"], "inputs": list(one["inputs"].values())}
+                        for one in (json.load(file), json.loads(json.dumps(meta))))
+            flags = (old.keys() | new.keys()) - set(ignore)
+            differ = sorted(flag for flag in flags if old.get(flag) != new.get(flag))
+            if not differ:
+                return print(f"{out}: complete, left alone", file=sys.stderr)
+            fail(f"{out}: made with other {', '.join(differ)}; delete it or choose another --out")
+        fail(f"{out}: exists, and no {out}.meta.json says how it was made; delete it or choose another --out")
+    partial = out + ".partial"
+    if folder:
+        os.makedirs(partial, exist_ok=True)
+    # The lock is held until the process ends.
+    claim.lock = os.open(partial, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(claim.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(claim.lock), os.stat(partial)) and not os.path.exists(out):
+            return partial
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    fail(f"{out}: another run is writing it; wait for it or choose another --out")
+
+
+def publish(out, meta, partial=None):
+    """Give `partial` (`out`.partial) its name: contents to disk, the meta, the rename; nobody reads half a file."""
+    def sync(path):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+    out = out.rstrip("/")
+    partial = partial or out + ".partial"
+    for root, _, names in os.walk(partial):
+        for path in [os.path.join(root, name) for name in names] + [root]:
+            sync(path)
+    sync(partial)
+    with open(out + ".meta.json.partial", "w", encoding="utf-8") as file:
+        file.write(json.dumps(meta, indent=1) + "\n")
+    sync(file.name)
+    os.replace(file.name, out + ".meta.json")
+    os.replace(partial, out)
+    sync(os.path.dirname(os.path.abspath(out)))
+
+
+def sampling_of(path):
+    """The sampling settings in the meta of a row file; None where another program wrote the rows."""
+    try:
+        with open(path + ".meta.json", encoding="utf-8") as file:
+            return json.load(file).get("sampling")
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError, RecursionError) as error:
+        fail(f"{path}.meta.json: not a valid meta ({error})")
