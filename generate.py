@@ -25,7 +25,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -77,9 +76,13 @@ import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from data.models import check_model, load, load_model, load_tokenizer
+
+# By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be installed.
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
+from shared_prompt import RoomyLayer, SharedLayer, choose_attention, shared_attention
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
@@ -110,60 +113,6 @@ def load_problems(path, limit=None):
         if len(problems) == limit:
             break
     return problems
-
-
-def check_model(name, trust_remote_code=False):
-    """Refuse what can be seen to be no model before anything is loaded; return the options of every from_pretrained."""
-    if os.path.isdir(name):
-        if not os.path.exists(os.path.join(name, "config.json")):
-            fail(f"{name}: no config.json in this folder: not a Hugging Face model")
-        if not any(file.endswith(".safetensors") for file in os.listdir(name)):
-            fail(f"{name}: no *.safetensors in this folder; other weight formats can run code and are refused")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
-        fail(f"{name}: no such model folder (a Hub id is written owner/name)")
-    return {"trust_remote_code": trust_remote_code, "local_files_only": os.path.isdir(name)}
-
-
-def load(kind, name, options, **more):
-    """kind.from_pretrained(name) from a folder or a Hub id; whatever a hostile or half-copied folder makes it raise is bad input."""
-    try:
-        return kind.from_pretrained(name, **options, **more)
-    except Exception as error:
-        fail(f"{name}: cannot be loaded: {type(error).__name__}: {error}")
-
-
-def load_model(name, dtype, device, options, attention="auto"):
-    """The model in eval mode; safetensors only; every weight must be there and finite; its cache must be one that can be repeated.
-    attention: as the flag."""
-    model, info = load(transformers.AutoModelForCausalLM, name, options, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:
-        fail(f"{name}: {len(info['missing_keys'])} weights are missing, {min(info['missing_keys'])} among them")
-    for key, weight in model.state_dict().items():
-        if not torch.isfinite(weight).all():
-            fail(f"{name}: weight {key} is not finite")
-    model = model.to(device).eval()
-    choose_attention(model, name, device if attention == "auto" else attention)
-    return model
-
-
-def choose_attention(model, name, attention):
-    """"model": as transformers picked; "shared": `shared_attention`, or an error; "cpu": that one where possible."""
-    layers = [type(layer) for layer in DynamicCache(config=model.config).layers]
-    for kind in set(layers) - {DynamicLayer, DynamicSlidingWindowLayer}:
-        fail(f"{name}: unsupported architecture: a {kind.__name__} in its cache cannot be repeated for the samples of a prompt")
-    if attention not in ("shared", "cpu"):
-        return
-    possible = set(layers) == {DynamicLayer} and model.config._attn_implementation == "sdpa"
-    if possible:  # by what is seen; and does every layer attend to what is in its cache? Some attend to what they make of it.
-        model.set_attn_implementation("shared")
-        shared_attention.cache, shared_attention.plain = DynamicCache(config=model.config), 0
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=shared_attention.cache, use_cache=True)
-        possible = shared_attention.plain == len(layers)
-    if not possible and attention == "shared":
-        fail(f"{name}: --attention shared needs SDPA over plain keys and values in every layer; use --attention model")
-    if not possible and model.config._attn_implementation == "shared":
-        model.set_attn_implementation("sdpa")
 
 
 def encode(problems, tokenizer, config, max_new_tokens):
@@ -216,99 +165,6 @@ def uniforms(seed, identity, sample, steps):
     return np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], dtype=np.uint64))).random(steps)
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room for every token to come, where DynamicLayer copies the whole cache at each of them.
-    keys and values, both (rows, kv heads, length, d), are views of the filled part."""
-
-    def spread(self, owner, padding, spare):
-        """Repeat the prompts' keys and values for their samples. owner: (rows,) index of each row's prompt, ascending;
-        padding: (prompts,) tokens on the left of each prompt; spare: tokens to come."""
-        prompt, length = (self.keys, self.values), self.keys.shape[-2]
-        self.make_room(len(owner), length + spare)
-        for room, old in zip(self.room, prompt):
-            room[:, :, :length] = old[owner]
-        self.view(length)
-
-    def make_room(self, rows, length):
-        self.room = [old.new_empty(rows, old.shape[1], length, old.shape[-1]) for old in (self.keys, self.values)]
-
-    def view(self, length):
-        self.keys, self.values = (room[:, :, :length] for room in self.room)
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-        for room, states in zip(self.room, (key_states, value_states)):
-            room[:, :, start:end] = states
-        self.view(end)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        """Copies only the rows whose index is not their place; none of them may be the source of another."""
-        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(-1)
-        for tensor in (self.keys, self.values):
-            tensor[moved] = tensor[indices[moved]]
-        self.room = [room[:len(indices)] for room in self.room]
-        self.view(self.keys.shape[-2])
-
-
-class SharedLayer(RoomyLayer):
-    """The same without copies of the prompts: `prompt` holds their keys and values once, and `room` the rows' own tokens.
-    The queries of a prompt's samples are put side by side into slots, so that one matrix product serves all of them."""
-
-    def spread(self, owner, padding, spare):
-        _, heads, length, _ = self.keys.shape
-        place = torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)  # among the rows of its prompt
-        self.most = int(place.max()) + 1
-        self.slots = (owner[:, None] * heads + torch.arange(heads, device=owner.device)) * self.most + place[:, None]  # (rows, kv heads)
-        self.padding = (torch.arange(length, device=owner.device) < padding[:, None])[owner, None, None]  # (rows, 1, 1, length)
-        self.prompt = self.keys.flatten(0, 1), self.values.flatten(0, 1)  # (prompts x kv heads, length, d)
-        self.make_room(len(owner), spare)
-        self.view(0)
-
-    def make_room(self, rows, length):
-        """In memory the tokens come first: a step writes one block, and what no step reaches is never touched."""
-        self.room = [old.new_empty(length, rows, old.shape[1], old.shape[-1]).permute(1, 2, 0, 3) for old in (self.keys, self.values)]
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.slots, self.padding = self.slots[indices], self.padding[indices]
-
-    def product(self, states, prompt):
-        """states: (rows, kv heads, group, a) of each row, prompt: (prompts x kv heads, a, b) -> (rows, kv heads, group, b)."""
-        slots, (rows, heads, group, width) = self.slots.flatten(), states.shape
-        side = states.new_zeros(len(prompt) * self.most, group, width)
-        side[slots] = states.flatten(0, 1)
-        side = side.view(len(prompt), self.most * group, width) @ prompt
-        return side.view(len(prompt) * self.most, group, -1)[slots].view(rows, heads, group, -1)
-
-    def attend(self, query):
-        """Attention of one query a row, scaled, to its prompt and its own tokens: (rows, kv heads, group, d) -> the same.
-        group: the heads that share keys and values."""
-        (keys, values), own = self.prompt, self.keys.shape[-2]
-        short = own * query.shape[-1] < 400  # below this, PyTorch's batched products on a CPU are plain loops
-        scores = (query[..., None, :] * self.keys[:, :, None]).sum(-1) if short else query @ self.keys.transpose(-1, -2)
-        of_prompt = self.product(query, keys.transpose(-1, -2)).masked_fill_(self.padding, -math.inf)
-        weights = torch.cat([of_prompt, scores], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
-        of_prompt, weights = weights.split([keys.shape[-2], own], -1)
-        of_own = (weights[..., None] * self.values[:, :, None]).sum(-2) if short else weights @ self.values
-        return self.product(of_prompt, values) + of_own
-
-
-def shared_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention as transformers calls it, (rows, heads, queries, d) -> (rows, queries, heads, d). It hands no cache over: `sample`
-    leaves it here. The prompts themselves, several queries a row in a layer that is not spread yet, are left to SDPA."""
-    layer = shared_attention.cache.layers[module.layer_idx]
-    if type(layer) is DynamicLayer:
-        shared_attention.plain += key is layer.keys and value is layer.values
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    rows, heads, _, width = query.shape
-    query = query.reshape(rows, key.shape[1], -1, width) * (width ** -0.5 if scaling is None else scaling)
-    return layer.attend(query).reshape(rows, 1, heads, -1), None
-
-
-shared_attention.cache, shared_attention.plain = None, 0  # plain: calls that found the very keys and values of the cache
-AttentionInterface.register("shared", shared_attention)
-AttentionMaskInterface.register("shared", sdpa_mask)
 
 
 def truncated(probs, top_p, top_k):
@@ -483,11 +339,13 @@ def main(args):
         time.sleep(0.1)
 
     # 2. The prompts' ids, the model and the chunks.
-    config, tokenizer = load(transformers.AutoConfig, args.model, options), load(transformers.AutoTokenizer, args.model, options)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        fail(f"{args.model}: a tokenizer without a vocabulary: are its files missing?")
+    config, tokenizer = load(transformers.AutoConfig, args.model, options), load_tokenizer(args.model, options)
     encoded = encode(problems, tokenizer, config.get_text_config(), args.max_new_tokens)
-    model = load_model(args.model, dtype, device, options, args.attention)
+    model = load_model(args.model, dtype, device, options)
+    try:
+        choose_attention(model, device if args.attention == "auto" else args.attention)
+    except ValueError as error:
+        fail(f"{args.model}: {error}")
     ends = end_ids(model, tokenizer)
     if not (ends or args.stop or args.ignore_eos):
         fail(f"{args.model}: neither the tokenizer nor generation_config.json names an end-of-text token; give --stop or --ignore-eos")

@@ -6,7 +6,7 @@
 #   bash run.sh --name ds --rounds 25 -- --gamma-p 0.1 --gamma-n 0.01      what stands after -- goes to train.py; without it, ds-grpo
 #                                                                          on the embedded model gets --gamma-p 0.3 --gamma-n 0.03
 #   bash run.sh --model Qwen/Qwen2.5-Math-1.5B --prompts math.jsonl --eval-prompts aime.jsonl --nproc 8 ...
-#   bash run.sh --suite paper                                              every arm of the README's tables (see --help of assets/paper.py)
+#   bash run.sh --suite paper                                              every arm of the README's tables (see --help of experiments/paper.py)
 #
 # In runs/NAME/: prompts-RRR.jsonl, rollouts-RRR.jsonl, scored-RRR.jsonl and the model round-RRR/ of each round; of these the
 # last K rounds are kept. Then test.jsonl, base.scored.jsonl, trained-RRR.scored.jsonl, eval-RRR.json, passk.png and
@@ -43,7 +43,7 @@ max_new_tokens=24 updates=4 lr=3e-4 eval_prompts= eval_problems=300 eval_n=64 co
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-    --suite) [ "${2:-}" = paper ] || die "--suite knows 'paper' only"; shift 2; exec python assets/paper.py "$@" ;;
+    --suite) [ "${2:-}" = paper ] || die "--suite knows 'paper' only"; shift 2; exec python experiments/paper.py "$@" ;;
     --name|--model|--method|--rounds|--seed|--keep|--prompts|--prompts-per-round|--n|--temperature|--max-new-tokens|--updates|--lr|--eval-prompts|--eval-problems|--eval-n|--countdown|--nproc|--attention)
       [ $# -gt 1 ] || die "$1 needs a value"
       key=${1#--}; printf -v "${key//-/_}" '%s' "$2"; shift 2 ;;
@@ -62,7 +62,7 @@ command -v python3 >/dev/null || die "no python3 on the PATH"
 launch() { if [ "$nproc" -gt 1 ]; then say torchrun --standalone --nproc-per-node "$nproc" "$@"; else say python "$@"; fi; }
 
 if [ $# -eq 0 ] && [ "$method" = ds-grpo ] && [ "$model" = data/tiny-countdown ]; then
-  set -- --gamma-p 0.3 --gamma-n 0.03  # larger than the paper's 0.01 / 0.01, whose models are a thousand times larger; assets/tuning.csv
+  set -- --gamma-p 0.3 --gamma-n 0.03  # larger than the paper's 0.01 / 0.01, whose models are a thousand times larger; experiments/tuning.csv
 fi
 
 # A run folder belongs to one set of flags; only --rounds, --keep, --nproc and what is evaluated may change when it is continued.

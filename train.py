@@ -22,7 +22,6 @@ prompt computed once for all its samples; loss; clipped AdamW step on fp32 maste
 """
 import argparse
 import contextlib
-import copy
 import datetime
 import json
 import math
@@ -124,14 +123,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers.cache_utils import DynamicCache
+
+from data.models import check_model, load_model, load_optimizer, load_tokenizer, save_round
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be installed.
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
 from fused_linear_entropy import CHUNK, fused_linear_entropy
+from shared_prompt import repeated_hidden, shared_hidden
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
@@ -252,20 +252,6 @@ def micro_batches(rows, budget, share):
     return batches
 
 
-def length_blocks(lengths, waste=0.15, smallest=32):
-    """Row indices, longest first, cut into blocks that pad less than `waste` of their tokens and have `smallest` rows or more
-    (small products are slow); rows of length 0 are in none."""
-    blocks, used = [], 0
-    for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
-        width, rows = (lengths[blocks[-1][0]], len(blocks[-1])) if blocks else (0, 0)
-        if not blocks or rows >= smallest and used + lengths[i] < (1 - waste) * width * (rows + 1):
-            blocks.append([])
-            used = 0
-        blocks[-1].append(i)
-        used += lengths[i]
-    return blocks
-
-
 class Policy(torch.nn.Module):
     """What DDP wraps: token ids in, log-prob and entropy of every completion token out; the head runs inside, under DDP's hooks."""
 
@@ -278,55 +264,11 @@ class Policy(torch.nn.Module):
 
     def forward(self, prompts, completions):
         """prompts, completions: lists of id lists, one a row -> logp, entropy (tokens,) fp32, row after row."""
-        hidden = self.shared(prompts, completions) if self.share else self.repeated(prompts, completions)
+        hidden = (shared_hidden if self.share else repeated_hidden)(self.model, prompts, completions)
         targets = torch.as_tensor(np.concatenate(completions), device=hidden.device)
         logp, entropy, _ = fused_linear_entropy(hidden, self.head.weight, targets, self.temperature, bias=self.head.bias,
                                                 softcap=self.cap, scale=self.scale)
         return logp, entropy
-
-    def repeated(self, prompts, completions):
-        """Hidden states (tokens, hidden) that predict each completion token; prompt and completion in one row, padded on the right."""
-        device, ends = self.head.weight.device, [len(p) + len(c) for p, c in zip(prompts, completions)]
-        ids = torch.zeros(len(prompts), max(ends), dtype=torch.long)
-        wanted = torch.zeros_like(ids, dtype=torch.bool)
-        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
-            ids[i, :ends[i]] = torch.as_tensor(np.concatenate([prompt, completion]))
-            wanted[i, len(prompt) - 1:ends[i] - 1] = True
-        return self.model.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state[wanted.to(device)]
-
-    def shared(self, prompts, completions):
-        """The same, with each distinct prompt computed once: its key-value cache, through which gradients flow, is repeated for its
-        rows. Rows are run in blocks of similar lengths, so that almost nothing is padding."""
-        device, decoder = self.head.weight.device, self.model.get_decoder()
-        distinct = {id(prompt): prompt for prompt in prompts}  # rows of a group share one list
-        place = {key: i for i, key in enumerate(distinct)}
-        owner = torch.tensor([place[id(prompt)] for prompt in prompts], device=device)
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in distinct.values()], device=device)
-        pads = torch.tensor([longest - len(prompt) for prompt in distinct.values()], device=device)
-        mask = (torch.arange(longest, device=device) >= pads[:, None]).long() if pads.any() else None
-        cache = DynamicCache(config=self.model.config)
-        first = decoder(input_ids=ids, attention_mask=mask, position_ids=(torch.arange(longest, device=device) - pads[:, None]).clamp(min=0),
-                        past_key_values=cache, use_cache=True).last_hidden_state[owner, -1]  # predicts each row's first token
-        hidden, places, starts = [first], [], np.cumsum([0] + [len(completion) for completion in completions])
-        places.append(starts[:-1])
-        for block in length_blocks([len(completion) - 1 for completion in completions]):
-            width, rows = len(completions[block[0]]) - 1, torch.tensor(block, device=device)
-            ids = torch.zeros(len(block), width, dtype=torch.long)
-            wanted = torch.zeros_like(ids, dtype=torch.bool)
-            for i, row in enumerate(block):
-                ids[i, :len(completions[row]) - 1] = torch.as_tensor(completions[row][:-1])
-                wanted[i, :len(completions[row]) - 1] = True
-            own = copy.copy(cache)  # the block's own view of the prompts' keys and values
-            own.layers = [copy.copy(layer) for layer in cache.layers]
-            own.batch_select_indices(owner[rows])
-            mine = torch.cat([mask[owner[rows]], mask.new_ones(ids.shape)], 1) if mask is not None else None
-            positions = (longest - pads[owner[rows]])[:, None] + torch.arange(width, device=device)
-            states = decoder(input_ids=ids.to(device), attention_mask=mine, position_ids=positions, past_key_values=own, use_cache=True)
-            hidden.append(states.last_hidden_state[wanted.to(device)])
-            places.append(np.concatenate([np.arange(starts[row] + 1, starts[row + 1]) for row in block]))
-        order = torch.as_tensor(np.argsort(np.concatenate(places)), device=device)
-        return torch.cat(hidden)[order]  # (tokens, hidden), row after row
 
     @torch.no_grad()
     def check(self, name, rows=()):
@@ -349,7 +291,7 @@ class Policy(torch.nn.Module):
             short, long = [1, 2, 3], [3, 2, 1, 0, 1]
             probe = [long, short, long], [np.array([1, 2]), np.array([1, 2, 3]), np.array([3, 1, 2])]
             try:
-                expected, hidden = self.repeated(*probe), self.shared(*probe)
+                expected, hidden = repeated_hidden(self.model, *probe), shared_hidden(self.model, *probe)
                 same = (hidden - expected).norm() < 1e-2 * expected.norm()
             except Exception:  # a cache of another kind: each raises something else when its rows are chosen
                 same = False
@@ -362,98 +304,6 @@ class Policy(torch.nn.Module):
 
 
 # ---- Models on disk ---------------------------------------------------------------------------------------------------
-def check_model(name, trust_remote_code=False):
-    """Refuse what can be seen to be no model before anything is loaded; return the options of every from_pretrained."""
-    if os.path.isdir(name):
-        if not os.path.exists(os.path.join(name, "config.json")):
-            fail(f"{name}: no config.json in this folder: not a Hugging Face model")
-        if not any(file.endswith(".safetensors") for file in os.listdir(name)):
-            fail(f"{name}: no *.safetensors in this folder; other weight formats can run code and are refused")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
-        fail(f"{name}: no such model folder (a Hub id is written owner/name)")
-    return {"trust_remote_code": trust_remote_code, "local_files_only": os.path.isdir(name)}
-
-
-def load_model(name, device, options):
-    """A causal language model in fp32, without dropout, and its tokenizer, from a folder or a Hub id; safetensors only; every
-    weight there and finite."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
-                                                                        output_loading_info=True, **options)
-    except Exception as error:  # whatever a hostile or half-copied folder makes the library raise is bad input
-        fail(f"{name}: cannot be loaded: {type(error).__name__}: {error}")
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        fail(f"{name}: a tokenizer without a vocabulary: are its files missing?")
-    if info["missing_keys"]:
-        fail(f"{name}: {len(info['missing_keys'])} weights are missing, {min(info['missing_keys'])} among them")
-    for key, weight in model.state_dict().items():
-        if not torch.isfinite(weight).all():
-            fail(f"{name}: weight {key} is not finite")
-    return model.to(device).eval(), tokenizer
-
-
-def save_round(out, policy, tokenizer, optimizer, state, lines, source):
-    """Fill the folder `out`: model, tokenizer, the original generation_config.json, optimizer moments, state and metrics.
-    Under FSDP2 every rank takes part in gathering the shards; rank 0 keeps and writes them."""
-    rank, kept = int(os.environ.get("RANK", 0)), {}
-
-    def whole(tensor):
-        if id(tensor) not in kept:  # tied weights stay one tensor, which save_pretrained writes once
-            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            kept[id(tensor)] = None if rank else full.detach().cpu().contiguous()
-        return kept[id(tensor)]
-
-    weights = {name: whole(weight) for name, weight in policy.model.state_dict(keep_vars=True).items()}
-    moments = {f"{name}.{key}": whole(optimizer.state[weight][key]) for name, weight in policy.model.named_parameters()
-               for key in ("exp_avg", "exp_avg_sq")}
-    if rank:
-        return
-    policy.model.generation_config = transformers.GenerationConfig()  # a model's own may fail its library's checks: copied below
-    try:
-        policy.model.save_pretrained(out, state_dict=weights)
-        tokenizer.save_pretrained(out)
-        save_file(moments, f"{out}/optimizer.safetensors")
-    except Exception as error:  # a full disk: where Rust writes, it is no OSError
-        fail(f"{out}: cannot be written: {type(error).__name__}: {error}")
-    original = transformers.utils.cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
-    if original:
-        shutil.copyfile(original, f"{out}/generation_config.json")
-    else:
-        os.remove(f"{out}/generation_config.json")
-    with open(f"{out}/trainer_state.json", "w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
-    with open(f"{out}/metrics.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(lines)
-
-
-def load_optimizer(optimizer, policy, folder):
-    """Put the moments of an earlier round into `optimizer`; the number of steps done, 0 if the folder is no round."""
-    if not os.path.exists(f"{folder}/trainer_state.json"):
-        return 0
-    try:
-        with open(f"{folder}/trainer_state.json", encoding="utf-8") as file:
-            step = json.load(file)["step"]
-        if type(step) is not int or step < 0:
-            raise ValueError(f"step {step}")
-        moments = load_file(f"{folder}/optimizer.safetensors")
-        for name, weight in policy.model.named_parameters():
-            optimizer.state[weight] = {"step": torch.tensor(float(step))}
-            for key in ("exp_avg", "exp_avg_sq"):
-                moment = moments[f"{name}.{key}"].to(weight.device)
-                if moment.shape != weight.shape or not torch.isfinite(moment).all():
-                    raise ValueError(f"{name}.{key} does not fit the model, or is not finite")
-                if hasattr(weight, "device_mesh"):
-                    moment = torch.distributed.tensor.distribute_tensor(moment, weight.device_mesh, weight.placements)
-                optimizer.state[weight][key] = moment
-    except Exception as error:  # a half-copied or damaged folder is bad input, whatever the libraries raise
-        fail(f"{folder}: the optimizer cannot be carried on ({type(error).__name__}: {error}); mend it or give --reset-optimizer")
-    if weight.device.type == "cuda":  # the fused optimizer counts on the device
-        for moment in optimizer.state.values():
-            moment["step"] = moment["step"].to(weight.device)
-    return step
-
-
 def sampling_of(args):
     """The sampling settings in the rollouts' meta, checked; without a meta, --temperature stands for them."""
     sampling = None
@@ -607,11 +457,11 @@ def update(args):
         if device != "cpu":
             torch.cuda.set_device(device)
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=datetime.timedelta(seconds=args.rank_timeout))
-    model, tokenizer = load_model(args.model, device, options)
+    model, tokenizer = load_model(args.model, torch.float32, device, options), load_tokenizer(args.model, options)
     policy = Policy(model, sampling["temperature"], args.share_prompts)
     policy.check(args.model, rows)
     if args.ref_model:
-        reference = Policy(load_model(args.ref_model, device, options)[0], sampling["temperature"], args.share_prompts)
+        reference = Policy(load_model(args.ref_model, torch.float32, device, options), sampling["temperature"], args.share_prompts)
         reference.check(args.ref_model, rows)
     if args.checkpoint_activations:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -524,7 +524,7 @@ def endurance(minutes, keep=2):
     """Rounds of run.sh with a tiny random model, each a continuation of the run before; a line a round."""
     folder = tempfile.mkdtemp(prefix="endurance-")
     base = warm().base
-    for name in ("run.sh", "generate.py", "score.py", "train.py", "evaluate.py", "data", "kernels", "assets"):
+    for name in ("run.sh", "generate.py", "score.py", "train.py", "evaluate.py", "data", "kernels", "experiments"):
         os.symlink(os.path.join(ROOT, name), os.path.join(folder, name))
     os.mkdir(temporary := os.path.join(folder, "tmp"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": temporary}

@@ -1,10 +1,10 @@
-"""tests/bench.py at toy size: its arms run, its counts of work are right, its report holds what the README quotes.
+"""experiments/bench.py at toy size: its arms run, its counts of work are right, its report holds what the README quotes.
 No test looks at a time."""
 import json
 import os
 import sys
 
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "experiments"))
 
 import bench
 import pytest

@@ -1,4 +1,4 @@
-"""The README's experiment: assets/paper.py chooses by its rule, does every run once and repeats what it did; assets/figures.py counts right."""
+"""The README's experiment: experiments/paper.py chooses by its rule, does every run once and repeats what it did; experiments/figures.py counts right."""
 import csv
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from assets import figures, paper
+from experiments import figures, paper
 import evaluate
 
 KS = [2**power for power in range(9)]
@@ -31,7 +31,7 @@ def fake(name, flags, lr, rounds, seed, distribution, split, problems, n):
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
-    """Run assets/paper.py on fake runs, tables in tmp_path; returns the runs that were done."""
+    """Run experiments/paper.py on fake runs, tables in tmp_path; returns the runs that were done."""
     monkeypatch.setattr(paper, "HERE", str(tmp_path))
     monkeypatch.setattr(paper, "overhead", lambda *_: None)
 
@@ -180,7 +180,7 @@ def test_a_run_of_the_suite_is_a_run_of_run_sh(tmp_path, monkeypatch):
     name = f"test-paper-{os.getpid()}"
     flags = "--method ds-grpo --gamma-p 0.3 --gamma-n 0.03"
     try:
-        code = f"from assets import paper; import json; print(json.dumps(paper.one_run('{name}', '{flags}', '2e-4', 2, 1, 'main', 'test', 10, 8)))"
+        code = f"from experiments import paper; import json; print(json.dumps(paper.one_run('{name}', '{flags}', '2e-4', 2, 1, 'main', 'test', 10, 8)))"
         here = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = json.loads(subprocess.run([sys.executable, "-c", code], cwd=paper.ROOT, env=here, check=True, capture_output=True, text=True).stdout)
         subprocess.run(["bash", "run.sh", "--name", name + "-sh", "--rounds", "2", "--seed", "1", "--lr", "2e-4", "--eval-problems", "0", "--attention", "model",

@@ -27,7 +27,7 @@ class Loop:
 
     def __init__(self, folder, warm):
         self.folder, self.bin, self.marks = folder, folder / "bin", folder / "marks"
-        for name in ("run.sh", "generate.py", "score.py", "train.py", "evaluate.py", "data", "kernels", "assets"):
+        for name in ("run.sh", "generate.py", "score.py", "train.py", "evaluate.py", "data", "kernels", "experiments"):
             (folder / name).symlink_to(os.path.join(crash.ROOT, name))
         (folder / "base").symlink_to(warm.base)
         self.bin.mkdir()
@@ -146,5 +146,5 @@ def test_prompts_of_a_file_are_taken_in_turn(loop):
     files = loop.files()
     asked = [[json.loads(line)["id"] for line in files[f"prompts-00{number}.jsonl"].splitlines()] for number in (1, 2)]
     assert code == 0 and asked == [["../0", "../1", "../2"], ["../3", "../4", "../0"]]
-    assert sorted(os.listdir(loop.folder)) == sorted(["assets", "base", "bin", "data", "evaluate.py", "generate.py", "kernels", "marks",
+    assert sorted(os.listdir(loop.folder)) == sorted(["experiments", "base", "bin", "data", "evaluate.py", "generate.py", "kernels", "marks",
                                                       "mine.jsonl", "run.sh", "runs", "score.py", "train.py"])  # an id is no file name

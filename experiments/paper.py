@@ -4,18 +4,18 @@
     bash run.sh --suite paper --arms grpo --seeds 7          # one arm with a new seed: one more row
     bash run.sh --suite paper --arms grpo --seeds 3 --check  # the same again, compared with the table instead of added to it
     bash run.sh --suite paper --list                         # what is done and what is left
-    bash run.sh --suite paper --rounds 40 --tables assets/long --arms grpo ds-token --seeds 1 2 3 --distributions main    # a longer one
+    bash run.sh --suite paper --rounds 40 --tables experiments/long --arms grpo ds-token --seeds 1 2 3 --distributions main    # a longer one
 
 Every arm has the same rollouts and updates: --rounds rounds of 192 problems x 16 samples, 4 updates each. What is tuned is tuned
-on the tune split with seed 100 (assets/tuning.csv: everything that was tried) by one rule, fixed beforehand: the learning rate is
+on the tune split with seed 100 (experiments/tuning.csv: everything that was tried) by one rule, fixed beforehand: the learning rate is
 the best for GRPO's Pass@1 and serves all; of an arm's own candidates (at most four), those whose Pass@1 is at least GRPO's less
 0.01 stand for election, and the best mean of Pass@k over k = 1, 2, 4, .., 128 wins; where none does, the best Pass@1. All that is
 reported comes from the test split and other seeds. A run is one core; --jobs of them go side by side, each a process that
 imports the stages once and calls the main functions that run.sh calls as commands, with the same flags.
 
-Writes, after every run, in assets/ (all but tuning.csv in --tables): tuning.csv (arm, setting, lr, k, pass_at_k, chosen); results.csv (arm, distribution, seed, k, pass_at_k);
+Writes, after every run, in experiments/ (all but tuning.csv in --tables): tuning.csv (arm, setting, lr, k, pass_at_k, chosen); results.csv (arm, distribution, seed, k, pass_at_k);
 counts.jsonl (arm, distribution, seed, and for every held-out problem: n, correct, distinct solutions found, solutions that exist),
-from which assets/figures.py takes all intervals; curves.csv (training curves); gamma.csv (gamma_p, gamma_n, k, pass_at_k);
+from which experiments/figures.py takes all intervals; curves.csv (training curves); gamma.csv (gamma_p, gamma_n, k, pass_at_k);
 overhead.csv (pair, arm, cpu_s, peak_rss_mib: one round's train.py as a process, GRPO and the tuned DS-GRPO in turn).
 Runs stand in runs/paper/.
 """
@@ -65,10 +65,10 @@ def parse_args():
     parser.add_argument("--distributions", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS), help="default: both")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of 4 updates in the reported runs (default %(default)s)")
     parser.add_argument("--lr", help="learning rate of the reported runs (default: the tuned one)")
-    parser.add_argument("--tables", type=os.path.abspath, default=HERE, help="folder of the result tables (default: assets)")
+    parser.add_argument("--tables", type=os.path.abspath, default=HERE, help="folder of the result tables (default: experiments)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one core each (default %(default)s)")
     parser.add_argument("--tune-only", action="store_true", help="stop after the tuning")
-    parser.add_argument("--check", action="store_true", help="run --arms and --seeds again and compare with assets/results.csv; exit 1 if any differs")
+    parser.add_argument("--check", action="store_true", help="run --arms and --seeds again and compare with experiments/results.csv; exit 1 if any differs")
     parser.add_argument("--list", action="store_true", help="only say what is done and what is left")
     args = parser.parse_args()
     if args.check and not (args.arms and args.seeds):
@@ -274,7 +274,7 @@ def check(label, result):
     stored = {row["k"]: float(row["pass_at_k"]) for row in read_csv("results.csv")
               if (row["arm"], row["distribution"], int(row["seed"])) == label}
     if not stored:
-        raise SystemExit(f"{label}: not in assets/results.csv; run it without --check first")
+        raise SystemExit(f"{label}: not in experiments/results.csv; run it without --check first")
     worst = max(abs(stored[str(k)] - value) for k, value in result["pass_at_k"].items())
     check.differ = getattr(check, "differ", 0) + (worst > 0)
     print(f"{' '.join(map(str, label))}: " + ("equal" if not worst else f"Pass@k differs by up to {worst:.4f}"))

@@ -1,7 +1,7 @@
-"""Draw the README's pictures and print its tables from the small files that assets/paper.py leaves.
+"""Draw the README's pictures and print its tables from the small files that experiments/paper.py leaves.
 
-    python assets/figures.py                        # passk.png, training.png, gamma.png; tables in Markdown on the terminal
-    python assets/figures.py --tables assets/long   # the same of another experiment, beside its tables
+    python experiments/figures.py                        # passk.png, training.png, gamma.png; tables in Markdown on the terminal
+    python experiments/figures.py --tables experiments/long   # the same of another experiment, beside its tables
 
 Reads counts.jsonl (every problem's n, correct, distinct, existing, per arm, distribution and seed), curves.csv, gamma.csv, overhead.csv.
 A figure of an arm is a mean over seeds with a Student t interval over seeds. A difference between two arms is paired: per seed
@@ -212,7 +212,7 @@ def figure_gamma():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", default=HERE, help="folder of the tables and pictures (default: assets)")
+    parser.add_argument("--tables", default=HERE, help="folder of the tables and pictures (default: experiments)")
     place.tables = parser.parse_args().tables
     table = load()
     n = min(counts[:, 0].min() for runs in table.values() for counts in runs.values())

@@ -1,8 +1,8 @@
 """Time the fused entropy kernel and its linear form beside eager PyTorch, torch.compile and what peers are installed.
 
-    python kernels/bench.py                                        # GPU: full shapes; CPU: one thread, smaller shapes
-    python kernels/bench.py --csv assets/kernel_cpu.csv --plot assets/kernel_cpu.png
-    python kernels/bench.py --sweep                                # GPU: the block sizes that fused_entropy.py freezes
+    python experiments/bench_kernel.py                                        # GPU: full shapes; CPU: one thread, smaller shapes
+    python experiments/bench_kernel.py --csv experiments/kernel_cpu.csv --plot experiments/kernel_cpu.png
+    python experiments/bench_kernel.py --sweep                                # GPU: the block sizes that fused_entropy.py freezes
 
 One process. In each round every provider runs once, in turn, so that a slow moment of the machine strikes all of them.
 Peers are trl (>= 1.14) and liger-kernel, whose cross entropies give no entropy. Columns, medians over the rounds:
@@ -18,6 +18,8 @@ Peers are trl (>= 1.14) and liger-kernel, whose cross entropies give no entropy.
 The CSV holds the table, a line a provider; the picture is the roofline with the same figures.
 """
 import argparse
+import os
+import sys
 import csv
 import ctypes
 import statistics
@@ -49,6 +51,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+sys.path.append(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "kernels"))
 import fused_entropy as kernel  # noqa: E402
 from fused_linear_entropy import fused_linear_entropy  # noqa: E402
 

@@ -1,8 +1,8 @@
 """Speed and memory of the stages beside what one would use instead, measured in one process tree, A and B in turns.
 
-    python tests/bench.py --out assets/bench_cpu.json                       # everything; some 15 minutes of one core
-    python tests/bench.py --sizes tiny --only generate step --rounds 5
-    python tests/bench.py --only scale --plot assets/scale.png
+    python experiments/bench.py --out experiments/bench_cpu.json                       # everything; some 15 minutes of one core
+    python experiments/bench.py --sizes tiny --only generate step --rounds 5
+    python experiments/bench.py --only scale --plot experiments/scale.png
 
     generate  generate.py against `model.generate` (the best of three batch sizes), `generate_batch` (continuous
               batching) and itself with --attention model; with --threads N on a CPU also N processes of one thread
@@ -316,7 +316,7 @@ def bench_generate(bench, name):
     options = generate.check_model(folder)
     tokenizer = generate.load(transformers.AutoTokenizer, folder, options)
     model = generate.load_model(folder, bench.dtype, bench.device, options)
-    other = generate.load_model(folder, bench.dtype, bench.device, options, "model")  # with transformers' own attention
+    other = generate.load_model(folder, bench.dtype, bench.device, options)  # with transformers' own attention
     problems, ends = generate.load_problems(path), [] if size.config else generate.end_ids(model, tokenizer)
     prompts = generate.encode(problems, tokenizer, model.config, size.new_tokens)
     rows = [i for i in range(len(prompts)) for _ in range(size.n)]
