@@ -314,8 +314,9 @@ def same_tokens(one, other, prompts, resamples=999):
 def bench_generate(bench, name):
     size, (folder, path) = SIZES[name], make_folder(bench, name)
     options = generate.check_model(folder)
-    tokenizer = generate.load(transformers.AutoTokenizer, folder, options)
+    tokenizer = generate.load_tokenizer(folder, options)
     model = generate.load_model(folder, bench.dtype, bench.device, options)
+    generate.choose_attention(model, bench.device)
     other = generate.load_model(folder, bench.dtype, bench.device, options)  # with transformers' own attention
     problems, ends = generate.load_problems(path), [] if size.config else generate.end_ids(model, tokenizer)
     prompts = generate.encode(problems, tokenizer, model.config, size.new_tokens)
@@ -477,8 +478,8 @@ def run_train(bench, meter, folder, model, tokenizer, rollouts, gradients, **mor
         meter.base, meter.extra = None, 0
         return 1
 
-    replaced = {"load_model": lambda *_: (model, tokenizer), "load_optimizer": begin, "save_round": lambda *_: None,
-                "publish": lambda *_: None, "describe": train.describe, **more}
+    replaced = {"load_model": lambda *_: model, "load_tokenizer": lambda *_: tokenizer, "load_optimizer": begin,
+                "save_round": lambda *_: None, "publish": lambda *_: None, "describe": train.describe, **more}
     flags = ["--model", folder, "--rollouts", rollouts, "--out", bench.fresh("round"), "--temperature", "1",
              "--device", bench.device.split(":")[0]]
     with mock.patch.multiple(train, **{name: meter.outside(function) for name, function in replaced.items()}), \
@@ -488,9 +489,15 @@ def run_train(bench, meter, folder, model, tokenizer, rollouts, gradients, **mor
     model.zero_grad(set_to_none=True)
 
 
+def load_learner(bench, folder):
+    """The policy as train.py starts from it, and its tokenizer."""
+    options = train.check_model(folder)
+    return train.load_model(folder, torch.float32, bench.device, options), train.load_tokenizer(folder, options)
+
+
 def bench_update(bench, name):
     size, (folder, path) = SIZES[name], make_folder(bench, name)
-    model, tokenizer = train.load_model(folder, bench.device, train.check_model(folder))
+    model, tokenizer = load_learner(bench, folder)
     problems, rng = [row for *_, row in generate.read_rows(path)], random.Random(0)
     rows, n = [], size.update_n or size.n
     for problem in problems:
@@ -537,7 +544,7 @@ def our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed
     rollouts, scored = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         with mock.patch.multiple(generate, load_model=meter.outside(lambda *_: sampler),
-                                 load=meter.outside(generate.load), describe=meter.outside(generate.describe)):
+                                 load_tokenizer=meter.outside(lambda *_: tokenizer), describe=meter.outside(generate.describe)):
             meter.start()
             generate.main(generate.parse_args(generate_flags(size, folder, path, rollouts, seed=seed)))
         with mock.patch.object(score, "describe", meter.outside(score.describe)):
@@ -550,10 +557,8 @@ def our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed
 
 def bench_step(bench, name):
     size, (folder, path) = SIZES[name], make_folder(bench, name)
-    learner, tokenizer = train.load_model(folder, bench.device, train.check_model(folder))
-    sampler = learner
-    if bench.device != "cpu":
-        sampler = generate.load_model(folder, bench.dtype, bench.device, generate.check_model(folder))
+    learner, tokenizer = load_learner(bench, folder)
+    sampler = generate.load_model(folder, bench.dtype, bench.device, generate.check_model(folder))
     arms, machine, work = {"generate.py + score.py + train.py": []}, [], []
 
     def ours(seed):

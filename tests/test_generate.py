@@ -236,14 +236,13 @@ def test_pitfall_07_ranks_change_no_bit(ranks, tiny_model, prompts, tmp_path):
 
 
 def test_pitfall_08_prompts_are_computed_once_and_finished_rows_dropped(tiny_model, prompts, base, tmp_path, monkeypatch):
-    shapes, load_model = [], generate.load_model
+    shapes, choose_attention = [], generate.choose_attention
 
-    def spied(*args):
-        model = load_model(*args)
+    def spied(model, attention):
+        choose_attention(model, attention)
         model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
-        return model
 
-    monkeypatch.setattr(generate, "load_model", spied)
+    monkeypatch.setattr(generate, "choose_attention", spied)
     rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
     assert ids_of(rows) == ids_of(base[1])
     longest = max(len(row["prompt_ids"]) for row in rows)
@@ -651,9 +650,9 @@ def test_bad_rows_end_with_one_line_before_any_model_is_loaded(case, tiny_model,
 
 @pytest.mark.parametrize("content, message", [
     (b"", ": no rows"), (b"\n \r\n", ": no rows"), (b'{"id": "a", "prompt": "1"', ":1: not a valid JSON row"),
-    (b'{"id": "a", "prompt": "\xff"}', ":1: not a valid JSON row"), (b'{"id": "a", "id": "b", "prompt": "1"}', ":1: not a valid JSON row"),
+    (b'{"id": "a", "prompt": "\xff"}', ":1: not a valid JSON row"), (b'{"id": "a", "prompt": "1", "prompt": ""}', ":1: an empty prompt"),
     (b'{"id": "a", "prompt": "1", "x": NaN}', ":1: not a valid JSON row"), (b'{"id": "a", "prompt": "\\ud800"}', ":1: not a valid JSON row"),
-    (b'{"id": "a", "prompt": "1", "x": 1e999}', ":1: not a valid JSON row"), (b"[" * 100_000, ":1: not a valid JSON row")])
+    (b'{"id": "a", "prompt": 1e999}', ":1: field '"), (b"[" * 100_000, ":1: not a valid JSON row")])
 def test_bad_files_end_with_one_line(content, message, tiny_model, tmp_path, capfd):
     (tmp_path / "p.jsonl").write_bytes(content)
     assert f"p.jsonl{message}" in refused(capfd, "--model", tiny_model, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out.jsonl")
