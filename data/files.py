@@ -142,9 +142,11 @@ def in_our_words(error):
     text = str(error)
     if missing := re.fullmatch(r"Object missing required field `(.*?)`( - at `.*`)?", text):
         return f"missing field '{missing[1]}'"
-    what, _, place = text.partition(" - at `$")
-    field = place.rstrip("`").lstrip(".")
-    return f"field '{field}': {what.replace('`', '')}" if field else f"not a valid JSON row ({what.replace('`', '')})"
+    what, _, place = text.replace("`", "").partition(" - at $")
+    field = place.lstrip(".")
+    if field in ("", "[...]"):  # the whole row, or a value of a field that has no type here
+        return f"not a valid JSON row ({what}); mend or delete this line"
+    return f"field '{field}': {what}"
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
