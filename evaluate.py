@@ -75,7 +75,7 @@ def parse_args(argv=None):
     if len(args.names) != len(args.files) or len(set(args.names)) < len(args.names):
         parser.error(f"--names must give {len(args.files)} different names, not {' '.join(args.names)}")
     args.k = sorted(set(args.k)) if args.k else None
-    return args
+    return parser.checked(args)
 
 
 # ---- Reading: only counts are kept, so memory grows with the problems and not with the rows --------------------------

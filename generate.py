@@ -66,7 +66,7 @@ def parse_args(argv=None):
         parser.error("--top-p must be above 0 and at most 1")
     if "" in args.stop:
         parser.error("--stop takes texts that are not empty")
-    return args
+    return parser.checked(args)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.workers < 1 or not 0 < args.timeout < 1e6 or args.show < 0:
         parser.error("--workers and --timeout must be above 0, --show not below")
-    return args
+    return parser.checked(args)
 
 
 # ---- Countdown -------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def parse_args(argv=None):
     if args.share_prompts is None:
         args.share_prompts = not (args.checkpoint_activations or args.shard)
     args.out = args.out.rstrip("/")
-    return args
+    return parser.checked(args)
 
 
 if __name__ == "__main__":

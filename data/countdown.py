@@ -63,7 +63,7 @@ def parse_args(argv=None):
     for flag in ("n", "max_number", "max_target", "max_solutions"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1")
-    return args
+    return parser.checked(args)
 
 
 # ---- The exact solver -------------------------------------------------------------------------------------------------

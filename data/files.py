@@ -88,6 +88,14 @@ class Parser(argparse.ArgumentParser):
         if file:
             STAGE = os.path.basename(file)
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.add_argument("--check-flags", action="store_true", help="do nothing but say what is wrong with the flags")
+
+    def checked(self, args):
+        """args, after a stage's own checks of them. With --check-flags the stage ends here, with exit 0."""
+        if args.check_flags:
+            sys.exit()
+        del args.check_flags
+        return args
 
     def error(self, message):
         fail(f"{message} (see --help)")

@@ -51,7 +51,7 @@ def parse_args(argv=None):
     args.source = args.source or os.path.splitext(os.path.basename(args.input))[0]
     if args.system is not None and args.template != "chat":
         parser.error("--system goes with --template chat alone")
-    return args
+    return parser.checked(args)
 
 
 def parquet_rows(path):
