@@ -1,17 +1,23 @@
-"""Log-prob of the sampled token, entropy of the softmax and logsumexp: one pass over the logits, one for gradients.
+"""Log-prob of the sampled token, entropy of the softmax and logsumexp: one pass over the logits,
+one for gradients.
 
-    logp, entropy, lse = fused_entropy(logits, targets, temperature=1.0)     # logits (..., vocab), targets (...)
+    logp, entropy, lse = fused_entropy(logits, targets, temperature=1.0)  # (..., vocab), (...)
 
-Eager PyTorch makes some 40 passes; this reads the logits once forward, and backward once more, writing their gradient.
+Eager PyTorch makes some 40 passes; this reads the logits once forward, and backward once more,
+writing their gradient.
 
-For a row of logits x and a temperature T, with m = max x, t = (x - m)/T <= 0, s = sum e^t, w = sum t e^t, l = log s:
+For a row of logits x and a temperature T, with m = max x, t = (x - m)/T <= 0, s = sum e^t,
+w = sum t e^t, l = log s:
     lse = m/T + l        logp = t_y - l        H = l - w/s        p = e^u with u = t - l
-H is relative to the maximum: lse - E[x/T] would subtract two numbers of the logits' size, and near 1e4 lose 3 digits.
+H is relative to the maximum: lse - E[x/T] would subtract two numbers of the logits' size, and near
+1e4 lose 3 digits.
 dH/dx_j = -p_j (u_j + H)/T, so upstream gradients a of logp, b of H and c of lse give
     dx_j = (a [j = y] - p_j (a - c + b (u_j + H))) / T
-Online softmax (Milakov & Gimelshein 2018), with w beside s: where a block of logits raises the maximum from m to n,
-d = (m - n)/T, first w <- e^d (w + d s) and s <- e^d s, then the block's own terms are added.
-A masked logit, -inf, has p = 0 and must add 0 to H and to the gradient, but 0 * -inf is NaN: so t, d, u stay >= -1e30.
+Online softmax (Milakov & Gimelshein 2018), with w beside s: where a block of logits raises the
+maximum from m to n, d = (m - n)/T, first w <- e^d (w + d s) and s <- e^d s, then the block's own
+terms are added.
+A masked logit, -inf, has p = 0 and must add 0 to H and to the gradient, but 0 * -inf is NaN: so
+t, d, u stay >= -1e30.
 """
 import functools
 import importlib.util
@@ -22,26 +28,31 @@ import sys
 import torch
 
 triton = None  # imported only where it can run
-if importlib.util.find_spec("triton") and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+if importlib.util.find_spec("triton") and (
+        torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     import triton
     import triton.language as tl
 
-# Frozen, never autotuned (25 s a key). 32 logits a thread take 56 registers forward, 40 back (bf16, sm_90), no spills:
-# 9 programs an SM, 64 KiB in flight while one of them reduces; 3 TB/s x 0.7 us latency / 132 SMs asks for 16 KiB.
+# Frozen, never autotuned (25 s a key). 32 logits a thread take 56 registers forward, 40 back (bf16,
+# sm_90), no spills: 9 programs an SM, 64 KiB in flight while one of them reduces; 3 TB/s x 0.7 us
+# latency / 132 SMs asks for 16 KiB.
 BLOCK, WARPS = 4096, 4
 CHUNK = 2**19  # logits at a time on the PyTorch path: its two fp32 buffers take 4 MiB of cache
 
 if triton:
     @triton.jit
-    def forward_kernel(x_ptr, y_ptr, logp_ptr, entropy_ptr, max_ptr, logsum_ptr, vocab, rows, x_batch, x_row,
-                       scale: tl.constexpr, BLOCK: tl.constexpr):
-        LN2: tl.constexpr = 0.6931471805599453  # scale = log2(e)/T: with t in units of log 2, e^t is a bare exp2
-        row = tl.program_id(0).to(tl.int64)     # one program a row; int32 would overflow at row 14,134 of 152k logits
+    def forward_kernel(x_ptr, y_ptr, logp_ptr, entropy_ptr, max_ptr, logsum_ptr, vocab, rows,
+                       x_batch, x_row, scale: tl.constexpr, BLOCK: tl.constexpr):
+        # scale = log2(e)/T: with t in units of log 2, e^t is a bare exp2
+        LN2: tl.constexpr = 0.6931471805599453
+        # One program a row; int32 would overflow at row 14,134 of 152k logits.
+        row = tl.program_id(0).to(tl.int64)
         x_ptr += row // rows * x_batch + row % rows * x_row
         y = tl.load(y_ptr + row)
-        if y < 0:                               # ignored: not read, and the outputs hold zeros already
+        if y < 0:  # ignored: not read, and the outputs hold zeros already
             return
-        m = tl.full((), -1e30, max_ptr.dtype.element_ty)  # not -inf: a first block of -inf would give -inf - -inf
+        # Not -inf: a first block of -inf would give -inf - -inf.
+        m = tl.full((), -1e30, max_ptr.dtype.element_ty)
         s, w = tl.zeros((), m.dtype), tl.zeros((), m.dtype)
         for start in range(0, vocab, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -54,15 +65,17 @@ if triton:
             s = r * s + tl.sum(e, 0)
             m = n
         l = tl.log2(s)
-        x_y = tl.load(x_ptr + y, mask=y < vocab, other=float("nan")).to(m.dtype)  # beyond the vocabulary: NaN
+        # Beyond the vocabulary: NaN.
+        x_y = tl.load(x_ptr + y, mask=y < vocab, other=float("nan")).to(m.dtype)
         tl.store(logp_ptr + row, ((x_y - m) * scale - l) * LN2)
         tl.store(entropy_ptr + row, (l - w / s) * LN2)
         tl.store(max_ptr + row, m)
         tl.store(logsum_ptr + row, l * LN2)
 
     @triton.jit
-    def backward_kernel(x_ptr, y_ptr, entropy_ptr, max_ptr, logsum_ptr, a_ptr, b_ptr, c_ptr, grad_ptr, vocab, rows,
-                        x_batch, x_row, grad_batch, grad_row, scale: tl.constexpr, BLOCK: tl.constexpr):
+    def backward_kernel(x_ptr, y_ptr, entropy_ptr, max_ptr, logsum_ptr, a_ptr, b_ptr, c_ptr,
+                        grad_ptr, vocab, rows, x_batch, x_row, grad_batch, grad_row,
+                        scale: tl.constexpr, BLOCK: tl.constexpr):
         LN2: tl.constexpr = 0.6931471805599453
         row = tl.program_id(0).to(tl.int64)
         x_ptr += row // rows * x_batch + row % rows * x_row
@@ -75,7 +88,8 @@ if triton:
         constant, slope = a - c + b * tl.load(entropy_ptr + row), b * LN2
         for start in range(0, vocab, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + cols, mask=tl.where(y >= 0, cols < vocab, False), other=-float("inf")).to(m.dtype)
+            inside = tl.where(y >= 0, cols < vocab, False)
+            x = tl.load(x_ptr + cols, mask=inside, other=-float("inf")).to(m.dtype)
             u = tl.maximum((x - m) * scale - l, -1e30, propagate_nan=tl.PropagateNan.ALL)
             grad = tl.where(cols == y, a, 0.0) - tl.exp2(u) * (constant + slope * u)
             tl.store(grad_ptr + cols, grad, mask=cols < vocab)
@@ -83,29 +97,34 @@ if triton:
 
 def launch(kernel, x, *pointers, strides, temperature):
     with torch.cuda.device_of(x):
-        kernel[(x.shape[0] * x.shape[1],)](x, *pointers, x.shape[2], x.shape[1], *strides,
-                                           scale=math.log2(math.e) / temperature, BLOCK=BLOCK, num_warps=WARPS)
+        kernel[(x.shape[0] * x.shape[1],)](
+            x, *pointers, x.shape[2], x.shape[1], *strides,
+            scale=math.log2(math.e) / temperature, BLOCK=BLOCK, num_warps=WARPS)
 
 
 @functools.cache  # so that the choice is told once
 def choose_backend(device, backend=None):
-    """`backend`, or "triton" on CUDA where Triton is installed, else "torch". `device`: as in tensor.device.type."""
+    """`backend`, or "triton" on CUDA where Triton is installed, else "torch".
+    device: as in tensor.device.type."""
     backend = backend or ("triton" if triton and device == "cuda" else "torch")
     if backend not in ("torch", "triton") or backend == "triton" and not triton:
-        raise ValueError(f"backend {backend!r} is neither torch nor, with Triton installed and a GPU, triton")
+        raise ValueError(f"backend {backend!r} is neither torch nor, with Triton installed and a "
+                         "GPU, triton")
     print(f"fused_entropy: backend {backend} on {device}", file=sys.stderr)
     return backend
 
 
 def softmax_chunks(x, y, temperature, peak=None):
-    """Walk over rows with y >= 0: yield their index, max (n, 1), t = (x - max)/T and softmax(t), both (n, vocab)."""
+    """Walk over rows with y >= 0: yield their index, max (n, 1), t = (x - max)/T and softmax(t),
+    both (n, vocab)."""
     rows, dtype = max(1, CHUNK // x.shape[2]), torch.promote_types(x.dtype, torch.float32)
     buffers = torch.empty(2, min(rows, y.shape[1]), x.shape[2], dtype=dtype, device=x.device)
     for batch, kept in enumerate(y >= 0):
         for chunk in filter(len, kept.nonzero().squeeze(1).split(rows)):
-            first, last = int(chunk[0]), int(chunk[-1])  # adjacent rows are a view of x, others a copy
-            index = batch, slice(first, last + 1) if last - first == len(chunk) - 1 else chunk
-            m = x[index].amax(1, keepdim=True).to(dtype) if peak is None else peak[index].unsqueeze(1)
+            first, last = int(chunk[0]), int(chunk[-1])
+            adjacent = last - first == len(chunk) - 1  # those are a view of x, others a copy
+            index = batch, slice(first, last + 1) if adjacent else chunk
+            m = peak[index].unsqueeze(1) if peak is not None else x[index].amax(1, True).to(dtype)
             t, p = buffers[:, :len(chunk)]
             torch.sub(x[index], m, out=t)
             if temperature != 1:
@@ -114,33 +133,41 @@ def softmax_chunks(x, y, temperature, peak=None):
 
 
 def entropy_forward(x, y, temperature, backend):
-    """Forward without autograd: x (batch, rows, vocab), y (batch, rows) -> logp, entropy, m, l, each (batch, rows)."""
+    """Forward without autograd: x (batch, rows, vocab), y (batch, rows) -> logp, entropy, m, l,
+    each (batch, rows)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    logp, entropy, peak, logsum = results = [torch.zeros(y.shape, dtype=dtype, device=x.device) for _ in range(4)]
+    results = [torch.zeros(y.shape, dtype=dtype, device=x.device) for _ in range(4)]
+    logp, entropy, peak, logsum = results
     if backend == "triton":
         launch(forward_kernel, x, y, *results, strides=x.stride()[:2], temperature=temperature)
         return results
     for index, m, t, p in softmax_chunks(x, y, temperature):
-        # softmax is PyTorch's fastest exp (0.37 ns a logit on an AVX-512 core, torch.exp 0.59), but its sum is up to
-        # 1e-5 off at 152k logits: take p as e^t up to a factor, then the largest e^t is 1 and s = sum p / max p.
-        # expand: PyTorch sums a lone row in another order than one of several, and no row may depend on its company.
-        n, company = len(p), (max(2, len(p)), -1)
-        sum_p, max_p = p.expand(company).sum(1)[:n], p.amax(1)
+        # softmax is PyTorch's fastest exp (0.37 ns a logit on an AVX-512 core, torch.exp 0.59), but
+        # its sum is up to 1e-5 off at 152k logits: take p as e^t up to a factor, then the largest
+        # e^t is 1 and s = sum p / max p.
+        # expand: PyTorch sums a lone row in another order than one of several, and no row's result
+        # may depend on the rows beside it.
+        n, at_least_two = len(p), (max(2, len(p)), -1)
+        sum_p, max_p = p.expand(at_least_two).sum(1)[:n], p.amax(1)
         l = (sum_p / max_p).log()
-        entropy[index] = l - p.mul_(t).expand(company).sum(1)[:n] / sum_p
-        logp[index] = ((x[index].gather(1, y[index].unsqueeze(1)) - m) / temperature).squeeze(1) - l
+        entropy[index] = l - p.mul_(t).expand(at_least_two).sum(1)[:n] / sum_p
+        x_y = x[index].gather(1, y[index].unsqueeze(1))
+        logp[index] = ((x_y - m) / temperature).squeeze(1) - l
         peak[index], logsum[index] = m.squeeze(1), l
     return results
 
 
 def entropy_backward(x, y, entropy, peak, logsum, upstream, temperature, backend, grad):
-    """Write the logits' gradient to `grad`, which may be x. `upstream`: that of logp, entropy, lse; None is 0."""
-    a, b, c = (torch.zeros_like(peak) if one is None else one.reshape(y.shape).contiguous() for one in upstream)
+    """Write the logits' gradient to `grad`, which may be x. `upstream`: that of logp, entropy, lse;
+    None is 0."""
+    a, b, c = (torch.zeros_like(peak) if one is None else one.reshape(y.shape).contiguous()
+               for one in upstream)
     if backend == "triton":
         return launch(backward_kernel, x, y, entropy, peak, logsum, a, b, c, grad,
                       strides=(*x.stride()[:2], *grad.stride()[:2]), temperature=temperature)
     grad[(y < 0).nonzero(as_tuple=True)] = 0
-    constant, slope = (c - a - b * (entropy - logsum)) / temperature, -b / temperature  # in t, not u = t - l
+    # In t, not in u = t - l:
+    constant, slope = (c - a - b * (entropy - logsum)) / temperature, -b / temperature
     for index, _, t, p in softmax_chunks(x, y, temperature, peak):
         right = (-logsum[index]).exp() / p.amax(1)  # the largest p is 1/s: puts softmax's sum right
         factor = (constant[index] * right).unsqueeze(1)
@@ -157,7 +184,8 @@ class FusedEntropy(torch.autograd.Function):
         ctx.save_for_backward(x, y, entropy, peak, logsum)
         ctx.set_materialize_grads(False)
         ctx.settings = temperature, inplace, backend
-        return tuple(one.view(shape).clone() for one in (logp, entropy, peak / temperature + logsum))  # own memory
+        results = logp, entropy, peak / temperature + logsum
+        return tuple(one.view(shape).clone() for one in results)  # own memory
 
     @staticmethod
     def backward(ctx, *upstream):
@@ -166,34 +194,45 @@ class FusedEntropy(torch.autograd.Function):
         (x, *saved), (temperature, inplace, backend) = ctx.saved_tensors, ctx.settings
         grad = x.detach() if inplace else torch.empty_like(x, memory_format=torch.contiguous_format)
         entropy_backward(x, *saved, upstream, temperature, backend, grad)
-        if inplace:  # the logits are gone: a second backward must raise, not take gradients for logits
+        if inplace:  # the logits are gone: a second backward must raise, not read gradients
             torch.autograd.graph.increment_version(x)
         return grad, None, None, None, None, None
 
 
 def fused_entropy(logits, targets, temperature=1.0, inplace_backward=False, backend=None):
-    """Log-prob of the targets, entropy and logsumexp of softmax(logits / temperature); formulas: head of this file.
+    """Log-prob of the targets, entropy and logsumexp of softmax(logits / temperature); formulas:
+    head of this file.
 
-    logits       (..., vocab), bf16, fp16, fp32 or fp64, any strides; -inf masks a token, NaN stays in its row
-    targets      (...), integers; negative: the row is not read, its results and gradient are 0 (so pad shifted targets
-                 with -1, never slice logits[:, :-1], whose backward copies); >= vocab: an error, or NaN from Triton
+    logits       (..., vocab), bf16, fp16, fp32 or fp64, any strides; -inf masks a token, NaN stays
+                 in its row
+    targets      (...), integers; negative: the row is not read, its results and gradient are 0 (so
+                 pad shifted targets with -1, never slice logits[:, :-1], whose backward copies);
+                 >= vocab: an error, or NaN from Triton
     temperature  T > 0;  backend: "triton", "torch", or None for choose_backend's choice
-    inplace_backward  let the gradient overwrite the logits, which then nothing else may need; saves a copy of them
-    Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 logits), differentiable, once.
-    Raises ValueError on wrong shapes, types or settings. torch.compile leaves it as it is: a graph break.
+    inplace_backward  let the gradient overwrite the logits, which then nothing else may need; saves
+                 a copy of them
+    Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 logits),
+    differentiable, once.
+    Raises ValueError on wrong shapes, types or settings. torch.compile leaves it as it is: a graph
+    break.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(fused_entropy)(logits, targets, temperature, inplace_backward, backend)
-    fit = logits.is_floating_point() and logits.dim() and logits.shape[-1] and targets.shape == logits.shape[:-1]
-    if not fit or targets.is_floating_point() or targets.dtype == torch.bool or targets.device != logits.device:
-        raise ValueError("logits (..., vocab) and integer targets (...) on one device needed, not " + " and ".join(
-            f"{one.dtype} {tuple(one.shape)} on {one.device}" for one in (logits, targets)))
+        plain = torch.compiler.disable(fused_entropy)
+        return plain(logits, targets, temperature, inplace_backward, backend)
+    fit = logits.is_floating_point() and logits.dim() and logits.shape[-1]
+    fit = fit and targets.shape == logits.shape[:-1] and targets.device == logits.device
+    if not fit or targets.is_floating_point() or targets.dtype == torch.bool:
+        found = " and ".join(f"{one.dtype} {tuple(one.shape)} on {one.device}"
+                             for one in (logits, targets))
+        raise ValueError("logits (..., vocab) and integer targets (...) on one device needed, not "
+                         + found)
     if not 0 < (temperature := float(temperature)) < math.inf:
         raise ValueError(f"temperature must be a positive number, not {temperature}")
     if inplace_backward and (logits.is_leaf and logits.requires_grad or 0 in logits.stride()):
         raise ValueError("inplace_backward would overwrite a leaf, or rows that share memory")
     backend = choose_backend(logits.device.type, backend)
-    flat = logits.dim() < 3 or logits.is_contiguous()  # otherwise rows lie at two strides, as in logits[:, :-1]
+    # Otherwise rows lie at two strides, as in logits[:, :-1].
+    flat = logits.dim() < 3 or logits.is_contiguous()
     x = logits.reshape(1, -1, logits.shape[-1]) if flat else logits.reshape(-1, *logits.shape[-2:])
     x = x if x.stride(2) == 1 else x.contiguous()
     y = targets.long().reshape(x.shape[:2]).contiguous()

@@ -1,14 +1,16 @@
-"""The results of fused_entropy.py from hidden states and the lm_head's weight: the logits are never whole in memory.
+"""The results of fused_entropy.py from hidden states and the lm_head's weight: the logits are never
+whole in memory.
 
-    logp, entropy, lse = fused_linear_entropy(hidden, model.lm_head.weight, targets, temperature=1.0)
+    logp, entropy, lse = fused_linear_entropy(hidden, model.lm_head.weight, targets, temperature=1)
 
-At a vocabulary of 152k the logits of 8192 tokens take 2.5 GB in bf16, and an eager loss keeps several fp32 copies. Here
-one chunk of rows at a time is multiplied out, reduced to a few numbers a row, and dropped. The backward pass multiplies
-it out again, turns it into its own gradient in place, and adds from that to the gradients of hidden states and weight.
-So there are four matrix products where the plain way has three, and the memory of one chunk. The fourth costs less than
-eager code's walks over the logits. The forward pass cannot take the gradients along, as fused cross entropies do: they
-depend on a loss that is known only when the log-probs and entropies of all rows are.
-
+At a vocabulary of 152k the logits of 8192 tokens take 2.5 GB in bf16, and an eager loss keeps
+several fp32 copies. Here one chunk of rows at a time is multiplied out, reduced to a few numbers a
+row, and dropped. The backward pass multiplies it out again, turns it into its own gradient in
+place, and adds from that to the gradients of hidden states and weight. So there are four matrix
+products where the plain way has three, and the memory of one chunk. The fourth costs less than
+eager code's walks over the logits. The forward pass cannot take the gradients along, as fused cross
+entropies do: they depend on a loss that is known only when the log-probs and entropies of all rows
+are. 
 The weight's gradient is summed over the chunks in fp32, whatever the type of the products.
 """
 import math
@@ -20,21 +22,25 @@ if __package__:  # imported as kernels.fused_linear_entropy
 else:            # imported with this folder on sys.path
     from fused_entropy import choose_backend, entropy_backward, entropy_forward
 
-# Logits at a time. A chunk reads the weight, and reads and writes its fp32 gradient: with few rows the products would
-# wait for memory. 2**28 is 512 MiB in bf16, 1766 rows at 152k; on a CPU 2**25 is 128 MiB in fp32, 220 rows.
+# Logits at a time. A chunk reads the weight, and reads and writes its fp32 gradient: with few rows
+# the products would wait for memory. 2**28 is 512 MiB in bf16, 1766 rows at 152k; on a CPU 2**25 is
+# 128 MiB in fp32, 220 rows.
 CHUNK = {"cuda": 2**28, "cpu": 2**25}
 
 
 def row_chunks(hidden, weight):
-    """Yield slices of rows, at least one, each with a buffer for its logits, (n, vocab) of the weight's dtype."""
+    """Yield slices of rows, at least one, each with a buffer for its logits, (n, vocab) of the
+    weight's dtype."""
     rows = max(1, CHUNK.get(hidden.device.type, 2**25) // len(weight))
-    buffer = torch.empty(min(rows, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
+    shape = min(rows, len(hidden)), len(weight)
+    buffer = torch.empty(shape, dtype=weight.dtype, device=weight.device)
     for start in range(0, max(len(hidden), 1), rows):
         yield slice(start, start + rows), buffer[:len(hidden) - start]
 
 
 def head(hidden, weight, bias, softcap, out):
-    """Write the logits of one chunk to `out`, (n, vocab). Returns them, and their slope where a soft cap bends them."""
+    """Write the logits of one chunk to `out`, (n, vocab). Returns them, and their slope where a
+    soft cap bends them."""
     if bias is None:
         torch.mm(hidden, weight.T, out=out)
     else:
@@ -67,13 +73,15 @@ class FusedLinearEntropy(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, y, entropy, peak, logsum)
         ctx.set_materialize_grads(False)
         ctx.settings = temperature, softcap, dtype, backend
-        return tuple(one.view(shape).clone() for one in (logp, entropy, peak / temperature + logsum))  # own memory
+        results = logp, entropy, peak / temperature + logsum
+        return tuple(one.view(shape).clone() for one in results)  # own memory
 
     @staticmethod
     def backward(ctx, *upstream):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError("fused_linear_entropy can be differentiated only once")
-        (hidden, weight, bias, y, *saved), (temperature, softcap, dtype, backend) = ctx.saved_tensors, ctx.settings
+        hidden, weight, bias, y, *saved = ctx.saved_tensors
+        temperature, softcap, dtype, backend = ctx.settings
         upstream = [one if one is None else one.reshape(-1) for one in upstream]
         w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
@@ -95,42 +103,54 @@ class FusedLinearEntropy(torch.autograd.Function):
                     add_product(d_weight, d_logits.T, h)
                 if needs_bias:
                     d_bias += d_logits.sum(0, dtype=wide)
-        d_weight, d_bias = (one if one is None else one.to(of) for one, of in [(d_weight, weight), (d_bias, bias)])
+        d_weight, d_bias = (one if one is None else one.to(of)
+                            for one, of in [(d_weight, weight), (d_bias, bias)])
         return d_hidden, d_weight, d_bias, None, None, None, None, None, None
 
 
-def fused_linear_entropy(hidden, weight, targets, temperature=1.0, bias=None, softcap=None, scale=1.0, backend=None):
-    """fused_entropy(scale * cap(hidden @ weight.T + bias), targets, temperature) without the logits in memory.
+def fused_linear_entropy(hidden, weight, targets, temperature=1.0, bias=None, softcap=None,
+                         scale=1.0, backend=None):
+    """fused_entropy(scale * cap(hidden @ weight.T + bias), targets, temperature) without the logits
+    in memory.
 
     hidden       (..., d), bf16, fp16, fp32 or fp64: the input of the lm_head
-    weight       (vocab, d), of hidden's dtype; under autocast of any, and the products are in autocast's
-    targets      (...), integers, as in fused_entropy; an ignored row still costs its products, so better leave it out
+    weight       (vocab, d), of hidden's dtype; under autocast of any, and the products are in
+                 autocast's
+    targets      (...), integers, as in fused_entropy; an ignored row still costs its products, so
+                 better leave it out
     temperature  T > 0
     bias         (vocab,) or None
     softcap      c > 0 or None: cap(x) = c tanh(x / c), as in Gemma 2
     scale        > 0, multiplies the logits (Cohere's logit_scale, 1 / Granite's logits_scaling)
     backend      "triton", "torch", or None for choose_backend's choice
-    Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 products), differentiable, once, by
-    hidden, weight and bias: a gradient each for those that require one, in their dtypes.
-    Raises ValueError on wrong shapes, types or settings. torch.compile leaves it as it is: a graph break.
+    Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 products),
+    differentiable, once, by hidden, weight and bias: a gradient each for those that require one, in
+    their dtypes.
+    Raises ValueError on wrong shapes, types or settings. torch.compile leaves it as it is: a graph
+    break.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.disable(fused_linear_entropy)(hidden, weight, targets, temperature, bias, softcap, scale,
-                                                            backend)
+        plain = torch.compiler.disable(fused_linear_entropy)
+        return plain(hidden, weight, targets, temperature, bias, softcap, scale, backend)
     tensors = hidden, weight, targets, *([] if bias is None else [bias])
     fit = weight.dim() == 2 and len(weight) and hidden.shape == (*targets.shape, weight.shape[1])
-    if not fit or bias is not None and bias.shape != weight.shape[:1] or len({one.device for one in tensors}) > 1:
-        raise ValueError("hidden (..., d), weight (vocab, d), targets (...), bias (vocab,) on one device needed, not "
-                         + ", ".join(f"{tuple(one.shape)} on {one.device}" for one in tensors))
+    fit = fit and (bias is None or bias.shape == weight.shape[:1])
+    if not fit or len({one.device for one in tensors}) > 1:
+        found = ", ".join(f"{tuple(one.shape)} on {one.device}" for one in tensors)
+        raise ValueError("hidden (..., d), weight (vocab, d), targets (...), bias (vocab,) on one "
+                         f"device needed, not {found}")
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be integers, not {targets.dtype}")
     dtype, device = weight.dtype, hidden.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     elif hidden.dtype != dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight {dtype}: they must agree, but under autocast")
-    for name, value in ("temperature", temperature), ("scale", scale), ("softcap", 1 if softcap is None else softcap):
+        raise ValueError(f"hidden is {hidden.dtype} and weight {dtype}: they must agree, but under "
+                         "autocast")
+    cap = 1 if softcap is None else softcap
+    for name, value in ("temperature", temperature), ("scale", scale), ("softcap", cap):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, not {value}")
-    return FusedLinearEntropy.apply(hidden.reshape(-1, weight.shape[1]), weight, bias, targets.long().reshape(-1),
-                                    targets.shape, temperature / scale, softcap, dtype, choose_backend(device, backend))
+    return FusedLinearEntropy.apply(
+        hidden.reshape(-1, weight.shape[1]), weight, bias, targets.long().reshape(-1),
+        targets.shape, temperature / scale, softcap, dtype, choose_backend(device, backend))

@@ -1,0 +1,144 @@
+"""Models that no single rank could hold: built without weights, sharded, filled from the files by rows, saved by tensors.
+
+`train.py --shard` calls these in this order, on every rank:
+
+    with without_weights():
+        model = AutoModelForCausalLM.from_config(config)      # parameters on the meta device: no memory
+    fully_shard(...)                                          # FSDP2: each rank owns a block of rows of every parameter
+    fill(model, tensor_files(folder, "model"))                # each rank reads its own rows, from one file or many
+    ...
+    write(folder, "model", dict(model.state_dict()))          # rank 0 writes, one gathered tensor at a time
+
+so that a rank's memory is its shard and the largest single tensor, never the whole model. Optimizer moments likewise, in
+`optimizer*.safetensors` under the names WEIGHT.exp_avg and WEIGHT.exp_avg_sq.
+"""
+import contextlib
+import json
+import math
+import os
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+
+LARGEST_FILE = 2 * 10**9  # bytes; more than this is written as several files with an index
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@contextlib.contextmanager
+def without_weights():
+    """Modules that are made in here have their parameters on the meta device; buffers, which no file holds, are real."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        if parameter is not None and not parameter.is_meta:
+            parameter = torch.nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
+
+
+def tensor_files(folder, stem):
+    """{tensor name: path of the file that holds it} of STEM.safetensors, or of the files that STEM.safetensors.index.json
+    names; {} where neither exists."""
+    single, index = (os.path.join(folder, f"{stem}.safetensors{end}") for end in ("", ".index.json"))
+    if os.path.exists(single):
+        with safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    if not os.path.exists(index):
+        return {}
+    with open(index, encoding="utf-8") as file:
+        return {name: os.path.join(folder, os.path.basename(path))
+                for name, path in json.load(file)["weight_map"].items()}
+
+
+def read_rows_of(like, path, name):
+    """The tensor `name` of a safetensors file, as this rank's part of a tensor that is sharded like `like`.
+
+    like: DTensor, sharded by rows (dimension 0) over one mesh, or an ordinary tensor, which gets all of it.
+    ValueError if the file's tensor has another shape, or holds what is not finite."""
+    with safe_open(path, "pt") as file:  # opened for one tensor: what was read does not stay mapped
+        part = file.get_slice(name)
+        if tuple(part.get_shape()) != tuple(like.shape):
+            raise ValueError(f"{name} has the shape {part.get_shape()}, not {list(like.shape)}")
+        if not isinstance(like, DTensor):
+            own = torch.empty(like.shape, dtype=like.dtype).copy_(file.get_tensor(name))
+        else:  # rows are dealt as torch.chunk deals them: the last ranks may get fewer, or none
+            mesh, rows = like.device_mesh, like.shape[0]
+            most = math.ceil(rows / mesh.size())
+            start = min(mesh.get_local_rank() * most, rows)
+            end = min(start + most, rows)
+            own = torch.empty(end - start, *like.shape[1:], dtype=like.dtype)
+            own.copy_(part[start:end] if end > start else own)
+    if not torch.isfinite(own).all():
+        raise ValueError(f"{name} is not finite")
+    if not isinstance(like, DTensor):
+        return own
+    return DTensor.from_local(own.to(mesh.device_type), mesh, like.placements, run_check=False,
+                              shape=like.shape, stride=like.stride())
+
+
+def fill(model, files):
+    """Give every parameter of a model without weights this rank's rows from `files`, {name: path}.
+
+    ValueError if a weight is missing or does not fit."""
+    weights, filled = model.state_dict(keep_vars=True), {}
+    for name, weight in weights.items():
+        if id(weight) not in filled and name in files:
+            own = read_rows_of(weight, files[name], name)
+            if isinstance(weight, torch.nn.Parameter):
+                own = torch.nn.Parameter(own, weight.requires_grad)
+            filled[id(weight)] = own  # tied weights are one, whichever of their names the files hold
+    missing = sorted(name for name, weight in weights.items() if id(weight) not in filled)
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
+    model.load_state_dict({name: filled[id(weight)] for name, weight in weights.items()}, assign=True)
+
+
+def write(folder, stem, tensors):
+    """Write STEM.safetensors, or STEM-00001-of-0000N.safetensors and an index where that would be above LARGEST_FILE.
+
+    tensors: {name: tensor or DTensor}, the same names on every rank; all ranks take part, rank 0 writes. The bytes are those
+    of safetensors' save_file, which would need all tensors at once."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    files, size = [[]], 0
+    for name in sorted(tensors):
+        own = tensors[name].numel() * tensors[name].element_size()
+        if files[-1] and size + own > LARGEST_FILE:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += own
+    names = [f"{stem}.safetensors"]
+    if len(files) > 1:
+        names = [f"{stem}-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        if rank == 0:
+            total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            where = {name: path for path, group in zip(names, files) for name in group}
+            with open(f"{folder}/{stem}.safetensors.index.json", "w", encoding="utf-8") as file:
+                json.dump({"metadata": {"total_size": total}, "weight_map": where}, file, indent=1)
+    for path, group in zip(names, files):
+        with open(f"{folder}/{path}", "wb") if rank == 0 else contextlib.nullcontext() as file:
+            write_file(file, {name: tensors[name] for name in group})
+
+
+def write_file(file, tensors):
+    """One safetensors file: 8 bytes with the header's length, the header as JSON, the tensors' bytes. file: None: only gather."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
+    header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    if file:
+        file.write(len(header).to_bytes(8, "little") + header)
+    for tensor in tensors.values():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if file:
+            file.write(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
