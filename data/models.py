@@ -1,4 +1,8 @@
-"""Model folders: check, load, save a round, the optimizer's moments."""
+"""Model folders: check, load, save a round, carry the optimizer's moments on.
+
+Whatever a hostile, damaged or half-copied folder makes a library raise is bad input here: one line
+on stderr, exit 2. Weights come from safetensors files alone; other formats can run code.
+"""
 import json
 import os
 import re
@@ -10,20 +14,43 @@ from safetensors.torch import load_file, save_file
 
 from data.files import fail
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each weight
+
+
+# ---- Checking and loading ------------------------------------------------------------------------
 def check_model(name, trust_remote_code=False):
-    """Refuse what can be seen to be no model before anything is loaded; return the options of every from_pretrained."""
-    if os.path.isdir(name):
+    """Refuse what can be seen to be no model before anything is loaded.
+
+    name: a folder, or a Hub id. Returns the options of every from_pretrained.
+    """
+    folder = os.path.isdir(name)
+    if folder:
         if not os.path.exists(os.path.join(name, "config.json")):
             fail(f"{name}: no config.json in this folder: not a Hugging Face model")
         if not any(file.endswith(".safetensors") for file in os.listdir(name)):
-            fail(f"{name}: no *.safetensors in this folder; other weight formats can run code and are refused")
+            fail(f"{name}: no *.safetensors in this folder; "
+                 f"other weight formats can run code and are refused")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
         fail(f"{name}: no such model folder (a Hub id is written owner/name)")
-    return {"trust_remote_code": trust_remote_code, "local_files_only": os.path.isdir(name)}
+    return {"trust_remote_code": trust_remote_code, "local_files_only": folder}
+
+
+def device_and_dtype(args):
+    """What --device and --dtype mean on this machine and rank: a device's name, a torch dtype.
+
+    auto: CUDA where there is one, and there bfloat16; float32 on a CPU.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device here; use --device cpu")
+    if args.device == "cpu" or not torch.cuda.is_available():
+        device, dtype = "cpu", torch.float32
+    else:
+        device, dtype = f"cuda:{os.environ.get('LOCAL_RANK', 0)}", torch.bfloat16
+    return device, dtype if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
 def load(kind, name, options, **more):
-    """kind.from_pretrained(name) from a folder or a Hub id; whatever a hostile or half-copied folder makes it raise is bad input."""
+    """kind.from_pretrained(name) from a folder or a Hub id."""
     try:
         return kind.from_pretrained(name, **options, **more)
     except Exception as error:
@@ -38,40 +65,50 @@ def load_tokenizer(name, options):
 
 
 def load_model(name, dtype, device, options):
-    """A causal language model in eval mode; safetensors only; every weight must be there and finite."""
-    model, info = load(transformers.AutoModelForCausalLM, name, options, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:
-        fail(f"{name}: {len(info['missing_keys'])} weights are missing, {min(info['missing_keys'])} among them")
+    """A causal language model in eval mode; every weight must be there and finite."""
+    model, info = load(transformers.AutoModelForCausalLM, name, options, dtype=dtype,
+                       use_safetensors=True, output_loading_info=True)
+    missing = info["missing_keys"]
+    if missing:
+        fail(f"{name}: {len(missing)} weights are missing, {min(missing)} among them")
     for key, weight in model.state_dict().items():
         if not torch.isfinite(weight).all():
             fail(f"{name}: weight {key} is not finite")
     return model.to(device).eval()
 
 
+# ---- A round of training -------------------------------------------------------------------------
 def save_round(out, policy, tokenizer, optimizer, state, lines, source):
-    """Fill the folder `out`: model, tokenizer, the original generation_config.json, optimizer moments, state and metrics.
-    Under FSDP2 every rank takes part in gathering the shards; rank 0 keeps and writes them."""
-    rank, kept = int(os.environ.get("RANK", 0)), {}
+    """Fill the folder `out` with a round: an ordinary model folder and what the next round needs.
+
+    policy: holds the `model`; state: of trainer_state.json; lines: of metrics.jsonl; source: the
+    folder or Hub id that the round started from, whose generation_config.json is copied.
+    Under FSDP2 every rank takes part in gathering the shards; rank 0 keeps and writes them.
+    """
+    rank, gathered = int(os.environ.get("RANK", 0)), {}
 
     def whole(tensor):
-        if id(tensor) not in kept:  # tied weights stay one tensor, which save_pretrained writes once
+        if id(tensor) not in gathered:  # tied weights stay one tensor, which is written once
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            kept[id(tensor)] = None if rank else full.detach().cpu().contiguous()
-        return kept[id(tensor)]
+            gathered[id(tensor)] = None if rank else full.detach().cpu().contiguous()
+        return gathered[id(tensor)]
 
-    weights = {name: whole(weight) for name, weight in policy.model.state_dict(keep_vars=True).items()}
-    moments = {f"{name}.{key}": whole(optimizer.state[weight][key]) for name, weight in policy.model.named_parameters()
-               for key in ("exp_avg", "exp_avg_sq")}
+    model = policy.model
+    weights = {name: whole(weight) for name, weight in model.state_dict(keep_vars=True).items()}
+    moments = {f"{name}.{key}": whole(optimizer.state[weight][key])
+               for name, weight in model.named_parameters() for key in MOMENTS}
     if rank:
         return
-    policy.model.generation_config = transformers.GenerationConfig()  # a model's own may fail its library's checks: copied below
+    # A model's own generation config may fail its library's checks: it is copied as it is, below.
+    model.generation_config = transformers.GenerationConfig()
     try:
-        policy.model.save_pretrained(out, state_dict=weights)
+        model.save_pretrained(out, state_dict=weights)
         tokenizer.save_pretrained(out)
         save_file(moments, f"{out}/optimizer.safetensors")
     except Exception as error:  # a full disk: where Rust writes, it is no OSError
         fail(f"{out}: cannot be written: {type(error).__name__}: {error}")
-    original = transformers.utils.cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    original = transformers.utils.cached_file(source, "generation_config.json",
+                                              _raise_exceptions_for_missing_entries=False)
     if original:
         shutil.copyfile(original, f"{out}/generation_config.json")
     else:
@@ -83,7 +120,10 @@ def save_round(out, policy, tokenizer, optimizer, state, lines, source):
 
 
 def load_optimizer(optimizer, policy, folder):
-    """Put the moments of an earlier round into `optimizer`; the number of steps done, 0 if the folder is no round."""
+    """Put the moments of an earlier round into `optimizer`.
+
+    Returns the number of steps done; 0, and no moments, where `folder` is no round.
+    """
     if not os.path.exists(f"{folder}/trainer_state.json"):
         return 0
     try:
@@ -93,17 +133,22 @@ def load_optimizer(optimizer, policy, folder):
             raise ValueError(f"step {step}")
         moments = load_file(f"{folder}/optimizer.safetensors")
         for name, weight in policy.model.named_parameters():
-            optimizer.state[weight] = {"step": torch.tensor(float(step))}
-            for key in ("exp_avg", "exp_avg_sq"):
-                moment = moments[f"{name}.{key}"].to(weight.device)
-                if moment.shape != weight.shape or not torch.isfinite(moment).all():
-                    raise ValueError(f"{name}.{key} does not fit the model, or is not finite")
-                if hasattr(weight, "device_mesh"):
-                    moment = torch.distributed.tensor.distribute_tensor(moment, weight.device_mesh, weight.placements)
-                optimizer.state[weight][key] = moment
-    except Exception as error:  # a half-copied or damaged folder is bad input, whatever the libraries raise
-        fail(f"{folder}: the optimizer cannot be carried on ({type(error).__name__}: {error}); mend it or give --reset-optimizer")
-    if weight.device.type == "cuda":  # the fused optimizer counts on the device
-        for moment in optimizer.state.values():
-            moment["step"] = moment["step"].to(weight.device)
+            state = {key: moment_of(moments, f"{name}.{key}", weight) for key in MOMENTS}
+            # The fused optimizer of a GPU counts its steps there.
+            where = weight.device if weight.device.type == "cuda" else "cpu"
+            optimizer.state[weight] = {"step": torch.tensor(float(step), device=where), **state}
+    except Exception as error:
+        fail(f"{folder}: the optimizer cannot be carried on ({type(error).__name__}: {error}); "
+             f"mend it or give --reset-optimizer")
     return step
+
+
+def moment_of(moments, name, weight):
+    """A moment as the optimizer keeps it: on the weight's device, and sharded as the weight is."""
+    moment = moments[name].to(weight.device)
+    if moment.shape != weight.shape or not torch.isfinite(moment).all():
+        raise ValueError(f"{name} does not fit the model, or is not finite")
+    if hasattr(weight, "device_mesh"):
+        distribute = torch.distributed.tensor.distribute_tensor
+        moment = distribute(moment, weight.device_mesh, weight.placements)
+    return moment

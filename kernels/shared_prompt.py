@@ -1,4 +1,24 @@
-"""A prompt once for all its samples: the sampler's cache layers and attention, the trainer's forward through the repeated cache."""
+"""A prompt once for all its samples.
+
+The n completions of a prompt begin with the same tokens, so everything that a transformer computes
+for those tokens is the same n times. Here it is computed once. What the completions need of it is
+its key-value cache, and two places make use of that:
+
+the sampler (generate.py)   runs the prompts once and calls `spread`. `RoomyLayer` copies each
+    prompt's keys and values to its samples, for attention as transformers picks it. `SharedLayer`
+    keeps them once, beside the few tokens that each row has sampled itself, and
+    `shared_attention` lets all samples of a prompt attend to them in one matrix product.
+    `choose_attention` decides between the two and tries before it trusts.
+
+the trainer (train.py)      `shared_hidden` runs the distinct prompts, repeats their caches to the
+    rows, and runs the completions on top. The cache is part of autograd's graph, so that the
+    gradients of all samples arrive at the prompt summed. `repeated_hidden` is the plain way, for
+    models whose cache cannot be repeated: prompt and completion in one row.
+
+Prompts are padded on the left (`pad_left`): then all of them end at the same place, and a
+completion's first token stands there. Rows are samples; `owner` (rows,) is the index of each row's
+prompt.
+"""
 import copy
 import math
 
@@ -8,13 +28,38 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+# Below so many numbers (own tokens x d), PyTorch's batched products on a CPU are plain loops.
+SHORT = 400
+
+
+def pad_left(prompts, device):
+    """The inputs of a pass over prompts of different lengths. prompts: lists of ids.
+
+    Returns ids (prompts, longest); padding (prompts,), the tokens on the left of each; mask
+    (prompts, longest), or None where nothing is padded; and positions (prompts, longest).
+    """
+    longest = max(map(len, prompts))
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts],
+                       device=device)
+    place = torch.arange(longest, device=device)
+    mask = (place >= padding[:, None]).long() if padding.any() else None
+    return ids, padding, mask, (place - padding[:, None]).clamp(min=0)
+
+
+# ---- The sampler: cache layers -------------------------------------------------------------------
 class RoomyLayer(DynamicLayer):
-    """A cache layer with room for every token to come, where DynamicLayer copies the whole cache at each of them.
-    keys and values, both (rows, kv heads, length, d), are views of the filled part."""
+    """A cache layer with room for every token to come.
+
+    DynamicLayer copies the whole cache at each of them. `keys` and `values` (rows, kv heads,
+    length, d) are views of the part of `room` that is filled.
+    """
 
     def spread(self, owner, padding, spare):
-        """Repeat the prompts' keys and values for their samples. owner: (rows,) index of each row's prompt, ascending;
-        padding: (prompts,) tokens on the left of each prompt; spare: tokens to come."""
+        """Repeat the prompts' keys and values for their samples.
+
+        owner: (rows,), ascending; padding: (prompts,); spare: tokens to come.
+        """
         prompt, length = (self.keys, self.values), self.keys.shape[-2]
         self.make_room(len(owner), length + spare)
         for room, old in zip(self.room, prompt):
@@ -22,21 +67,28 @@ class RoomyLayer(DynamicLayer):
         self.view(length)
 
     def make_room(self, rows, length):
-        self.room = [old.new_empty(rows, old.shape[1], length, old.shape[-1]) for old in (self.keys, self.values)]
+        self.room = [old.new_empty(rows, old.shape[1], length, old.shape[-1])
+                     for old in (self.keys, self.values)]
 
     def view(self, length):
         self.keys, self.values = (room[:, :, :length] for room in self.room)
 
     def update(self, key_states, value_states, *args, **kwargs):
-        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        """transformers' name: append the states (rows, kv heads, new, d), return all of them."""
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
         for room, states in zip(self.room, (key_states, value_states)):
             room[:, :, start:end] = states
         self.view(end)
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        """Copies only the rows whose index is not their place; none of them may be the source of another."""
-        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(-1)
+        """Keep the rows `indices` (kept,), and copy only those whose index is not their place.
+
+        None of these may be the source of another one.
+        """
+        places = torch.arange(len(indices), device=indices.device)
+        moved = (indices != places).nonzero().squeeze(-1)
         for tensor in (self.keys, self.values):
             tensor[moved] = tensor[indices[moved]]
         self.room = [room[:len(indices)] for room in self.room]
@@ -44,29 +96,42 @@ class RoomyLayer(DynamicLayer):
 
 
 class SharedLayer(RoomyLayer):
-    """The same without copies of the prompts: `prompt` holds their keys and values once, and `room` the rows' own tokens.
-    The queries of a prompt's samples are put side by side into slots, so that one matrix product serves all of them."""
+    """The same without copies of the prompts.
+
+    `prompt` holds their keys and values once, each (prompts x kv heads, length, d), and `room` the
+    rows' own tokens. The queries of a prompt's samples are put side by side into slots, so that one
+    matrix product serves all of them; `slots` (rows, kv heads) says where each row's queries go.
+    """
 
     def spread(self, owner, padding, spare):
         _, heads, length, _ = self.keys.shape
-        place = torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)  # among the rows of its prompt
+        device = owner.device
+        rows = torch.arange(len(owner), device=device)
+        place = rows - torch.searchsorted(owner, owner)  # of a row among those of its prompt
         self.most = int(place.max()) + 1
-        self.slots = (owner[:, None] * heads + torch.arange(heads, device=owner.device)) * self.most + place[:, None]  # (rows, kv heads)
-        self.padding = (torch.arange(length, device=owner.device) < padding[:, None])[owner, None, None]  # (rows, 1, 1, length)
-        self.prompt = self.keys.flatten(0, 1), self.values.flatten(0, 1)  # (prompts x kv heads, length, d)
+        block = owner[:, None] * heads + torch.arange(heads, device=device)  # (rows, kv heads)
+        self.slots = block * self.most + place[:, None]
+        padded = torch.arange(length, device=device) < padding[:, None]  # (prompts, length)
+        self.padding = padded[owner, None, None]  # (rows, 1, 1, length)
+        self.prompt = self.keys.flatten(0, 1), self.values.flatten(0, 1)
         self.make_room(len(owner), spare)
         self.view(0)
 
     def make_room(self, rows, length):
-        """In memory the tokens come first: a step writes one block, and what no step reaches is never touched."""
-        self.room = [old.new_empty(length, rows, old.shape[1], old.shape[-1]).permute(1, 2, 0, 3) for old in (self.keys, self.values)]
+        """In memory the tokens come first: a step writes one block; what none reaches is free."""
+        self.room = [old.new_empty(length, rows, old.shape[1], old.shape[-1]).permute(1, 2, 0, 3)
+                     for old in (self.keys, self.values)]
 
     def batch_select_indices(self, indices):
         super().batch_select_indices(indices)
         self.slots, self.padding = self.slots[indices], self.padding[indices]
 
     def product(self, states, prompt):
-        """states: (rows, kv heads, group, a) of each row, prompt: (prompts x kv heads, a, b) -> (rows, kv heads, group, b)."""
+        """Each row's states times a matrix of its prompt, as one batched product.
+
+        states: (rows, kv heads, group, a), prompt: (prompts x kv heads, a, b)
+        -> (rows, kv heads, group, b).
+        """
         slots, (rows, heads, group, width) = self.slots.flatten(), states.shape
         side = states.new_zeros(len(prompt) * self.most, group, width)
         side[slots] = states.flatten(0, 1)
@@ -74,110 +139,177 @@ class SharedLayer(RoomyLayer):
         return side.view(len(prompt) * self.most, group, -1)[slots].view(rows, heads, group, -1)
 
     def attend(self, query):
-        """Attention of one query a row, scaled, to its prompt and its own tokens: (rows, kv heads, group, d) -> the same.
-        group: the heads that share keys and values."""
+        """Attention of one query a row to its prompt and to its own tokens.
+
+        query: (rows, kv heads, group, d), scaled -> the same; group: the heads that share keys
+        and values. One softmax runs over both parts.
+        """
         (keys, values), own = self.prompt, self.keys.shape[-2]
-        short = own * query.shape[-1] < 400  # below this, PyTorch's batched products on a CPU are plain loops
-        scores = (query[..., None, :] * self.keys[:, :, None]).sum(-1) if short else query @ self.keys.transpose(-1, -2)
-        of_prompt = self.product(query, keys.transpose(-1, -2)).masked_fill_(self.padding, -math.inf)
-        weights = torch.cat([of_prompt, scores], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
-        of_prompt, weights = weights.split([keys.shape[-2], own], -1)
-        of_own = (weights[..., None] * self.values[:, :, None]).sum(-2) if short else weights @ self.values
+        short = own * query.shape[-1] < SHORT
+        if short:
+            scores = (query[..., None, :] * self.keys[:, :, None]).sum(-1)
+        else:
+            scores = query @ self.keys.transpose(-1, -2)
+        of_prompt = self.product(query, keys.transpose(-1, -2))
+        of_prompt = of_prompt.masked_fill_(self.padding, -math.inf)
+        weights = torch.cat([of_prompt, scores], -1).softmax(-1, dtype=torch.float32)
+        of_prompt, weights = weights.to(query.dtype).split([keys.shape[-2], own], -1)
+        if short:
+            of_own = (weights[..., None] * self.values[:, :, None]).sum(-2)
+        else:
+            of_own = weights @ self.values
         return self.product(of_prompt, values) + of_own
 
 
+def spread(cache, owner, padding, spare, shared):
+    """Turn the cache of a pass over the prompts into that of their samples (see RoomyLayer)."""
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = SharedLayer if shared else RoomyLayer
+            layer.spread(owner, padding, spare)
+        else:  # a sliding window is short: transformers' own way
+            layer.batch_select_indices(owner)
+
+
+# ---- The sampler: attention ----------------------------------------------------------------------
 def shared_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention as transformers calls it, (rows, heads, queries, d) -> (rows, queries, heads, d). It hands no cache over: `sample`
-    leaves it here. The prompts themselves, several queries a row in a layer that is not spread yet, are left to SDPA."""
+    """Attention as transformers calls it, (rows, heads, queries, d) -> (rows, queries, heads, d).
+
+    It hands no cache over: whoever samples leaves it in `shared_attention.cache`. The prompts
+    themselves, several queries a row in a layer that is not spread yet, are left to SDPA;
+    `shared_attention.plain` counts the calls among them that got the very tensors of the cache.
+    """
     layer = shared_attention.cache.layers[module.layer_idx]
     if type(layer) is DynamicLayer:
         shared_attention.plain += key is layer.keys and value is layer.values
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows, heads, _, width = query.shape
-    query = query.reshape(rows, key.shape[1], -1, width) * (width ** -0.5 if scaling is None else scaling)
+    scaling = width ** -0.5 if scaling is None else scaling
+    query = query.reshape(rows, key.shape[1], -1, width) * scaling
     return layer.attend(query).reshape(rows, 1, heads, -1), None
 
 
-shared_attention.cache, shared_attention.plain = None, 0  # plain: calls that found the very keys and values of the cache
+shared_attention.cache, shared_attention.plain = None, 0
 AttentionInterface.register("shared", shared_attention)
 AttentionMaskInterface.register("shared", sdpa_mask)
 
 
 def choose_attention(model, attention):
-    """"model": as transformers picked; "shared": `shared_attention`, or ValueError; "cpu": that one where possible."""
+    """Set the attention of a model that samples; ValueError where it cannot be.
+
+    "model": as transformers picked; "shared": `shared_attention`; "cpu": that one where possible;
+    anything else (a GPU's name): as transformers picked.
+    """
     layers = [type(layer) for layer in DynamicCache(config=model.config).layers]
     for kind in set(layers) - {DynamicLayer, DynamicSlidingWindowLayer}:
-        raise ValueError(f"unsupported architecture: a {kind.__name__} in its cache cannot be repeated for the samples of a prompt")
+        raise ValueError(f"unsupported architecture: a {kind.__name__} in its cache cannot be "
+                         f"repeated for the samples of a prompt")
     if attention not in ("shared", "cpu"):
         return
     possible = set(layers) == {DynamicLayer} and model.config._attn_implementation == "sdpa"
-    if possible:  # by what is seen; and does every layer attend to what is in its cache? Some attend to what they make of it.
-        model.set_attn_implementation("shared")
-        shared_attention.cache, shared_attention.plain = DynamicCache(config=model.config), 0
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=shared_attention.cache, use_cache=True)
-        possible = shared_attention.plain == len(layers)
-    if not possible and attention == "shared":
-        raise ValueError("--attention shared needs SDPA over plain keys and values in every layer; use --attention model")
-    if not possible and model.config._attn_implementation == "shared":
+    if possible and not attends_to_its_cache(model):
         model.set_attn_implementation("sdpa")
+        possible = False
+    if not possible and attention == "shared":
+        raise ValueError("--attention shared needs SDPA over plain keys and values in every layer; "
+                         "use --attention model")
 
 
-def length_blocks(lengths, waste=0.15, smallest=32):
-    """Row indices, longest first, cut into blocks that pad less than `waste` of their tokens and have `smallest` rows or more
-    (small products are slow); rows of length 0 are in none."""
-    blocks, used = [], 0
-    for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
-        width, rows = (lengths[blocks[-1][0]], len(blocks[-1])) if blocks else (0, 0)
-        if not blocks or rows >= smallest and used + lengths[i] < (1 - waste) * width * (rows + 1):
-            blocks.append([])
-            used = 0
-        blocks[-1].append(i)
-        used += lengths[i]
-    return blocks
+def attends_to_its_cache(model):
+    """Tried on one token: does every layer attend to what is in its cache?
+
+    Some architectures attend to what they make of it. Leaves the model with `shared_attention`.
+    """
+    model.set_attn_implementation("shared")
+    shared_attention.cache = cache = DynamicCache(config=model.config)
+    shared_attention.plain = 0
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+    return shared_attention.plain == len(cache.layers)
 
 
+# ---- The trainer: hidden states of the completion tokens -----------------------------------------
 def repeated_hidden(model, prompts, completions):
-    """Hidden states (tokens, hidden) that predict each completion token; prompt and completion in one row, padded on the right."""
-    device, ends = model.device, [len(p) + len(c) for p, c in zip(prompts, completions)]
+    """Hidden states (tokens, hidden) that predict each completion token, row after row.
+
+    prompts, completions: a list or array of ids a row. Both stand in one row, padded on the right.
+    """
+    ends = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions)]
     ids = torch.zeros(len(prompts), max(ends), dtype=torch.long)
     wanted = torch.zeros_like(ids, dtype=torch.bool)
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         ids[i, :ends[i]] = torch.as_tensor(np.concatenate([prompt, completion]))
         wanted[i, len(prompt) - 1:ends[i] - 1] = True
-    return model.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state[wanted.to(device)]
+    output = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False)
+    return output.last_hidden_state[wanted.to(model.device)]
 
 
 def shared_hidden(model, prompts, completions):
-    """The same, with each distinct prompt computed once: its key-value cache, through which gradients flow, is repeated for its
-    rows. Rows are run in blocks of similar lengths, so that almost nothing is padding."""
+    """The same, with each distinct prompt computed once.
+
+    Rows of a group share one list as their prompt. The prompts' cache, through which gradients
+    flow, is repeated for the rows of a block (`length_blocks`), so that almost nothing is padding.
+    """
+    # 1. The prompts. Their last hidden states predict each row's first token.
     device, decoder = model.device, model.get_decoder()
-    distinct = {id(prompt): prompt for prompt in prompts}  # rows of a group share one list
-    place = {key: i for i, key in enumerate(distinct)}
-    owner = torch.tensor([place[id(prompt)] for prompt in prompts], device=device)
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in distinct.values()], device=device)
-    pads = torch.tensor([longest - len(prompt) for prompt in distinct.values()], device=device)
-    mask = (torch.arange(longest, device=device) >= pads[:, None]).long() if pads.any() else None
+    distinct = {id(prompt): prompt for prompt in prompts}
+    index = {key: i for i, key in enumerate(distinct)}
+    owner = torch.tensor([index[id(prompt)] for prompt in prompts], device=device)
+    ids, padding, mask, positions = pad_left(distinct.values(), device)
     cache = DynamicCache(config=model.config)
-    first = decoder(input_ids=ids, attention_mask=mask, position_ids=(torch.arange(longest, device=device) - pads[:, None]).clamp(min=0),
-                    past_key_values=cache, use_cache=True).last_hidden_state[owner, -1]  # predicts each row's first token
-    hidden, places, starts = [first], [], np.cumsum([0] + [len(completion) for completion in completions])
-    places.append(starts[:-1])
+    output = decoder(input_ids=ids, attention_mask=mask, position_ids=positions,
+                     past_key_values=cache, use_cache=True)
+    hidden = [output.last_hidden_state[owner, -1]]
+    starts = np.cumsum([0] + [len(completion) for completion in completions])
+    places = [starts[:-1]]  # in the result, of each hidden state
+
+    # 2. The completions, without their last tokens, which predict nothing.
     for block in length_blocks([len(completion) - 1 for completion in completions]):
-        width, rows = len(completions[block[0]]) - 1, torch.tensor(block, device=device)
+        width = len(completions[block[0]]) - 1
         ids = torch.zeros(len(block), width, dtype=torch.long)
         wanted = torch.zeros_like(ids, dtype=torch.bool)
         for i, row in enumerate(block):
             ids[i, :len(completions[row]) - 1] = torch.as_tensor(completions[row][:-1])
             wanted[i, :len(completions[row]) - 1] = True
-        own = copy.copy(cache)  # the block's own view of the prompts' keys and values
-        own.layers = [copy.copy(layer) for layer in cache.layers]
-        own.batch_select_indices(owner[rows])
-        mine = torch.cat([mask[owner[rows]], mask.new_ones(ids.shape)], 1) if mask is not None else None
-        positions = (longest - pads[owner[rows]])[:, None] + torch.arange(width, device=device)
-        states = decoder(input_ids=ids.to(device), attention_mask=mine, position_ids=positions, past_key_values=own, use_cache=True)
-        hidden.append(states.last_hidden_state[wanted.to(device)])
-        places.append(np.concatenate([np.arange(starts[row] + 1, starts[row + 1]) for row in block]))
+        of = owner[torch.tensor(block, device=device)]  # (block's rows,)
+        both = None if mask is None else torch.cat([mask[of], mask.new_ones(ids.shape)], 1)
+        lengths = positions[of, -1:] + 1  # of the prompts
+        output = decoder(input_ids=ids.to(device), attention_mask=both,
+                         position_ids=lengths + torch.arange(width, device=device),
+                         past_key_values=repeated_cache(cache, of), use_cache=True)
+        hidden.append(output.last_hidden_state[wanted.to(device)])
+        places += [np.arange(starts[row] + 1, starts[row + 1]) for row in block]
+
+    # 3. Row after row.
     order = torch.as_tensor(np.argsort(np.concatenate(places)), device=device)
-    return torch.cat(hidden)[order]  # (tokens, hidden), row after row
+    return torch.cat(hidden)[order]
+
+
+def repeated_cache(cache, owner):
+    """A cache of its own for some rows, of which the prompts' `cache` knows nothing."""
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    own.batch_select_indices(owner)
+    return own
+
+
+def length_blocks(lengths, waste=0.15, smallest=32):
+    """Row indices, longest first, in blocks that pad less than `waste` of their tokens.
+
+    Blocks have `smallest` rows or more, because small products are slow; rows of length 0 are in
+    none.
+    """
+    blocks, used = [], 0
+    filled = [i for i, length in enumerate(lengths) if length]
+    for i in sorted(filled, key=lambda i: -lengths[i]):
+        if blocks:
+            width, rows = lengths[blocks[-1][0]], len(blocks[-1])
+            full = rows >= smallest and used + lengths[i] < (1 - waste) * width * (rows + 1)
+        if not blocks or full:
+            blocks.append([])
+            used = 0
+        blocks[-1].append(i)
+        used += lengths[i]
+    return blocks

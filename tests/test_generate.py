@@ -20,6 +20,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import generate
+from data.files import claim
+from shared_prompt import RoomyLayer, SharedLayer, shared_attention
 
 ROOT = os.path.dirname(os.path.abspath(generate.__file__))
 
@@ -289,10 +291,10 @@ def cut_by_loop(probs, top_p, top_k):
 
 
 @pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.9, 0), (0.5, 0), (0.01, 0), (1.0, 1), (1.0, 7), (1.0, 50), (0.7, 5)])
-def test_truncated_equals_a_loop(top_p, top_k):
+def test_nucleus_equals_a_loop(top_p, top_k):
     generator = torch.Generator().manual_seed(0)
     probs = torch.softmax(torch.randn(40, 17, generator=generator) * 3, -1)
-    assert torch.allclose(generate.truncated(probs.clone(), top_p, top_k),
+    assert torch.allclose(generate.nucleus(probs.clone(), top_p, top_k),
                           torch.tensor([cut_by_loop(row, top_p, top_k) for row in probs.double().tolist()]).float(), atol=1e-7)
 
 
@@ -372,7 +374,7 @@ def test_a_logit_that_is_not_finite_is_refused(tiny_model, prompts, tmp_path, mo
 
 
 # ---- The cache ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", [generate.RoomyLayer, generate.SharedLayer])
+@pytest.mark.parametrize("kind", [RoomyLayer, SharedLayer])
 def test_pitfall_08_the_caches_equal_the_plain_one(tiny_model, kind):
     """Over 60 steps, short and long ones for the two ways of SharedLayer, with rows dropped on the way and left-padded prompts."""
     model = reload(tiny_model)
@@ -382,8 +384,8 @@ def test_pitfall_08_the_caches_equal_the_plain_one(tiny_model, kind):
     mask = (torch.arange(11) >= padding[:, None]).long()
     owner, results = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 3]), []
     for layers in (DynamicLayer, kind):
-        model.set_attn_implementation("shared" if layers is generate.SharedLayer else "sdpa")
-        generate.shared_attention.cache = cache = DynamicCache(config=model.config)
+        model.set_attn_implementation("shared" if layers is SharedLayer else "sdpa")
+        shared_attention.cache = cache = DynamicCache(config=model.config)
         logits, rows, positions = torch.zeros(60, 12, 22), torch.arange(12), (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode():
             model(input_ids=prompt, attention_mask=mask, position_ids=positions, past_key_values=cache)
@@ -400,7 +402,7 @@ def test_pitfall_08_the_caches_equal_the_plain_one(tiny_model, kind):
                     cache.batch_select_indices(keep)
                 position, seen = position + 1, torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
                 logits[step, rows] = model(input_ids=tokens[rows, step:step + 1], position_ids=position, past_key_values=cache,
-                                           attention_mask=None if layers is generate.SharedLayer else seen).logits[:, -1]
+                                           attention_mask=None if layers is SharedLayer else seen).logits[:, -1]
         results.append(logits)
     assert (results[0] - results[1]).abs().max() < 1e-5
     assert (results[1].abs().sum(-1) > 0).sum() == 1 * 12 + 4 * 10 + 25 * 8 + 20 * 6 + 10 * 4
@@ -564,13 +566,13 @@ def test_a_half_done_output_is_not_continued_with_other_flags(tiny_model, prompt
     monkeypatch.setattr(generate, "run_chunk", cut_short)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, prompts, out, "--max-batch-tokens", 300)
-    locks = [generate.claim.lock]
+    locks = [claim.lock]
     assert "another run is writing it" in refused(capfd, "--model", tiny_model, "--prompts", prompts, "--out", out)
-    locks.append(generate.claim.lock)
+    locks.append(claim.lock)
     for lock in locks:  # as the end of a process does
         os.close(lock)
     assert "begun with other flags" in refused(capfd, "--model", tiny_model, "--prompts", prompts, "--out", out, "--max-batch-tokens", 300)
-    os.close(generate.claim.lock)
+    os.close(claim.lock)
     rows = run(tiny_model, prompts, out, "--max-batch-tokens", 300)
     assert rows == run(tiny_model, prompts, tmp_path / "whole.jsonl", "--max-batch-tokens", 300)
 
@@ -592,7 +594,7 @@ def test_a_rank_that_comes_late_leaves_a_merged_output_alone(tiny_model, prompts
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the folder is begun
         patch.setattr(generate, "run_chunk", cut_short)
         run(tiny_model, prompts, tmp_path / "out.jsonl", *flags)
-    os.close(generate.claim.lock)
+    os.close(claim.lock)
     monkeypatch.setattr(generate, "load_model", rank_0_is_done_meanwhile)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -624,14 +626,15 @@ GOOD = {"id": "a", "prompt": "1 2=3:"}
 BAD_ROWS = {
     "missing id": ([GOOD, {"prompt": "1"}], ":2: missing field 'id'"),
     "duplicate id": ([GOOD, {"id": "b", "prompt": "1"}, GOOD], ":3: duplicate id 'a'"),
-    "id not a string": ([{"id": 3, "prompt": "1"}], ":1: 'id' must be a string"),
+    "id not a string": ([{"id": 3, "prompt": "1"}], ":1: field 'id': Expected str, got int"),
     "no prompt": ([{"id": "a"}], ":1: needs either 'prompt' or 'messages'"),
     "prompt and messages": ([{**GOOD, "messages": [{"role": "user", "content": "x"}]}], ":1: needs either 'prompt' or 'messages'"),
-    "prompt not a string": ([{"id": "a", "prompt": ["1"]}], ":1: 'prompt' must be a string"),
-    "messages a string": ([{"id": "a", "messages": "hello"}], ":1: 'messages' must be a list"),
-    "messages empty": ([{"id": "a", "messages": []}], ":1: 'messages' must be a list"),
-    "content missing": ([{"id": "a", "messages": [{"role": "user"}]}], ":1: 'messages' must be a list"),
-    "content a list": ([{"id": "a", "messages": [{"role": "user", "content": [{"type": "image"}]}]}], ":1: 'messages' must be a list"),
+    "prompt not a string": ([{"id": "a", "prompt": ["1"]}], ":1: field 'prompt': Expected str, got array"),
+    "messages a string": ([{"id": "a", "messages": "hello"}], ":1: field 'messages': Expected array, got str"),
+    "messages empty": ([{"id": "a", "messages": []}], ":1: field 'messages': Expected array of length >= 1"),
+    "content missing": ([{"id": "a", "messages": [{"role": "user"}]}], ":1: missing field 'content'"),
+    "content a list": ([{"id": "a", "messages": [{"role": "user", "content": [{"type": "image"}]}]}],
+                       ":1: field 'messages[0].content': Expected str, got array"),
     "not an object": ([[1, 2]], ":1: not a valid JSON row"),
     "empty prompt": ([GOOD, {"id": "b", "prompt": ""}], ":2: an empty prompt"),
     "prompt too long": ([GOOD, {"id": "b", "prompt": "1" * 200}], ":2: 200 prompt tokens + 64 new ones exceed the model's 256 positions"),
@@ -652,7 +655,7 @@ def test_bad_rows_end_with_one_line_before_any_model_is_loaded(case, tiny_model,
     (b"", ": no rows"), (b"\n \r\n", ": no rows"), (b'{"id": "a", "prompt": "1"', ":1: not a valid JSON row"),
     (b'{"id": "a", "prompt": "\xff"}', ":1: not a valid JSON row"), (b'{"id": "a", "prompt": "1", "prompt": ""}', ":1: an empty prompt"),
     (b'{"id": "a", "prompt": "1", "x": NaN}', ":1: not a valid JSON row"), (b'{"id": "a", "prompt": "\\ud800"}', ":1: not a valid JSON row"),
-    (b'{"id": "a", "prompt": 1e999}', ":1: field '"), (b"[" * 100_000, ":1: not a valid JSON row")])
+    (b'{"id": "a", "prompt": 1e999}', ":1: field 'prompt': Expected str, got float"), (b"[" * 100_000, ":1: not a valid JSON row")])
 def test_bad_files_end_with_one_line(content, message, tiny_model, tmp_path, capfd):
     (tmp_path / "p.jsonl").write_bytes(content)
     assert f"p.jsonl{message}" in refused(capfd, "--model", tiny_model, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out.jsonl")
