@@ -1,0 +1,105 @@
+"""data/shards.py: models that are built without weights, filled by rows and written by tensors."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from data import shards
+
+RANKS = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM
+from data import shards
+
+folder, out = sys.argv[1:]
+dist.init_process_group("gloo")
+with shards.without_weights():
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+for layer in model.get_decoder().layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+shards.fill(model, shards.tensor_files(folder, "model"))
+logits = model(input_ids=torch.arange(6)[None], use_cache=False).logits
+shards.LARGEST_FILE = 20_000
+shards.write(out, "model", {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight" or
+                            not model.config.tie_word_embeddings})
+if dist.get_rank() == 0:
+    from safetensors.torch import save_file
+    save_file({"logits": logits.detach().contiguous()}, out + "/logits.safetensors")
+dist.destroy_process_group()
+"""
+
+
+def llama(tied):
+    """A toy Llama whose dimensions no number of ranks here divides."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=37, hidden_size=20, intermediate_size=50, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tied)).eval()
+
+
+def test_parameters_take_no_memory_and_buffers_are_real():
+    config = llama(False).config
+    with shards.without_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    assert all(weight.is_meta for weight in model.parameters())
+    assert torch.equal(model.model.rotary_emb.inv_freq, llama(False).model.rotary_emb.inv_freq)
+    assert not any(weight.is_meta for weight in llama(False).parameters())  # and it is over
+
+
+def test_the_bytes_are_those_of_save_file(tmp_path):
+    tensors = {"b": torch.randn(3, 5), "a.x": torch.randn(7), "e": torch.zeros(0, 4), "ü": torch.ones(())}
+    for dtype in (torch.float32, torch.bfloat16):
+        cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        save_file(cast, tmp_path / "theirs", metadata={"format": "pt"})
+        shards.write(str(tmp_path), "ours", cast)
+        assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_filled_by_rows_and_written_by_tensors(tmp_path, ranks, tied):
+    model, out = llama(tied), tmp_path / "out"
+    model.save_pretrained(tmp_path / "in")
+    out.mkdir()
+    (tmp_path / "ranks.py").write_text(RANKS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--"]
+    subprocess.run([*launch, str(tmp_path / "ranks.py"), str(tmp_path / "in"), str(out)], check=True,
+                   env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True)
+    expected = model(input_ids=torch.arange(6)[None], use_cache=False).logits
+    assert torch.equal(load_file(out / "logits.safetensors")["logits"], expected)
+    os.remove(out / "logits.safetensors")
+    shutil.copy(tmp_path / "in" / "config.json", out)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert all(torch.equal(ours, weight) for ours, weight in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def filled(folder):
+    with shards.without_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    shards.fill(model, shards.tensor_files(str(folder), "model"))
+    return model
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    llama(False).save_pretrained(tmp_path)
+    assert torch.equal(filled(tmp_path).lm_head.weight, llama(False).lm_head.weight)
+    weights = load_file(tmp_path / "model.safetensors")
+    for change, told in (({"lm_head.weight": torch.zeros(36, 20)}, r"lm_head.weight has the shape \[36, 20\], not \[37, 20\]"),
+                         ({"lm_head.weight": torch.full((37, 20), float("nan"))}, "lm_head.weight is not finite"),
+                         ({"lm_head.weight": None, "model.norm.weight": None}, "2 weights are missing, lm_head.weight among them")):
+        save_file({name: tensor for name, tensor in {**weights, **change}.items() if tensor is not None}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=told):
+            filled(tmp_path)
+    assert shards.tensor_files(str(tmp_path), "optimizer") == {}
