@@ -509,6 +509,15 @@ def test_chat_messages_go_through_the_template_and_get_one_bos(bpe_model, tmp_pa
     assert gap(reload(bpe_model), [chat, text], 1) < 1e-5
 
 
+def test_a_template_sees_every_key_of_a_turn(bpe_model, tmp_path):
+    """Not only the two that are checked."""
+    model = copy_of(bpe_model, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0]['name'] }}: {{ messages[0]['content'] }}")
+    problems = write_prompts(tmp_path / "p.jsonl", [{"id": "chat", "messages": [{"role": "user", "content": "3 * 4", "name": "Ann"}]}])
+    row, = run(model, problems, tmp_path / "out.jsonl", "--n", 1)
+    assert AutoTokenizer.from_pretrained(model).decode(row["prompt_ids"]) == "Ann: 3 * 4"
+
+
 # ---- Cut short and started again -----------------------------------------------------------------------------------------
 def test_a_killed_run_resumed_ends_byte_equal(tiny_model, prompts, tmp_path):
     flags = ["--ignore-eos", "--max-new-tokens", 64, "--max-batch-tokens", 300, "--n", 4]
@@ -655,7 +664,7 @@ def test_bad_rows_end_with_one_line_before_any_model_is_loaded(case, tiny_model,
     (b"", ": no rows"), (b"\n \r\n", ": no rows"), (b'{"id": "a", "prompt": "1"', ":1: not a valid JSON row"),
     (b'{"id": "a", "prompt": "\xff"}', ":1: not a valid JSON row"), (b'{"id": "a", "prompt": "1", "prompt": ""}', ":1: an empty prompt"),
     (b'{"id": "a", "prompt": "1", "x": NaN}', ":1: not a valid JSON row"), (b'{"id": "a", "prompt": "\\ud800"}', ":1: not a valid JSON row"),
-    (b'{"id": "a", "prompt": 1e999}', ":1: field 'prompt': Expected str, got float"), (b"[" * 100_000, ":1: not a valid JSON row")])
+    (b'{"id": "a", "prompt": 1e999}', ":1: field 'prompt': Number out of range"), (b"[" * 100_000, ":1: not a valid JSON row")])
 def test_bad_files_end_with_one_line(content, message, tiny_model, tmp_path, capfd):
     (tmp_path / "p.jsonl").write_bytes(content)
     assert f"p.jsonl{message}" in refused(capfd, "--model", tiny_model, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out.jsonl")
