@@ -70,7 +70,8 @@ def serve(path, base):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    modules = {name: importlib.import_module(name) for name in STAGES} | {"maths": importlib.import_module("maths")}
+    modules = {name: importlib.import_module(name) for name in STAGES} | {
+        name: importlib.import_module(name) for name in ("maths", "shuffle")}
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = importlib.import_module("make_tiny").make_tokenizer()
