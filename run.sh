@@ -1,86 +1,171 @@
 #!/usr/bin/env bash
-# Loop the stages: sample, verify, update, R times; then evaluate the base and the trained model on held-out problems.
+# Loop the stages: sample, verify, update, R times; then evaluate the base and the trained model on
+# held-out problems.
 #
-#   bash run.sh                                                            the demonstration: minutes on two CPU cores
-#   bash run.sh --name grpo --method grpo --rounds 25 --seed 1             another run, into runs/grpo/
-#   bash run.sh --name ds --rounds 25 -- --gamma-p 0.1 --gamma-n 0.01      what stands after -- goes to train.py; without it, ds-grpo
-#                                                                          on the embedded model gets --gamma-p 0.3 --gamma-n 0.03
-#   bash run.sh --model Qwen/Qwen2.5-Math-1.5B --prompts math.jsonl --eval-prompts aime.jsonl --nproc 8 ...
-#   bash run.sh --suite paper                                              every arm of the README's tables (see --help of experiments/paper.py)
+#   bash run.sh                                                  minutes on two CPU cores
+#   bash run.sh --name grpo --method grpo --rounds 25 --seed 1   another run, into runs/grpo/
+#   bash run.sh --name ds --train "--gamma-p 0.1 --gamma-n 0.01 --smooth-level sequence"
+#   bash run.sh --name cd --model DIR --prompts cd.jsonl --nproc 8 --generate "--stop '</answer>'"
 #
-# In runs/NAME/: prompts-RRR.jsonl, rollouts-RRR.jsonl, scored-RRR.jsonl and the model round-RRR/ of each round; of these the
-# last K rounds are kept. Then test.jsonl, base.scored.jsonl, trained-RRR.scored.jsonl, eval-RRR.json, passk.png and
-# training.png. Stop it whenever you like: the same command carries on from the last finished stage.
+# In runs/NAME/, beside this script: prompts-RRR.jsonl, rollouts-RRR.jsonl, scored-RRR.jsonl and the
+# model round-RRR/ of each round; of these the last K rounds are kept. Then test.jsonl,
+# base.scored.jsonl, trained-RRR.scored.jsonl, eval-RRR.json, passk.png and training.png. All other
+# relative paths are those of the caller. stdout has a line a round and the table of Pass@k, stderr
+# what the stages say. Stop it whenever you like: the same command goes on from the last finished
+# stage. A run that goes on may be given other --rounds, --keep, --nproc and --eval-* flags.
 #
-#   --name N                run folder runs/N                                         (demo)
-#   --model DIR|HUB_ID      the base model                                            (data/tiny-countdown)
-#   --method M              ds-grpo | grpo | passk | cispo | w-reinforce              (ds-grpo)
-#   --rounds R              rounds of sampling and updating                           (8)
-#   --seed S                seed of problems, samples and shuffles                    (0)
-#   --keep K                rounds whose files are kept                               (2)
-#   --prompts FILE          training problems, taken in turn; without it fresh Countdown problems each round
-#   --prompts-per-round P   problems a round                                          (192)
-#   --n N                   samples a problem                                         (16)
-#   --temperature T         of all sampling, in training and evaluation               (1.0)
-#   --max-new-tokens L      longest completion                                        (24)
-#   --attention A           of generate.py: auto | model | shared                     (auto)
-#   --updates U             optimizer steps a round                                   (4)
-#   --lr LR                 learning rate                                             (3e-4)
-#   --eval-prompts FILE     held-out problems; without it Countdown problems of the test split
-#   --eval-problems E       how many; 0 skips the evaluation                          (300)
-#   --eval-n N              samples a held-out problem                                (64)
-#   --countdown "FLAGS"     flags for data/countdown.py, such as "--max-solutions 3"  (none)
-#   --nproc N               processes a stage, through torchrun                       (1: plain python)
+#   --name N                run folder runs/N                                 (demo)
+#   --model DIR|HUB_ID      the base model                                    (data/tiny-countdown)
+#   --method M              ds-grpo | grpo | FILE.py:NAME, as in train.py     (ds-grpo)
+#   --rounds R              rounds of sampling and updating                   (8)
+#   --seed S                seed of problems, samples and shuffles            (0)
+#   --keep K                rounds whose files are kept                       (2)
+#   --prompts FILE          training problems, shuffled anew for each pass over them;
+#                           without it fresh Countdown problems each round
+#   --prompts-per-round P   problems a round                                  (192)
+#   --n N                   samples a problem                                 (16)
+#   --temperature T         of all sampling, in training and evaluation       (1.0)
+#   --max-new-tokens L      longest completion, in tokens                     (24)
+#   --attention A           of generate.py: auto | model | shared             (auto)
+#   --updates U             optimizer steps a round                           (4)
+#   --lr LR                 learning rate                                     (3e-4)
+#   --generate "FLAGS"      more flags for generate.py                        (none)
+#   --train "FLAGS"         more flags for train.py; without it, ds-grpo on the
+#                           embedded model gets --gamma-p 0.3 --gamma-n 0.03
+#   --countdown "FLAGS"     such as "--max-solutions 3", for data/countdown.py (none)
+#   --eval-prompts FILE     held-out problems; without it Countdown's test split
+#   --eval-problems E       how many; 0 skips the evaluation                  (300)
+#   --eval-n N              samples a held-out problem                        (64)
+#   --nproc N               processes a stage, through torchrun               (1)
+#
+# Flags in quotes are split as a shell splits them: "--stop '</answer>' 'Question: '" has two texts.
+# They are checked, like all others, before anything is sampled or written.
 set -euo pipefail
-main() {  # read whole before it runs: an edit, or a git pull, in the middle of a night changes nothing
-cd "$(dirname "$0")"
 
 die() { echo "run.sh: error: $*" >&2; exit 2; }
 say() { echo "+ $*" >&2; "$@"; }
-
-name=demo model=data/tiny-countdown method=ds-grpo rounds=8 seed=0 keep=2 prompts= prompts_per_round=192 n=16 temperature=1.0
-max_new_tokens=24 updates=4 lr=3e-4 eval_prompts= eval_problems=300 eval_n=64 countdown= nproc=1 attention=auto
-while [ $# -gt 0 ]; do
-  case "$1" in
-    -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-    --suite) [ "${2:-}" = paper ] || die "--suite knows 'paper' only"; shift 2; exec python experiments/paper.py "$@" ;;
-    --name|--model|--method|--rounds|--seed|--keep|--prompts|--prompts-per-round|--n|--temperature|--max-new-tokens|--updates|--lr|--eval-prompts|--eval-problems|--eval-n|--countdown|--nproc|--attention)
-      [ $# -gt 1 ] || die "$1 needs a value"
-      key=${1#--}; printf -v "${key//-/_}" '%s' "$2"; shift 2 ;;
-    --) shift; break ;;
-    *) die "unknown flag $1 (see --help)" ;;
-  esac
-done
-for key in rounds seed keep prompts_per_round n max_new_tokens updates eval_problems eval_n nproc; do
-  [[ "${!key}" =~ ^[0-9]{1,9}$ ]] || die "--${key//_/-} must be a whole number, not '${!key}'"
-  printf -v "$key" %d "$((10#${!key}))"
-done
-[[ "$method" =~ ^(ds-grpo|grpo|passk|cispo|w-reinforce)$ ]] || die "no --method '$method' (see --help)"
-[ "$keep" -ge 1 ] && [ "$rounds" -ge 1 ] || die "--keep and --rounds must be at least 1"
 python() { command python3 "$@"; }
-command -v python3 >/dev/null || die "no python3 on the PATH"
-launch() { if [ "$nproc" -gt 1 ]; then say torchrun --standalone --nproc-per-node "$nproc" "$@"; else say python "$@"; fi; }
+launch() {  # the -- keeps argparse of Python 3.11 from taking --n for one of torchrun's flags
+  if [ "$nproc" -eq 1 ]; then say python "$@"; else
+    say torchrun --standalone --nproc-per-node "$nproc" -- "$@"
+  fi
+}
 
-if [ $# -eq 0 ] && [ "$method" = ds-grpo ] && [ "$model" = data/tiny-countdown ]; then
-  set -- --gamma-p 0.3 --gamma-n 0.03  # larger than the paper's 0.01 / 0.01, whose models are a thousand times larger; experiments/tuning.csv
-fi
+# ---- Flags ---------------------------------------------------------------------------------------
+read_flags() {
+  name=demo model=${here}data/tiny-countdown method=ds-grpo rounds=8 seed=0 keep=2
+  prompts='' prompts_per_round=192 n=16 temperature=1.0 max_new_tokens=24 attention=auto
+  updates=4 lr=3e-4 generate='' train='' countdown=''
+  eval_prompts='' eval_problems=300 eval_n=64 nproc=1
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+      --name|--model|--method|--rounds|--seed|--keep|--prompts|--prompts-per-round|--n|\
+      --temperature|--max-new-tokens|--attention|--updates|--lr|--generate|--train|--countdown|\
+      --eval-prompts|--eval-problems|--eval-n|--nproc)
+        [ $# -gt 1 ] || die "$1 needs a value"
+        key=${1#--}
+        printf -v "${key//-/_}" '%s' "$2"
+        shift 2 ;;
+      *) die "unknown flag $1 (see --help)" ;;
+    esac
+  done
+}
 
-# A run folder belongs to one set of flags; only --rounds, --keep, --nproc and what is evaluated may change when it is continued.
-dir=runs/$name
-mkdir -p "$dir"
-settings="model=$model method=$method seed=$seed prompts=$prompts prompts_per_round=$prompts_per_round n=$n temperature=$temperature"
-settings+=" max_new_tokens=$max_new_tokens attention=$attention updates=$updates lr=$lr countdown=$countdown train=$*"
-if [ -f "$dir/settings" ] && [ "$(cat "$dir/settings")" != "$settings" ]; then
-  die "$dir was begun with other flags ($(cat "$dir/settings")); choose another --name or delete it"
-fi
-echo "$settings" > "$dir/settings.new"
-mv "$dir/settings.new" "$dir/settings"
+words() {  # WHERE TEXT: the words of the text into the array `split`; nothing in it is expanded
+  local code='import shlex, sys; print(end="".join(w + "\0" for w in shlex.split(sys.argv[1])))'
+  split=()
+  [ -n "$2" ] || return 0
+  mapfile -d '' -t split < <(python -c "$code" "$2" 2> /dev/null)
+  wait $! || die "--$1: a quote in it is not closed"
+  local word
+  for word in "${split[@]}"; do
+    case "${word%%=*}" in
+      --model|--prompts|--rollouts|--out|--limit|--split|--n|--temperature|--max-new-tokens|\
+      --attention|--seed|--method|--updates|--lr|--check-flags)
+        die "--$1: ${word%%=*} is given to the stage by run.sh itself (see --help)" ;;
+    esac
+  done
+}
 
-last=0  # the last finished round
-for folder in "$dir"/round-*/; do
-  id=${folder%/} id=${id##*-}
-  if [[ "$id" =~ ^[0-9]+$ ]] && [ "$((10#$id))" -gt "$last" ]; then last=$((10#$id)); fi
-done
+check_flags() {  # everything that can be wrong with them, before the first round samples anything
+  local key
+  for key in rounds seed keep prompts_per_round n max_new_tokens updates eval_problems eval_n nproc
+  do
+    [[ "${!key}" =~ ^[0-9]{1,9}$ ]] || die "--${key//_/-} must be a whole number, not '${!key}'"
+    printf -v "$key" %d "$((10#${!key}))"
+  done
+  [ "$keep" -ge 1 ] && [ "$rounds" -ge 1 ] || die "--keep and --rounds must be at least 1"
+  for key in prompts_per_round eval_n nproc; do
+    [ "${!key}" -ge 1 ] || die "--${key//_/-} must be at least 1"
+  done
+  [[ "$name" =~ ^[^/]+$ && "$name" != .* ]] || die "--name is a folder's name in runs/, not '$name'"
+  [[ "$method" =~ ^(ds-grpo|grpo|passk|cispo|w-reinforce|.+\.py:.+)$ ]] ||
+    die "no --method '$method' (see --help)"
+  for key in prompts eval_prompts; do
+    [ -z "${!key}" ] || [ -f "${!key}" ] || die "--${key//_/-}: no file ${!key}"
+  done
+  command -v python3 > /dev/null || die "no python3 on the PATH"
+  [ "$nproc" -eq 1 ] || command -v torchrun > /dev/null || die "--nproc: no torchrun on the PATH"
+
+  if [ -z "$train" ] && [ "$method" = ds-grpo ] && [ "$(recorded "$model")" = data/tiny-countdown ]
+  then  # larger than the paper's 0.01 / 0.01 for models a thousand times larger; see tuning.csv
+    train="--gamma-p 0.3 --gamma-n 0.03"
+  fi
+  words generate "$generate"
+  sampling=(--temperature "$temperature" --max-new-tokens "$max_new_tokens")
+  sampling+=(--attention "$attention" "${split[@]}")
+  words train "$train"
+  updating=(--method "$method" --updates "$updates" --lr "$lr" --seed "$seed" "${split[@]}")
+  words countdown "$countdown"
+  problems=("${split[@]}")
+  python "${here}generate.py" --model . --prompts . --out . --n "$n" "${sampling[@]}" --check-flags
+  python "${here}train.py" --model . --rollouts . --out . "${updating[@]}" --check-flags
+  python "${here}data/countdown.py" --out . "${problems[@]}" --check-flags
+}
+
+recorded() {  # a path as the settings spell it: the same for any caller; a Hub id as it is
+  local path=$1
+  [ ! -e "$path" ] || path=$(cd "$(dirname -- "$path")" && pwd)/$(basename -- "$path")
+  echo "${path#"$(cd "$here." && pwd)/"}"
+}
+
+claim_folder() {  # a run folder belongs to one set of flags
+  local key value settings other
+  settings=$(
+    for key in model method seed prompts prompts_per_round n temperature max_new_tokens attention \
+        updates lr generate train countdown; do
+      value=${!key}
+      case "$key" in
+        model|prompts) value=$(recorded "$value") ;;
+        method) [ "$value" = "${value#*:}" ] || value=$(recorded "${value%:*}"):${value##*:} ;;
+      esac
+      printf '%s=%s\n' "$key" "${value//$'\n'/\\n}"
+    done)
+  mkdir -p "$dir"
+  if [ -s "$dir/settings" ]; then
+    other=$(grep -vxFf <(echo "$settings") "$dir/settings" | tr '\n' ' ') || true
+    [ -z "$other" ] ||
+      die "$dir was begun with other flags (${other% }); choose another --name or delete it"
+  else
+    echo "$settings" > "$dir/settings.new"
+    sync "$dir/settings.new"
+    mv "$dir/settings.new" "$dir/settings"
+  fi
+}
+
+# ---- Rounds --------------------------------------------------------------------------------------
+round_path() { if [ "$1" -eq 0 ]; then echo "$model"; else printf '%s/round-%03d' "$dir" "$1"; fi; }
+
+last_round() {  # the last finished one
+  local folder id last=0
+  for folder in "$dir"/round-*/; do
+    id=${folder%/} id=${id##*-}
+    if [[ "$id" =~ ^[0-9]+$ ]] && [ "$((10#$id))" -gt "$last" ]; then last=$((10#$id)); fi
+  done
+  echo "$last"
+}
+
 prune() {  # keep the last K rounds up to $1; what a killed run did not get to remove goes, too
   local path id
   for path in "$dir"/{prompts,rollouts,scored,round}-[0-9]*; do
@@ -88,45 +173,120 @@ prune() {  # keep the last K rounds up to $1; what a killed run did not get to r
     if [[ "$id" =~ ^[0-9]+$ ]] && [ "$((10#$id))" -le "$(($1 - keep))" ]; then rm -rf "$path"; fi
   done
 }
-prune "$last"
-round_path() { if [ "$1" -eq 0 ]; then echo "$model"; else printf '%s/round-%03d' "$dir" "$1"; fi; }
 
-for ((round = last + 1; round <= rounds; round++)); do
-  id=$(printf %03d "$round")
-  echo "== $name: round $round of $rounds" >&2
-  if [ -n "$prompts" ]; then  # the next P lines of the file, around its end
-    awk -v from="$(((round - 1) * prompts_per_round))" -v count="$prompts_per_round" \
-      '{ line[NR - 1] = $0 } END { for (i = 0; i < count && i < NR; i++) print line[(from + i) % NR] }' "$prompts" > "$dir/prompts-$id.new"
-    mv "$dir/prompts-$id.new" "$dir/prompts-$id.jsonl"
-  else
-    # shellcheck disable=SC2086
-    say python data/countdown.py --out "$dir/prompts-$id.jsonl" --n "$prompts_per_round" --seed $((seed * 100000 + round)) --split train $countdown
-  fi
-  launch generate.py --model "$(round_path $((round - 1)))" --prompts "$dir/prompts-$id.jsonl" --out "$dir/rollouts-$id.jsonl" --n "$n" \
-    --temperature "$temperature" --max-new-tokens "$max_new_tokens" --attention "$attention" --seed $((seed * 100000 + round))
-  say python score.py "$dir/rollouts-$id.jsonl" --out "$dir/scored-$id.jsonl"
-  launch train.py --model "$(round_path $((round - 1)))" --rollouts "$dir/scored-$id.jsonl" --out "$dir/round-$id" --method "$method" \
-    --updates "$updates" --lr "$lr" --seed "$seed" "$@"
-  prune "$round"
-done
-
-if [ "$eval_problems" -gt 0 ]; then
-  if [ -n "$eval_prompts" ]; then test=$eval_prompts; else
-    test=$dir/test.jsonl
-    # shellcheck disable=SC2086
-    say python data/countdown.py --out "$test" --n "$eval_problems" --seed 1 --split test $countdown
-  fi
-  trained=trained-$(printf %03d "$rounds")
-  for which in base "$trained"; do
-    if [ "$which" = base ]; then path=$model; else path=$(round_path "$rounds"); fi
-    launch generate.py --model "$path" --prompts "$test" --limit "$eval_problems" --out "$dir/$which.rollouts.jsonl" --n "$eval_n" \
-      --temperature "$temperature" --max-new-tokens "$max_new_tokens" --attention "$attention" --seed 1
-    say python score.py "$dir/$which.rollouts.jsonl" --out "$dir/$which.scored.jsonl"
-  done
-  say python evaluate.py "$dir/base.scored.jsonl" "$dir/$trained.scored.jsonl" --names base "$method" \
-    --out "$dir/eval-${trained#*-}.json" --plot "$dir/passk.png"
-  say python evaluate.py --training "$dir" --plot "$dir/training.png"
-  echo "$dir: eval-${trained#*-}.json, passk.png and training.png are there" >&2
-fi
+sample_and_score() {  # MODEL PROMPTS N SEED ROLLOUTS SCORED, and more flags of generate.py
+  local began=$SECONDS
+  launch "${here}generate.py" --model "$1" --prompts "$2" --out "$5" --n "$3" --seed "$4" \
+    "${sampling[@]}" "${@:7}"
+  sampled=$((SECONDS - began)) began=$SECONDS
+  say python "${here}score.py" "$5" --out "$6" > /dev/null
+  verified=$((SECONDS - began))
 }
-main "$@"
+
+one_round() {
+  local id before seed_of_round=$((seed * 100000 + $1)) began
+  id=$(printf %03d "$1") before=$(round_path $(($1 - 1)))
+  if [ -n "$prompts" ]; then
+    say python "${here}data/shuffle.py" --input "$prompts" --out "$dir/prompts-$id.jsonl" \
+      --n "$prompts_per_round" --round "$1" --seed "$seed" > /dev/null
+  else
+    say python "${here}data/countdown.py" --out "$dir/prompts-$id.jsonl" --split train \
+      --n "$prompts_per_round" --seed "$seed_of_round" "${problems[@]}" > /dev/null
+  fi
+  sample_and_score "$before" "$dir/prompts-$id.jsonl" "$n" "$seed_of_round" \
+    "$dir/rollouts-$id.jsonl" "$dir/scored-$id.jsonl"
+  began=$SECONDS
+  launch "${here}train.py" --model "$before" --rollouts "$dir/scored-$id.jsonl" \
+    --out "$dir/round-$id" "${updating[@]}"
+  tell "$1" "$dir/round-$id/metrics.jsonl" "$sampled" "$verified" $((SECONDS - began))
+}
+
+tell() {  # ROUND METRICS SECONDS..: a line on stdout, the means over the round's updates
+  python - "$updates" "$@" << 'END'
+import json
+import sys
+
+updates, number, path, *seconds = sys.argv[1:]
+with open(path, encoding="utf-8") as file:
+    rows = [json.loads(line) for line in file][-int(updates):]
+means = [sum(row[key] for row in rows) / len(rows)
+         for key in ("pass@1", "entropy", "completion_len", "truncated_frac")]
+print("{:5}  {:6.3f}  {:7.3f}  {:6.1f}  {:9.3f}  {:>7}  {:>7}  {:>7}".format(
+    int(number), *means, *(f"{second} s" for second in seconds)), flush=True)
+END
+}
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+set_aside() {  # an evaluation with other --eval-* flags keeps its files, in a folder of its own
+  local label path old
+  label=$(recorded "${eval_prompts:-test}")
+  label=${label//\//_}-${eval_problems}x$eval_n
+  if [ -s "$dir/evaluation" ] && [ "$(cat "$dir/evaluation")" != "$label" ]; then
+    old=$dir/evaluation-$(cat "$dir/evaluation")
+    echo "$dir: the evaluation with other flags goes to $old" >&2
+    rm -rf "$dir"/*.rollouts.jsonl.partial "$dir"/*.scored.jsonl.partial
+    mkdir -p "$old"
+    for path in "$dir"/{test.jsonl,base.,trained-,eval-,passk.png}*; do
+      [ ! -e "$path" ] || mv -f "$path" "$old/"
+    done
+  fi
+  echo "$label" > "$dir/evaluation.new"
+  mv "$dir/evaluation.new" "$dir/evaluation"
+}
+
+evaluate() {
+  local test=$eval_prompts id which path
+  id=$(printf %03d "$rounds")
+  if [ -z "$test" ]; then
+    test=$dir/test.jsonl
+    say python "${here}data/countdown.py" --out "$test" --n "$eval_problems" --seed 1 --split test \
+      "${problems[@]}" > /dev/null
+  fi
+  for which in base "trained-$id"; do
+    path=$model
+    [ "$which" = base ] || path=$(round_path "$rounds")
+    if [ "$which" != base ] && [ ! -d "$path" ] && [ -e "$dir/$which.scored.jsonl" ]; then
+      continue  # the model is pruned, what is asked of it is there
+    fi
+    sample_and_score "$path" "$test" "$eval_n" 1 \
+      "$dir/$which.rollouts.jsonl" "$dir/$which.scored.jsonl" --limit "$eval_problems"
+  done
+  say python "${here}evaluate.py" "$dir/base.scored.jsonl" "$dir/trained-$id.scored.jsonl" \
+    --names base "${method##*:}" --out "$dir/eval-$id.json" --plot "$dir/passk.png"
+  say python "${here}evaluate.py" --training "$dir" --plot "$dir/training.png"
+  echo "$dir: eval-$id.json, passk.png and training.png are there" >&2
+}
+
+main() {
+  local last round
+  here=$(dirname -- "$0")/
+  here=${here#./}  # nothing in the repository itself, so that paths stay short
+  read_flags "$@"
+  check_flags
+  dir=${here}runs/$name
+  claim_folder
+  last=$(last_round)
+  if [ "$rounds" -lt "$last" ]; then
+    [ "$eval_problems" -eq 0 ] || [ -d "$(round_path "$rounds")" ] ||
+      [ -e "$dir/trained-$(printf %03d "$rounds").scored.jsonl" ] ||
+      die "round $rounds of $last in $dir was pruned, its model is gone; evaluate with" \
+        "--rounds $last, or train again with another --name and a larger --keep"
+  else
+    prune "$last"
+  fi
+  if [ "$rounds" -gt "$last" ]; then
+    echo "round  Pass@1  entropy  length  truncated   sample   verify   update"
+  fi
+  for ((round = last + 1; round <= rounds; round++)); do
+    echo "== $name: round $round of $rounds" >&2
+    one_round "$round"
+    prune "$round"
+  done
+  if [ "$eval_problems" -gt 0 ]; then
+    set_aside
+    evaluate
+  fi
+}
+
+# Read whole before anything runs: an edit, or a git pull, in the middle of a night changes nothing.
+main "$@"; exit

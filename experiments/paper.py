@@ -1,10 +1,10 @@
 """The README's experiment: every arm, several seeds, two distributions, from the embedded model on two CPU cores.
 
-    bash run.sh --suite paper                                # tuning, then all reported runs; stop and restart it as you like
-    bash run.sh --suite paper --arms grpo --seeds 7          # one arm with a new seed: one more row
-    bash run.sh --suite paper --arms grpo --seeds 3 --check  # the same again, compared with the table instead of added to it
-    bash run.sh --suite paper --list                         # what is done and what is left
-    bash run.sh --suite paper --rounds 40 --tables experiments/long --arms grpo ds-token --seeds 1 2 3 --distributions main    # a longer one
+    python experiments/paper.py                                # tuning, then all reported runs; stop and restart it as you like
+    python experiments/paper.py --arms grpo --seeds 7          # one arm with a new seed: one more row
+    python experiments/paper.py --arms grpo --seeds 3 --check  # the same again, compared with the table instead of added to it
+    python experiments/paper.py --list                         # what is done and what is left
+    python experiments/paper.py --rounds 40 --tables experiments/long --arms grpo ds-token --seeds 1 2 3 --distributions main    # a longer one
 
 Every arm has the same rollouts and updates: --rounds rounds of 192 problems x 16 samples, 4 updates each. What is tuned is tuned
 on the tune split with seed 100 (experiments/tuning.csv: everything that was tried) by one rule, fixed beforehand: the learning rate is

@@ -184,7 +184,7 @@ def test_a_run_of_the_suite_is_a_run_of_run_sh(tmp_path, monkeypatch):
         here = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = json.loads(subprocess.run([sys.executable, "-c", code], cwd=paper.ROOT, env=here, check=True, capture_output=True, text=True).stdout)
         subprocess.run(["bash", "run.sh", "--name", name + "-sh", "--rounds", "2", "--seed", "1", "--lr", "2e-4", "--eval-problems", "0", "--attention", "model",
-                        "--", *flags.split()[2:]], cwd=paper.ROOT, env=here, check=True, capture_output=True)
+                        "--train", flags.partition("ds-grpo ")[2]], cwd=paper.ROOT, env=here, check=True, capture_output=True)
         for file in ("model.safetensors", "optimizer.safetensors"):
             one, two = (open(os.path.join(paper.ROOT, "runs", folder, "round-002", file), "rb").read() for folder in (name, name + "-sh"))
             assert one == two

@@ -1,7 +1,8 @@
 """run.sh: its flags, resuming after a kill between any two commands, and what it keeps on disk.
 
-Every stage is real; only python3 is a stand-in that has it forked from a warm process (see crash.py), with a tiny random
-model. With KILL set, python3 and rm kill run.sh the first time that they have run for it with these arguments.
+Every stage is real; only python3 is a stand-in that has it forked from a warm process (see
+crash.py), with a tiny random model. With KILL set, python3, rm and mv kill run.sh the first time
+that they have run for it with these arguments.
 """
 import json
 import os
@@ -12,9 +13,10 @@ import sys
 import pytest
 
 import crash
+from data import shuffle
 
-TINY = ("--prompts-per-round 6 --n 4 --max-new-tokens 8 --updates 2 --eval-problems 6 --eval-n 4 --countdown --numbers=3 --rounds 2 "
-        "--keep 1").split()
+TINY = ("--prompts-per-round 6 --n 4 --max-new-tokens 8 --updates 2 --eval-problems 6 --eval-n 4 "
+        "--countdown --numbers=3 --rounds 2 --keep 1").split()
 
 
 @pytest.fixture(scope="module")
@@ -27,28 +29,38 @@ class Loop:
 
     def __init__(self, folder, warm):
         self.folder, self.bin, self.marks = folder, folder / "bin", folder / "marks"
-        for name in ("run.sh", "generate.py", "score.py", "train.py", "evaluate.py", "data", "kernels", "experiments"):
+        for name in ("run.sh", "generate.py", "score.py", "train.py", "evaluate.py", "data",
+                     "kernels", "experiments"):
             (folder / name).symlink_to(os.path.join(crash.ROOT, name))
         (folder / "base").symlink_to(warm.base)
         self.bin.mkdir()
         self.marks.mkdir()
-        dies = ('[ -z "$KILL" ] || { mark=$KILL/$(echo "$0 $*" | cksum | tr " " -); [ -e "$mark" ] || { : > "$mark"; '
-                'kill -9 $PPID; }; }\n')
-        self.write("python3", f'"{sys.executable}" -S -E "{crash.__file__}" --ask "{warm.path}" "$@"\ncode=$?\n{dies}exit $code\n')
-        self.write("rm", f'/bin/rm "$@"\n{dies}')
+        dies = ('[ -z "$KILL" ] || { mark=$KILL/$(echo "$0 $*" | cksum | tr " " -); '
+                '[ -e "$mark" ] || { : > "$mark"; kill -9 $PPID; }; }\n')
+        python = f'"{sys.executable}" -S -E'
+        self.write("python3", f'case "$1" in\n-|-c) {python} "$@" ;;\n'
+                   f'*) {python} "{crash.__file__}" --ask "{warm.path}" "$@" ;;\nesac\n'
+                   f'code=$?\n{dies}exit $code\n')
+        for name in ("rm", "mv"):
+            self.write(name, f'/bin/{name} "$@"\n{dies}')
 
     def write(self, name, text):
         (self.bin / name).write_text("#!/bin/bash\n" + text)
         (self.bin / name).chmod(0o755)
 
-    def __call__(self, *flags, kill=False):
-        environment = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}", "KILL": str(self.marks) if kill else ""}
-        done = subprocess.run(["bash", "run.sh", "--model", "base", *flags], cwd=self.folder, env=environment,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    def __call__(self, *flags, kill=False, script="run.sh", cwd=None):
+        """(exit code, stderr) of run.sh; what it wrote to stdout is in `out`."""
+        environment = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}",
+                       "KILL": str(self.marks) if kill else ""}
+        model = [] if "--model" in flags else ["--model", "base"]
+        done = subprocess.run(["bash", script, *model, *flags], cwd=cwd or self.folder,
+                              env=environment, capture_output=True, text=True)
+        self.out = done.stdout
         return done.returncode, done.stderr
 
     def files(self, name="demo"):
-        """Everything in runs/NAME, as crash.content; of a meta, without the digests, into which the timings in metrics.jsonl go."""
+        """Everything in runs/NAME, as crash.content; of a meta, without the digests, into which the
+        timings in metrics.jsonl go."""
         found = crash.content(str(self.folder / "runs" / name))
         for path, data in found.items():
             if path.strip("/").endswith(".meta.json"):
@@ -70,35 +82,78 @@ def undisturbed(tmp_path_factory, warm):
 
 
 def test_help_names_every_flag_and_needs_no_python(tmp_path):
-    done = subprocess.run(["/bin/bash", os.path.join(crash.ROOT, "run.sh"), "--help"], capture_output=True, text=True, cwd=tmp_path)
-    with open(os.path.join(crash.ROOT, "run.sh"), encoding="utf-8") as file:
-        flags = re.findall(r"--[a-z-]+", next(line for line in file if line.startswith("    --name|")))
-    assert done.returncode == 0 and not done.stderr and len(flags) > 15
+    script = os.path.join(crash.ROOT, "run.sh")
+    done = subprocess.run(["/bin/bash", script, "--help"], capture_output=True, text=True,
+                          cwd=tmp_path, env={"PATH": "/nowhere:/bin"})
+    with open(script, encoding="utf-8") as file:
+        case = re.search(r"^ *--name\|.*?\)", file.read(), re.M | re.S)[0]
+    flags = re.findall(r"--[a-z-]+", case)
+    assert done.returncode == 0 and not done.stderr and len(flags) > 20
     assert all(re.search(rf"^  {flag} ", done.stdout, re.M) for flag in flags)
 
 
 @pytest.mark.parametrize("flags, told", [
-    (["--epochs", "3"], "unknown flag --epochs (see --help)"), (["--rounds"], "--rounds needs a value"),
-    (["demo"], "unknown flag demo (see --help)"), (["--suite", "other"], "--suite knows 'paper' only"),
-    *((["--" + flag, value], f"--{flag} must be a whole number, not '{value}'")
-      for flag, value in (("rounds", "x"), ("n", "-1"), ("seed", "1.5"), ("keep", ""), ("updates", "1e3"), ("nproc", "9" * 20), ("n", "1 2"))),
-    (["--keep", "0"], "--keep and --rounds must be at least 1"), (["--rounds", "0"], "--keep and --rounds must be at least 1"),
-    (["--method", "ppo"], "no --method 'ppo' (see --help)"), (["--method", "grpo passk"], "no --method 'grpo passk' (see --help)"),
+    (["--epochs", "3"], "unknown flag --epochs (see --help)"),
+    (["--rounds"], "--rounds needs a value"),
+    (["demo"], "unknown flag demo (see --help)"),
+    (["--suite", "paper"], "unknown flag --suite (see --help)"),
+    (["--rounds", "x"], "--rounds must be a whole number, not 'x'"),
+    (["--n", "-1"], "--n must be a whole number, not '-1'"),
+    (["--n", "1 2"], "--n must be a whole number, not '1 2'"),
+    (["--seed", "1.5"], "--seed must be a whole number, not '1.5'"),
+    (["--keep", ""], "--keep must be a whole number, not ''"),
+    (["--updates", "1e3"], "--updates must be a whole number, not '1e3'"),
+    (["--nproc", "9" * 20], f"--nproc must be a whole number, not '{'9' * 20}'"),
+    (["--keep", "0"], "--keep and --rounds must be at least 1"),
+    (["--rounds", "0"], "--keep and --rounds must be at least 1"),
+    (["--eval-n", "0"], "--eval-n must be at least 1"),
+    (["--method", "ppo"], "no --method 'ppo' (see --help)"),
+    (["--method", "grpo passk"], "no --method 'grpo passk' (see --help)"),
+    (["--name", "../x"], "--name is a folder's name in runs/, not '../x'"),
+    (["--name", ".."], "--name is a folder's name in runs/, not '..'"),
+    (["--name", ""], "--name is a folder's name in runs/, not ''"),
+    (["--prompts", "gone.jsonl"], "--prompts: no file gone.jsonl"),
+    (["--eval-prompts", "data"], "--eval-prompts: no file data"),
+    (["--generate", "--stop 'a"], "--generate: a quote in it is not closed"),
+    (["--generate", "--n 4"],
+     "--generate: --n is given to the stage by run.sh itself (see --help)"),
+    (["--train", "--clip-low 0.1 --updates=3"],
+     "--train: --updates is given to the stage by run.sh itself (see --help)"),
 ])
 def test_wrong_flags_end_with_one_line_before_anything_is_made(loop, flags, told):
     assert loop(*flags) == (2, f"run.sh: error: {told}\n") and not (loop.folder / "runs").exists()
 
 
+@pytest.mark.parametrize("flags, told", [
+    (["--generate", "--stopp x"], "generate.py: error: unrecognized arguments: --stopp x"),
+    (["--generate", "--top-p 2"], "generate.py: error: --top-p must be above 0 and at most 1"),
+    (["--attention", "fast"], "generate.py: error: argument --attention: invalid choice: 'fast'"),
+    (["--max-new-tokens", "0"], "generate.py: error: --max-new-tokens must be"),
+    (["--train", "--gama-p 0.1"], "train.py: error: unrecognized arguments: --gama-p 0.1"),
+    (["--train", "--kl-coef 0.1"], "train.py: error: --kl-coef and --ref-model go together"),
+    (["--lr", "fast"], "train.py: error: argument --lr: invalid float value: 'fast'"),
+    (["--updates", "0"], "train.py: error: --updates must be at least 1"),
+    (["--countdown", "--numbers four"], "countdown.py: error: argument --numbers: invalid"),
+])
+def test_flags_of_the_stages_are_checked_before_anything_is_made(loop, flags, told):
+    code, err = loop(*TINY, *flags)
+    assert code == 2 and err.count("\n") == 1 and err.startswith(told)
+    assert not (loop.folder / "runs").exists()  # the name is free for the command without the typo
+
+
 def test_what_a_stage_refuses_ends_the_loop_with_its_line(loop):
     code, err = loop(*TINY, "--name", "hot", "--temperature", "warm")
-    assert code == 2 and err.splitlines()[-1].startswith("generate.py: error: argument --temperature: invalid float value: 'warm'")
+    assert code == 2 and err.splitlines()[-1].startswith(
+        "generate.py: error: argument --temperature: invalid float value: 'warm'")
 
 
 def test_a_finished_run_is_whole_and_started_again_makes_nothing_new(undisturbed):
     files = undisturbed.files()
-    assert {"eval-002.json", "passk.png", "training.png", "trained-002.scored.jsonl", "round-002/model.safetensors"} <= files.keys()
+    assert {"eval-002.json", "passk.png", "training.png", "trained-002.scored.jsonl",
+            "round-002/model.safetensors"} <= files.keys()
     assert [row["step"] for row in files["round-002/metrics.jsonl"]] == [1, 2, 3, 4]
-    assert {run["name"] for run in json.loads(files["eval-002.json"])["runs"]} == {"base", "ds-grpo"}
+    runs = json.loads(files["eval-002.json"])["runs"]
+    assert {run["name"] for run in runs} == {"base", "ds-grpo"}
     model = undisturbed.folder / "runs/demo/round-002/model.safetensors"
     before = model.stat().st_mtime_ns
     code, err = undisturbed(*TINY)
@@ -110,15 +165,30 @@ def test_killed_after_every_command_it_ends_with_the_same_files(loop, undisturbe
     kills = 0
     while (end := loop(*TINY, kill=True))[0] == -9:
         kills += 1
-    assert end[0] == 0 and end[1].count("error") == 0 and kills >= 20  # 15 starts of stages, and the removals of round 1
+    assert end[0] == 0 and end[1].count("error") == 0
+    assert kills >= 26  # 3 checks, 15 stages, 2 lines, 2 records, and the removals of round 1
     assert loop.files() == undisturbed.files()
+
+
+def test_killed_while_an_evaluation_is_set_aside_it_loses_nothing(loop, undisturbed):
+    assert loop(*TINY)[0] == 0
+    flags, kills = [*TINY, "--eval-n", "2"], 0
+    while (end := loop(*flags, kill=True))[0] == -9:
+        kills += 1
+    aside = {path.removeprefix("evaluation-test-6x4/"): data for path, data in loop.files().items()
+             if path.startswith("evaluation-test-6x4/")}
+    assert end[0] == 0 and kills >= 20 and len(aside) > 10
+    assert aside == {path: undisturbed.files()[path] for path in aside}
 
 
 def test_other_flags_are_refused_and_change_nothing(undisturbed):
     files = undisturbed.files()
-    for flags in (["--seed", "1"], ["--lr", "1e-3"], ["--method", "grpo"], ["--n", "2"], ["--", "--gamma-p", "0.5"]):
+    for flags in (["--seed", "1"], ["--lr", "1e-3"], ["--method", "grpo"], ["--n", "2"],
+                  ["--train", "--gamma-p 0.5"], ["--generate", "--stop 9"]):
         code, err = undisturbed(*TINY, *flags)
-        assert code == 2 and err.count("\n") == 1 and err.startswith("run.sh: error: runs/demo was begun with other flags")
+        assert code == 2 and err.count("\n") == 1
+        assert err.startswith("run.sh: error: runs/demo was begun with other flags")
+        assert all(flag.lstrip("-").split()[0].replace("-", "_") in err for flag in flags[:1])
     assert undisturbed.files() == files
 
 
@@ -126,11 +196,13 @@ def test_keep_bounds_the_disk_also_when_it_changes_and_past_round_999(loop):
     quick = [*TINY, "--eval-problems", "0"]
 
     def kept():
-        return sorted(path.name for path in (loop.folder / "runs/demo").iterdir() if re.match(r"(prompts|rollouts|scored|round)-", path.name))
+        return sorted(path.name for path in (loop.folder / "runs/demo").iterdir()
+                      if re.match(r"(prompts|rollouts|scored|round)-", path.name))
 
     def names(*rounds):
         return sorted(f"{name}{end}" for number in rounds for name in (f"round-{number}", *(
-            f"{kind}-{number}.jsonl" for kind in ("prompts", "rollouts", "scored"))) for end in ("", ".meta.json"))
+            f"{kind}-{number}.jsonl" for kind in ("prompts", "rollouts", "scored")))
+            for end in ("", ".meta.json"))
 
     assert loop(*quick, "--keep", "2", "--rounds", "3")[0] == 0 and kept() == names("002", "003")
     for path in list((loop.folder / "runs/demo").iterdir()):  # a run that has come to round 1000
@@ -138,13 +210,156 @@ def test_keep_bounds_the_disk_also_when_it_changes_and_past_round_999(loop):
     assert loop(*quick, "--keep", "1", "--rounds", "1001")[0] == 0 and kept() == names("1001")
 
 
-def test_prompts_of_a_file_are_taken_in_turn(loop):
-    with open(loop.folder / "mine.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"id": f"../{i}", "task": "countdown", "prompt": f"1 {i}={1 + i}:", "numbers": [1, i], "target": 1 + i,
-                                    "n_solutions": 1}) + "\n" for i in range(5))
-    code, err = loop(*TINY, "--eval-problems", "0", "--keep", "2", "--prompts", "mine.jsonl", "--prompts-per-round", "3")
+def write_problems(path, count):
+    with open(path, "w", encoding="utf-8-sig") as file:  # with a BOM
+        file.writelines(json.dumps({
+            "id": f"../{i}", "task": "countdown", "prompt": f"1 {i}={1 + i}:", "numbers": [1, i],
+            "target": 1 + i, "n_solutions": 1}) + "\n" for i in range(count))
+
+
+def test_prompts_of_a_file_are_taken_in_turn_shuffled_anew_each_pass(loop):
+    write_problems(loop.folder / "seed=1 mine.jsonl", 5)
+    code, err = loop(*TINY, "--eval-problems", "0", "--keep", "9", "--rounds", "5",
+                     "--prompts", "seed=1 mine.jsonl", "--prompts-per-round", "3")
     files = loop.files()
-    asked = [[json.loads(line)["id"] for line in files[f"prompts-00{number}.jsonl"].splitlines()] for number in (1, 2)]
-    assert code == 0 and asked == [["../0", "../1", "../2"], ["../3", "../4", "../0"]]
-    assert sorted(os.listdir(loop.folder)) == sorted(["experiments", "base", "bin", "data", "evaluate.py", "generate.py", "kernels", "marks",
-                                                      "mine.jsonl", "run.sh", "runs", "score.py", "train.py"])  # an id is no file name
+    assert code == 0, err
+    asked = [[json.loads(line)["id"] for line in files[f"prompts-00{number}.jsonl"].splitlines()]
+             for number in range(1, 6)]
+    every = [f"../{i}" for i in range(5)]
+    one, two, three = (sum(asked, [])[start:start + 5] for start in (0, 5, 10))
+    assert sorted(one) == sorted(two) == sorted(three) == every
+    assert len({tuple(one), tuple(two), tuple(three), tuple(every)}) == 4
+    assert all(len(set(ids)) == 3 for ids in asked)
+    assert sorted(os.listdir(loop.folder)) == sorted([
+        "experiments", "base", "bin", "data", "evaluate.py", "generate.py", "kernels", "marks",
+        "seed=1 mine.jsonl", "run.sh", "runs", "score.py", "train.py"])  # an id is no file name
+    assert loop(*TINY, "--eval-problems", "0", "--rounds", "5", "--prompts", "seed=1 mine.jsonl",
+                "--prompts-per-round", "3", "--seed", "2", "--name", "two", "--keep", "9")[0] == 0
+    assert loop.files("two")["prompts-001.jsonl"] != files["prompts-001.jsonl"]
+
+
+def test_a_line_a_round_on_stdout(loop):
+    assert loop(*TINY, "--keep", "2")[0] == 0
+    head, one, two, *table = loop.out.splitlines()
+    assert head.split() == "round Pass@1 entropy length truncated sample verify update".split()
+    updates = loop.files()["round-002/metrics.jsonl"]
+    for line, rows, number in ((one, updates[:2], "1"), (two, updates[2:], "2")):
+        told, mean = line.split(), lambda key: sum(row[key] for row in rows) / 2
+        assert told[0] == number and len(line) <= 80 and line.count(" s") == 3
+        assert told[1:5] == [f"{mean('pass@1'):.3f}", f"{mean('entropy'):.3f}",
+                             f"{mean('completion_len'):.1f}", f"{mean('truncated_frac'):.3f}"]
+    assert table[0].startswith("6 problems, n 4") and not any("no_answer" in line for line in table)
+    assert loop(*TINY, "--keep", "2")[0] == 0
+    assert loop.out.splitlines() == table  # nothing is told of rounds that were there
+
+
+def test_flags_for_generate_and_train_reach_them_and_are_recorded(loop):
+    extra = ["--generate", "--stop '9 9' $HOME* --max-batch-tokens 100", "--train", "--gamma-p 0.5"]
+    code, err = loop(*TINY, "--eval-problems", "0", "--rounds", "1", *extra)
+    assert code == 0, err
+    files = loop.files()
+    flags = files["rollouts-001.jsonl.meta.json"]["flags"]
+    assert flags["stop"] == ["9 9", "$HOME*"] and flags["max_batch_tokens"] == 100
+    assert files["round-001.meta.json"]["flags"]["gamma_p"] == 0.5
+    with open(loop.folder / "runs/demo/settings", encoding="utf-8") as file:
+        settings = file.read().splitlines()
+    assert f"generate={extra[1]}" in settings and f"train={extra[3]}" in settings
+    assert "model=base" in settings and len(settings) == 14
+
+
+def test_a_settings_file_that_a_power_cut_emptied_locks_nobody_out(loop):
+    quick = [*TINY, "--eval-problems", "0", "--rounds", "1"]
+    assert loop(*quick)[0] == 0
+    settings = loop.folder / "runs/demo/settings"
+    before = settings.read_text()
+    settings.write_text("")
+    assert loop(*quick)[0] == 0 and settings.read_text() == before
+
+
+def test_evaluation_flags_may_change_and_no_result_is_lost(loop):
+    assert loop(*TINY)[0] == 0
+    before = loop.files()
+    code, err = loop(*TINY, "--eval-n", "2", "--eval-problems", "5")
+    assert code == 0 and "evaluation-test-6x4" in err, err
+    after, settings = loop.files(), ("settings", "evaluation")
+    report = json.loads(after["eval-002.json"])["runs"][1]
+    assert report["n"] == 2 and report["problems"] == 5
+    moved = {path for path in before
+             if path.startswith(("test", "base", "trained", "eval-", "passk"))}
+    assert len(moved) > 10
+    assert {path.removeprefix("evaluation-test-6x4/"): data for path, data in after.items()
+            if path.startswith("evaluation-test-6x4/")} == {path: before[path] for path in moved}
+    assert all(after[path] == data for path, data in before.items()
+               if path not in moved and path not in settings)
+    write_problems(loop.folder / "held.jsonl", 4)
+    code, err = loop(*TINY, "--eval-prompts", "held.jsonl")
+    assert code == 0, err
+    assert json.loads(loop.files()["eval-002.json"])["runs"][0]["problems"] == 4
+
+
+def test_fewer_rounds_than_are_there_and_a_pruned_one(loop):
+    assert loop(*TINY, "--keep", "2", "--rounds", "3", "--eval-problems", "0")[0] == 0
+    code, err = loop(*TINY, "--keep", "1", "--rounds", "2")
+    files = loop.files()
+    assert code == 0 and "train.py" not in err, err
+    assert "eval-002.json" in files and "round-003/config.json" in files  # nothing is taken away
+    code, err = loop(*TINY, "--keep", "1", "--rounds", "1")
+    assert code == 2 and loop.files() == files
+    assert err == (
+        "run.sh: error: round 1 of 3 in runs/demo was pruned, its model is gone; evaluate with "
+        "--rounds 3, or train again with another --name and a larger --keep\n")
+    assert loop(*TINY, "--keep", "1", "--rounds", "3")[0] == 0
+    code, err = loop(*TINY, "--keep", "1", "--rounds", "2")  # pruned by now, but evaluated before
+    assert code == 0 and loop.files()["eval-002.json"] == files["eval-002.json"], err
+
+
+def test_the_same_run_from_anywhere_and_with_a_slash_at_the_models_end(loop):
+    (loop.folder / "caller/models").mkdir(parents=True)
+    (loop.folder / "caller/models/mine").symlink_to(loop.folder / "base")
+    write_problems(loop.folder / "caller/train.jsonl", 6)
+    quick = [*TINY, "--eval-problems", "0", "--rounds", "1"]
+    here = [*quick, "--model", "models/mine/", "--prompts", "train.jsonl"]
+    for script in ("../run.sh", str(loop.folder / "run.sh")):
+        code, err = loop(*here, script=script, cwd=loop.folder / "caller")
+        assert code == 0, err
+    files = loop.files()
+    assert not (loop.folder / "caller/runs").exists() and "round-001/config.json" in files
+    code, err = loop(*quick, "--model", "caller/models/mine", "--prompts", "caller/train.jsonl")
+    assert code == 0 and loop.files() == files, err
+    code, err = loop(*quick, "--model", "base", "--prompts", "caller/train.jsonl")
+    assert code == 2 and "(model=caller/models/mine)" in err
+
+
+def test_two_processes_under_torchrun(loop):
+    """With --n, which argparse of Python 3.11 would take for one of torchrun's flags."""
+    flags = [*TINY, "--rounds", "1", "--eval-problems", "0"]
+    code, err = loop(*flags, "--nproc", "2")
+    assert code == 0, err
+    assert loop.files()["round-001.meta.json"]["world_size"] == 2
+    rollouts = loop.files()["rollouts-001.jsonl"]
+    assert loop(*flags, "--name", "one")[0] == 0
+    assert loop.files("one")["rollouts-001.jsonl"] == rollouts
+
+
+def test_shuffled_passes():
+    for total, n in ((5, 3), (7, 7), (4, 9), (10, 1), (6, 4)):
+        n = min(n, total)
+        rounds = [shuffle.problems_of_round(total, n, number, 1) for number in range(1, 4 * total)]
+        flat = sum(rounds, [])
+        passes = [flat[start:start + total] for start in range(0, len(flat) - total + 1, total)]
+        assert all(sorted(one) == list(range(total)) for one in passes)  # each equally often
+        assert all(len(set(one)) == n for one in rounds)
+        assert len(set(map(tuple, passes))) > len(passes) / 2
+        assert rounds[2] == shuffle.problems_of_round(total, n, 3, 1)
+    first = {tuple(shuffle.problems_of_round(6, 6, 1, seed)) for seed in range(20)}
+    assert len(first) > 15
+
+
+def test_shuffle_names_a_duplicate_id(loop):
+    write_problems(loop.folder / "mine.jsonl", 2)
+    with open(loop.folder / "mine.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"id": "../1", "task": "countdown", "prompt": "1 1=2:"}\n')
+    code, err = loop(*TINY, "--prompts", "mine.jsonl")
+    assert code == 2 and "generate.py" not in err
+    assert err.splitlines()[-1] == ("shuffle.py: error: mine.jsonl:3: duplicate id '../1', "
+                                    "first in mine.jsonl:2")
