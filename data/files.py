@@ -1,15 +1,16 @@
-"""The contract between the stages, in code: how rows are read, and how an output is claimed, described and published.
+"""The contract between the stages, in code: reading rows, claiming and publishing outputs.
 
-Whoever replaces a stage reads this file first. Every stage is `run(main, parse_args())`, and in its main
+Whoever replaces a stage reads this file first. Every stage is `run(main, parse_args())`; its main is
 
-    meta = describe(args, [args.rollouts], ...)        # what the output will be made of, before anything is computed
-    partial = claim(args.out, meta)                    # OUT.partial, locked; None if OUT is complete already
+    meta = describe(args, [args.rollouts], ...)    # what the output will be made of
+    partial = claim(args.out, meta)                # OUT.partial, locked; None if OUT is complete
     for where, line, row in read_rows(args.rollouts, Rollout): ...
-    publish(args.out, meta)                            # to disk, OUT.meta.json, and only then the name OUT
+    publish(args.out, meta)                        # to disk, OUT.meta.json, then the name OUT
 
-so that a stage that is killed and started again ends as if it had never been killed, and nobody reads half a file.
-Errors are one line on stderr and exit 2 (`fail`). The structs below document the fields of the rows; a stage decodes
-those it uses, and every other field of a row passes through all stages as the bytes it came in.
+so that a stage that is killed and started again ends as if it had never been killed, and nobody
+reads half a file. Errors are one line on stderr and exit 2 (`fail`). The structs below document the
+fields of the rows; a stage decodes those it uses, and every other field of a row passes through all
+stages as the bytes it came in.
 """
 import argparse
 import contextlib
@@ -26,10 +27,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
-STAGE = os.path.basename(sys.argv[0])  # the script that speaks in messages and metas; a Parser sets it
+STAGE = os.path.basename(sys.argv[0])  # who speaks in messages and metas; a Parser sets it
 LONGEST_LINE = 2**24  # bytes; a longer one is refused unread
 
-# ---- Rows ------------------------------------------------------------------------------------------------------------
+# ---- Rows ----------------------------------------------------------------------------------------
 Sample = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Number = Annotated[float, msgspec.Meta(gt=-1e9, lt=1e9)]
@@ -41,17 +42,24 @@ class Message(msgspec.Struct):
     content: str
 
 
+Messages = Annotated[list[Message], msgspec.Meta(min_length=1)]
+
+
 class Problem(msgspec.Struct):
-    """A line of prompts.jsonl, as generate.py reads it. It also holds `task` ("countdown", "math", ...) and the task's own
-    fields (data/countdown.py, data/maths.py), and may hold `source`, the name of the benchmark it is from."""
+    """A line of prompts.jsonl, as generate.py reads it: a prompt or messages, one of the two.
+
+    It also holds `task` ("countdown", "math", ...) and the task's own fields (data/countdown.py,
+    data/maths.py), and may hold `source`, the name of the benchmark it is from."""
     id: str  # unique in the file; a text, never a file name
-    prompt: str | msgspec.UnsetType = msgspec.UNSET  # the text to continue; or
-    messages: Annotated[list[Message], msgspec.Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
+    prompt: str | msgspec.UnsetType = msgspec.UNSET  # the text to continue
+    messages: Messages | msgspec.UnsetType = msgspec.UNSET  # or a chat
 
 
 class Rollout(msgspec.Struct):
-    """A line of rollouts.jsonl, a sampled completion, as score.py reads it: the problem's fields and these. It also holds
-    what `Scored` names. Rows stand in the prompt file's order, then by sample."""
+    """A line of rollouts.jsonl, a sampled completion, as score.py reads it.
+
+    It also holds the problem's fields, and the ids and log-probs that `Scored` names. Rows stand in
+    the prompt file's order, then by sample."""
     id: str
     sample: Sample  # 0 .. n - 1 within its problem
     completion: str  # the sampled text, special tokens removed
@@ -59,39 +67,63 @@ class Rollout(msgspec.Struct):
 
 
 class Scored(msgspec.Struct):
-    """A line of scored.jsonl as train.py reads it. It also holds `pred` (the extracted answer, or null), `reason` (ok,
-    no_answer, parse, numbers, value, truncated, timeout) and, for Countdown, `solution` (the answer's canonical form)."""
+    """A line of scored.jsonl, a rollout with its verdict, as train.py reads it.
+
+    It also holds `pred` (the extracted answer, or null), `reason` (ok, no_answer, parse, numbers,
+    value, truncated, timeout) and, for Countdown, `solution` (the canonical form of a right
+    answer)."""
     id: str
     sample: Sample
     prompt_ids: Annotated[list[TokenId], msgspec.Meta(min_length=1)]  # unpadded
     completion_ids: list[TokenId]  # unpadded; the end-of-text token included when it was sampled
-    logprobs: list[Number]  # of each completion id, of the full softmax of logits / T, whatever top-p was
+    logprobs: list[Number]  # of each completion id: full softmax of logits / T, whatever top-p was
     finish_reason: Literal["stop", "length"]
-    correct: bool  # the verdict: decides the sign of the smoothing; not the same as reward > 0
+    correct: bool  # decides the sign of the smoothing; not the same as reward > 0
     reward: Number
 
 
-# ---- Errors ----------------------------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------
 def fail(message, code=2):
-    """End the stage with one line on stderr: `score.py: error: rollouts.jsonl:17: missing field 'id'`."""
-    line = " ".join(str(message).split())  # it may quote hostile text, which must not command the terminal
+    """End the stage with one line on stderr: `score.py: error: rows.jsonl:17: missing field 'id'`."""
+    line = " ".join(str(message).split())
+    # It may quote hostile text, which must not command the terminal.
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     print(f"{STAGE}: error: {line}", file=sys.stderr)
     sys.exit(code)
 
 
+def tell_signals():
+    """From here on Ctrl-C and SIGTERM end the process with one line.
+
+    Called before the flags are read: importing torch alone takes seconds, in which Ctrl-C would
+    show a traceback."""
+    def end(what, code):
+        return lambda *_: fail(f"{what}; the same command carries on from here", code)
+
+    signal.signal(signal.SIGTERM, end("terminated", 143))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
+        signal.signal(signal.SIGINT, end("interrupted", 130))
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are `fail`'s. file: the __file__ of the stage, whose name stands in all messages and metas."""
+    """argparse whose errors are `fail`'s.
+
+    file: the __file__ of the stage, whose name stands in all messages and metas."""
 
     def __init__(self, file=None, **options):
         global STAGE
         if file:
             STAGE = os.path.basename(file)
+            if os.path.basename(sys.argv[0]) == STAGE:  # started by itself, not called by a program
+                tell_signals()
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        self.add_argument("--check-flags", action="store_true", help="do nothing but say what is wrong with the flags")
+        # Python 3.11 takes -0.5 for a number but -1e-3 for a flag.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
+        self.add_argument("--check-flags", action="store_true",
+                          help="do nothing but say what is wrong with the flags")
 
     def checked(self, args):
-        """args, after a stage's own checks of them. With --check-flags the stage ends here, with exit 0."""
+        """args, after a stage's own checks; with --check-flags the stage ends here, with exit 0."""
         if args.check_flags:
             sys.exit()
         del args.check_flags
@@ -103,22 +135,22 @@ class Parser(argparse.ArgumentParser):
 
 def run(main, args):
     """main(args), with a full disk, a missing file, Ctrl-C or SIGTERM told in one line."""
-    signal.signal(signal.SIGTERM, lambda *_: fail("terminated; the same command carries on from here", 143))
+    tell_signals()
     try:
         main(args)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command carries on from here", 130)
     except OSError as error:
         fail(f"{error.filename or args.out or 'stdout'}: {error.strerror or error}")
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 def read_rows(path, kind=dict):
-    """Yield (where, line, row) for each line of a JSONL file: 'file:number' for messages, the bytes, the decoded row.
+    """Yield (where, line, row) for each line of a JSONL file: 'file:number' for messages, the
+    bytes, the decoded row.
 
-    kind: a msgspec.Struct with the fields that are wanted, or a union of tagged ones, or dict for all fields.
-    Ends the stage on the first line that is no such row: torn, of wrong types, not finite, without a field, or above 16 MB;
-    and on a file without any row. Of a key that stands twice in a row, the last one counts.
+    kind: a msgspec.Struct with the fields that are wanted, a union of tagged ones, or dict for all.
+    Ends the stage on the first line that is no such row: torn, of wrong types, not finite, without
+    a field, or above 16 MB; and on a file without any row. Of a key that stands twice in a row, the
+    last one counts: a decoder that looked for both would be three times slower.
     """
     decode, empty = msgspec.json.Decoder(kind).decode, True
     with open(path, "rb") as file:
@@ -133,7 +165,7 @@ def read_rows(path, kind=dict):
                 continue
             try:
                 if not line.isascii():
-                    line.decode()  # msgspec skips what it is not asked for without looking at its UTF-8
+                    line.decode()  # msgspec skips unasked fields without looking at their UTF-8
                 row = decode(line)
             except msgspec.ValidationError as error:
                 fail(f"{where}: {in_our_words(error)}")
@@ -148,22 +180,26 @@ def read_rows(path, kind=dict):
 def in_our_words(error):
     """msgspec's message as a stage tells it: the field first, as the row spells it."""
     text = str(error)
-    if missing := re.fullmatch(r"Object missing required field `(.*?)`( - at `.*`)?", text):
+    missing = re.fullmatch(r"Object missing required field `(.*?)`( - at `.*`)?", text)
+    if missing:
         return f"missing field '{missing[1]}'"
     what, _, place = text.replace("`", "").partition(" - at $")
     field = place.lstrip(".")
-    if field in ("", "[...]"):  # the whole row, or a value of a field that has no type here
+    if field in ("", "[...]"):  # the whole row, or a field that has no type here
         return f"not a valid JSON row ({what}); mend or delete this line"
     return f"field '{field}': {what}"
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 def describe(args, inputs, **more):
-    """The meta of an output: what made it and from what. `inputs`: files or folders (a Hub id has no digest)."""
+    """The meta of an output: what made it and from what.
+
+    inputs: files or folders, whose sha256 it holds (a Hub id has none); more: further entries."""
     def digest(path):
         if os.path.isdir(path):
-            names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)))
-            digests = "".join(name + digest(os.path.join(path, name)) for name in names)
+            paths = {name: os.path.join(path, name) for name in sorted(os.listdir(path))}
+            digests = "".join(name + digest(one) for name, one in paths.items()
+                              if os.path.isfile(one))
             return hashlib.sha256(digests.encode()).hexdigest()
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -176,15 +212,19 @@ def describe(args, inputs, **more):
     with contextlib.suppress(OSError):
         git = ["git", "-C", here, "rev-parse", "--verify", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numpy", "math-verify")
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numpy",
+                "math-verify")
+    versions = {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
+    digests = {path: digest(path) if os.path.exists(path) else None for path in inputs}
     return {"stage": STAGE, "argv": sys.argv, "flags": vars(args), "git": commit,
-            "inputs": {path: digest(path) if os.path.exists(path) else None for path in inputs},
-            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}}, **more}
+            "inputs": digests, "versions": versions, **more}
 
 
 def claim(out, meta, ignore=(), folder=False):
-    """Lock and return the path `out`.partial; None if `out` is complete; refuse an `out` made with other flags.
-    `ignore`: flags that change no byte of the output, and those that name inputs (their digests are compared)."""
+    """Lock and return the path `out`.partial; None if `out` is complete; refuse one made otherwise.
+
+    ignore: flags that change no byte of the output, and those that name inputs, whose digests are
+    compared; folder: whether `out` is one."""
     out = out.rstrip("/")
     if os.path.exists(out):
         with contextlib.suppress(Exception), open(out + ".meta.json", encoding="utf-8") as file:
@@ -195,7 +235,8 @@ def claim(out, meta, ignore=(), folder=False):
             if not differ:
                 return print(f"{out}: complete, left alone", file=sys.stderr)
             fail(f"{out}: made with other {', '.join(differ)}; delete it or choose another --out")
-        fail(f"{out}: exists, and no {out}.meta.json says how it was made; delete it or choose another --out")
+        fail(f"{out}: exists, and no {out}.meta.json says how it was made; delete it or choose "
+             "another --out")
     partial = out + ".partial"
     if folder:
         os.makedirs(partial, exist_ok=True)
@@ -203,7 +244,8 @@ def claim(out, meta, ignore=(), folder=False):
     claim.lock = os.open(partial, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(claim.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(claim.lock), os.stat(partial)) and not os.path.exists(out):
+        ours = os.path.samestat(os.fstat(claim.lock), os.stat(partial))
+        if ours and not os.path.exists(out):
             return partial
     except (BlockingIOError, FileNotFoundError):
         pass
@@ -211,7 +253,7 @@ def claim(out, meta, ignore=(), folder=False):
 
 
 def publish(out, meta, partial=None):
-    """Give `partial` (`out`.partial) its name: contents to disk, the meta, the rename; nobody reads half a file."""
+    """Give `partial` (`out`.partial) its name: contents to disk, the meta, the rename."""
     def sync(path):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -232,7 +274,8 @@ def publish(out, meta, partial=None):
 
 
 def sampling_of(path):
-    """The sampling settings in the meta of a row file; None where another program wrote the rows."""
+    """The sampling settings in the meta of a row file; None where another program wrote the
+    rows."""
     try:
         with open(path + ".meta.json", encoding="utf-8") as file:
             return json.load(file).get("sampling")
