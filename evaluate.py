@@ -1,47 +1,50 @@
 """Stage 4: Pass@k of scored rollouts with intervals, differences between runs, and the figures.
 
-    python evaluate.py base.jsonl grpo.jsonl ds-grpo.jsonl --names base grpo ds-grpo --out eval.json --plot passk.png
+    python evaluate.py base.jsonl grpo.jsonl ds-grpo.jsonl --names base grpo ds-grpo \\
+        --out eval.json --plot passk.png
     python evaluate.py --training runs/NAME --plot training.png
 
-Reads scored.jsonl (score.py), one sample a line: `id`, `sample`, `task`, `correct`, `finish_reason`, `completion_ids`,
-for Countdown `solution` and `n_solutions`, for maths `pred`; an optional `source` names the benchmark. All problems of
-a file have equally many samples (n), all files hold the same problems, the first file is the reference.
+Reads scored.jsonl (score.py), one sample a line; `Row` below names the fields. All problems of a
+file have equally many samples (n), all files hold the same problems, the first file is the
+reference. Only counts are kept: memory grows with the problems and not with the rows.
 
-Writes eval.json: {"reference", "k", "seed", "resamples", "runs": [one object a file]}. A run has `name`, `file`, `n`,
-`problems`, `sampling` (from the file's meta, or null) and, not rounded, null where it does not apply:
-  pass_at_k          {"1": {"value", "low", "high", "diff", "diff_low", "diff_high"}, ...}: the unbiased estimate from
-                     `correct` (never from rewards) with its 95 % interval, a percentile bootstrap over problems;
-                     diff is this run minus the reference, on the same resampled problems
-  maj_at_k           the same for the majority vote over `pred`: the samples, in file order, form floor(n / k) blocks
-                     of k, each block votes once, the mean over blocks counts; two answers are one if their text is
-                     equal, null does not vote, answers with equally many votes share
-  distinct           different correct solutions among the n samples of a problem (mean over problems)
-  solution_coverage  found / existing solutions of a problem (mean over problems)
-  truncated_frac     share of samples cut at the length limit
-  completion_len     tokens a sample
-  samples_to_match   smallest k at which this run's Pass@k reaches the reference's Pass@n; null: at no k up to n
-  sources            the same for each `source`; the run's own figures are then means over sources, each counting
-                     equally, with the problems resampled inside each
-A figure is a view of other files and is drawn anew at each call. Runs sampled with different settings are compared,
-with a warning on stderr.
+Writes eval.json: {"reference", "k", "seed", "resamples", "runs": [one object a file]}. A run has
+`name`, `file`, `n`, `problems`, `sampling` (from the file's meta, or null) and, not rounded, null
+where it does not apply:
+- pass_at_k: {"1": {"value", "low", "high", "diff", "diff_low", "diff_high"}, ...}: the unbiased
+  estimate from `correct` (never from rewards) with its 95 % interval, a percentile bootstrap over
+  problems; diff is this run minus the reference, on the same resampled problems;
+- maj_at_k: the same for the majority vote over `pred`. The samples, in file order, form
+  floor(n / k) blocks of k, each block votes once, the mean over blocks counts. Two answers are one
+  if their text is equal, null does not vote, answers with equally many votes share;
+- distinct: different correct solutions among the n samples of a problem (mean over problems);
+- solution_coverage: found / existing solutions of a problem (mean over problems);
+- truncated_frac: share of samples cut at the length limit; completion_len: tokens a sample;
+- samples_to_match: smallest k at which this run's Pass@k reaches the reference's Pass@n; null: at
+  no k up to n;
+- sources: the same for each `source`. The run's own figures are then means over sources, each
+  counting equally, with the problems resampled inside each.
+A figure is a view of other files and is drawn anew at each call. Runs sampled with different
+settings are compared, with a warning on stderr.
 """
 import argparse
 import array
 import collections
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import re
 import sys
 import time
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 from tqdm import tqdm
 
-
-from data.files import Parser, claim, describe, fail, publish, read_rows, run
+from data.files import Parser, claim, describe, fail, publish, read_rows, sampling_of
+from data.files import run as run_stage  # a run is a scored file here
+from data.plots import plot_passk, plot_training
 
 
 def parse_args(argv=None):
@@ -51,18 +54,21 @@ def parse_args(argv=None):
         return int(text)
 
     parser = Parser(__file__, description=__doc__.split("\n")[0])
+    add = parser.add_argument
     # What to compare
-    parser.add_argument("files", nargs="*", metavar="SCORED.jsonl", help="scored rollouts; the first is the reference")
-    parser.add_argument("--names", nargs="+", help="one name a file (default: the file names)")
-    parser.add_argument("--k", nargs="+", type=positive, help="samples, at most n (default: powers of two up to n)")
+    add("files", nargs="*", metavar="SCORED.jsonl",
+        help="scored rollouts; the first is the reference")
+    add("--names", nargs="+", help="one name a file (default: the file names)")
+    add("--k", nargs="+", type=positive,
+        help="samples, at most n (default: powers of two up to n)")
     # The intervals
-    parser.add_argument("--resamples", type=positive, default=10_000, help="bootstrap resamples (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
+    add("--resamples", type=positive, default=10_000, help="bootstrap resamples (default: 10000)")
+    add("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
     # What to write, besides the table on the terminal
-    parser.add_argument("--out", metavar="EVAL.json", help="all figures (default: none)")
-    parser.add_argument("--plot", metavar="FILE.png", help="the curves, as .png, .svg or .pdf (default: none)")
-    parser.add_argument("--training", metavar="RUN", help="plot a run's training curves instead: RUN is its folder, "
-                        "a model folder or a metrics.jsonl (default: none)")
+    add("--out", metavar="EVAL.json", help="all figures (default: none)")
+    add("--plot", metavar="FILE.png", help="the curves, as .png, .svg or .pdf (default: none)")
+    add("--training", metavar="RUN", help="plot a run's training curves instead: RUN is its "
+        "folder, a model folder or a metrics.jsonl (default: none)")
     args = parser.parse_args(argv)
 
     if bool(args.training) == bool(args.files) or args.training and (args.out or not args.plot):
@@ -71,95 +77,123 @@ def parse_args(argv=None):
         parser.error(f"--plot {args.plot}: the name must end in .png, .svg or .pdf")
     if args.seed < 0:
         parser.error(f"--seed {args.seed} is below 0")
-    args.names = args.names or [os.path.basename(file).removesuffix(".jsonl") for file in args.files]
+    if not args.names:
+        args.names = [os.path.basename(file).removesuffix(".jsonl") for file in args.files]
     if len(args.names) != len(args.files) or len(set(args.names)) < len(args.names):
-        parser.error(f"--names must give {len(args.files)} different names, not {' '.join(args.names)}")
+        names = " ".join(args.names)
+        parser.error(f"--names must give {len(args.files)} different names, not {names}")
     args.k = sorted(set(args.k)) if args.k else None
     return parser.checked(args)
 
 
-# ---- Reading: only counts are kept, so memory grows with the problems and not with the rows --------------------------
+# ---- Reading -------------------------------------------------------------------------------------
+class Row(msgspec.Struct):
+    """A line of scored.jsonl, as far as evaluate.py reads it."""
+    id: str
+    sample: Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
+    task: str
+    correct: bool
+    finish_reason: Literal["stop", "length"]
+    completion_ids: list[int]  # their number alone counts
+    solution: Any = msgspec.UNSET  # Countdown: canonical form of a correct answer
+    pred: Any = msgspec.UNSET  # maths: the extracted answer, or null
+    # What the problem is
+    source: str = ""  # the benchmark
+    numbers: Any = None
+    target: Any = None
+    answer: Any = None
+    n_solutions: int | None = None  # existing solutions
+
+
 @dataclasses.dataclass(slots=True)
 class Problem:
+    """What is kept of a problem's samples."""
+    stated: tuple  # the fields that say what the problem is
     source: str
-    identity: int               # hash of the fields that state the problem
-    n_solutions: int | None     # existing solutions (Countdown)
-    seen: int = 0               # bit s is set once sample s was read
-    correct: int = 0            # c of n
+    n_solutions: int | None
+    seen: int = 0  # bit s is set once sample s was read
+    correct: int = 0  # c of n
     truncated: int = 0
     tokens: int = 0
-    solutions: set | None = None        # hashes of the different correct solutions
-    votes: array.array | None = None    # maths, 8 bytes a sample: hash of `pred`, lowest bit `correct`; 0: no answer
-
-
-def field(where, row, name, *kinds):
-    """row[name], an error if it is missing or of another type (True is no int)."""
-    if name not in row:
-        fail(f"{where}: missing field '{name}'")
-    if type(row[name]) not in kinds:
-        fail(f"{where}: field '{name}' must be {' or '.join(kind.__name__ for kind in kinds)}, not {row[name]!r:.40}")
-    return row[name]
+    solutions: set | None = None  # hashes of the different correct solutions
+    votes: array.array | None = None  # maths, 8 bytes a sample: hash of `pred`, lowest bit
+    #                                   `correct`; 0: no answer
 
 
 def read_problems(path):
     """({id: Problem}, n) of one scored file."""
     problems = {}
-    for where, _, row in tqdm(read_rows(path), desc=path, unit=" rows", disable=None):
-        key, sample = field(where, row, "id", str), field(where, row, "sample", int)
-        task, correct = field(where, row, "task", str), field(where, row, "correct", bool)
-        if (problem := problems.get(key)) is None:
-            stated = [row.get(name) for name in ("source", "task", "numbers", "target", "answer", "n_solutions")]
-            problem = problems[key] = Problem(
-                field(where, row, "source", str) if "source" in row else "", hash(json.dumps(stated)),
-                field(where, row, "n_solutions", int, type(None)) if "n_solutions" in row else None)
-        if not 0 <= sample < 2**16:
-            fail(f"{where}: sample {sample} is not in 0..65535")
-        if problem.seen >> sample & 1:
-            fail(f"{where}: sample {sample} of problem '{key}' stands twice")
-        problem.seen |= 1 << sample
-        problem.correct += correct
-        problem.truncated += field(where, row, "finish_reason", str) == "length"
-        problem.tokens += len(field(where, row, "completion_ids", list))
-        if task == "countdown" or task != "math" and "solution" in row:  # maths data may carry a worked-out `solution`
-            problem.solutions = problem.solutions or set()
-            if correct:
-                problem.solutions.add(hash(field(where, row, "solution", str)))
-        if task == "math":
-            problem.votes = problem.votes or array.array("q")
-            pred = field(where, row, "pred", str, list, type(None))
-            problem.votes.append(0 if pred is None else hash(repr(pred)) >> 1 << 1 | correct)
+    for where, _, row in tqdm(read_rows(path, Row), desc=path, unit=" rows", disable=None):
+        stated = (row.source, row.task, row.numbers, row.target, row.answer, row.n_solutions)
+        problem = problems.get(row.id)
+        if problem is None:
+            problem = problems[row.id] = Problem(stated, row.source, row.n_solutions)
+        if problem.seen >> row.sample & 1:
+            fail(f"{where}: sample {row.sample} of problem '{row.id}' stands twice")
+        problem.seen |= 1 << row.sample
+        problem.correct += row.correct
+        problem.truncated += row.finish_reason == "length"
+        problem.tokens += len(row.completion_ids)
+        if row.task == "math":  # its data may carry a worked-out `solution`
+            add_vote(problem, row, where)
+        elif row.task == "countdown" or row.solution is not msgspec.UNSET:
+            add_solution(problem, row, where)
 
     first = next(iter(problems))
     n = problems[first].seen.bit_count()
     for key, problem in problems.items():
         if problem.seen.bit_count() != n:
-            fail(f"{path}: problem '{key}' has {problem.seen.bit_count()} samples but '{first}' has {n}")
+            samples = problem.seen.bit_count()
+            fail(f"{path}: problem '{key}' has {samples} samples but '{first}' has {n}")
     return problems, n
 
 
+def add_solution(problem, row, where):
+    """Remember a correct answer's canonical form."""
+    if problem.solutions is None:
+        problem.solutions = set()
+    if row.correct:
+        if row.solution is msgspec.UNSET:
+            fail(f"{where}: missing field 'solution'")
+        if not isinstance(row.solution, str):
+            fail(f"{where}: field 'solution': Expected str, got {row.solution!r:.40}")
+        problem.solutions.add(hash(row.solution))
+
+
+def add_vote(problem, row, where):
+    """Remember an answer for the majority vote."""
+    if row.pred is msgspec.UNSET:
+        fail(f"{where}: missing field 'pred'")
+    if problem.votes is None:
+        problem.votes = array.array("q")
+    vote = 0 if row.pred is None else hash(repr(row.pred)) >> 1 << 1 | row.correct
+    problem.votes.append(vote)
+
+
 def read_run(path, name, reference=None):
-    """One file as {"name", "file", "n", "sampling", "problems"}; an error unless it holds the reference's problems."""
+    """One file as {"name", "file", "n", "sampling", "problems"}.
+
+    Ends the stage unless it holds the same problems as the reference, which is another such run.
+    """
     problems, n = read_problems(path)
-    sampling = None
-    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError), open(path + ".meta.json", encoding="utf-8") as file:
-        sampling = json.load(file).get("sampling")
-    if not isinstance(sampling, dict):
-        sampling = None
-    run = {"name": name, "file": path, "n": n, "sampling": sampling, "problems": problems}
+    sampling = sampling_of(path)
+    run = {"name": name, "file": path, "n": n, "problems": problems,
+           "sampling": sampling if isinstance(sampling, dict) else None}
     for one, other in ((run, reference), (reference, run)) if reference else ():
         for key, problem in one["problems"].items():
             if key not in other["problems"]:
                 fail(f"{other['file']}: problem '{key}' is missing, which {one['file']} has")
-            if problem.identity != other["problems"][key].identity:
+            if problem.stated != other["problems"][key].stated:
                 fail(f"{path}: '{key}' is another problem than in {reference['file']}")
     return run
 
 
-# ---- Estimators ------------------------------------------------------------------------------------------------------
+# ---- Estimators ----------------------------------------------------------------------------------
 def pass_at_k(n, k):
-    """Pass@k of a problem with c of n samples correct, for every c: array (n + 1,), indexed by c.
+    """Pass@k of a problem with c of n samples correct, for every c: (n + 1,), indexed by c.
 
-    The unbiased 1 - C(n-c, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374), as 1 - prod_{i=n-c+1..n} (1 - k / i).
+    The unbiased 1 - C(n-c, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374), as the product
+    1 - prod_{i = n-c+1 .. n} (1 - k / i), which neither overflows nor cancels.
     """
     if not 1 <= k <= n:
         raise ValueError(f"k = {k} is not in 1..{n}")
@@ -167,7 +201,10 @@ def pass_at_k(n, k):
 
 
 def majority_at_k(votes, k):
-    """Share of the floor(n / k) blocks of k samples whose most frequent answer is correct; equal votes share."""
+    """Share of the floor(n / k) blocks of k samples whose most frequent answer is correct.
+
+    votes: (n,), as in `Problem`. Answers with equally many votes share the block.
+    """
     score, blocks = 0.0, len(votes) // k
     for block in range(blocks):
         size, right = collections.Counter(), collections.Counter()
@@ -182,50 +219,105 @@ def majority_at_k(votes, k):
 
 
 def bootstrap(columns, resamples, rng):
-    """Means over resampled problems: (problems, m) -> (resamples, m), in chunks that bound the memory."""
+    """Means over resampled problems: (problems, m) -> (resamples, m), in chunks that bound memory.
+
+    All m columns see the same resampled problems, so that their differences are paired.
+    """
     problems, means = len(columns), []
     chunk = max(1, 2**20 // problems)
     for first in range(0, resamples, chunk):
         rows = min(chunk, resamples - first)
         drawn = rng.integers(problems, size=(rows, problems)) + problems * np.arange(rows)[:, None]
-        weight = np.bincount(drawn.ravel(), minlength=rows * problems).reshape(rows, problems)  # times each was drawn
-        means.append(weight @ columns / problems)
+        times_drawn = np.bincount(drawn.ravel(), minlength=rows * problems).reshape(rows, problems)
+        means.append(times_drawn @ columns / problems)
     return np.concatenate(means)
 
 
-# ---- From problems to eval.json --------------------------------------------------------------------------------------
+# ---- From problems to eval.json ------------------------------------------------------------------
 CELL = ("value", "low", "high", "diff", "diff_low", "diff_high")
 FIGURES = ("distinct", "solution_coverage", "truncated_frac", "completion_len")
 
 
+@dataclasses.dataclass
+class Part:
+    """The figures of all runs on the problems of one source; a dict has an array a figure."""
+    problems: int
+    curves: list  # Pass@1..n of each run, (n,)
+    values: dict  # {figure: (runs,)}
+    draws: dict  # {figure: (resamples, runs)}, the bootstrap's
+
+
 def measure(problems, n, ks):
-    """One run, one source: Pass@1..n (n,), and Pass@k, maj@k and FIGURES of each problem (problems, 2 len(ks) + 4)."""
-    c = np.array([problem.correct for problem in problems])
-    share = np.bincount(c, minlength=n + 1) / len(problems)     # (n + 1,), share of the problems with c correct samples
-    curve = np.array([share @ pass_at_k(n, k) for k in range(1, n + 1)])
-    rest = [[math.nan if problem.votes is None else majority_at_k(problem.votes, k) for k in ks] +
-            [math.nan if problem.solutions is None else len(problem.solutions),
-             len(problem.solutions or ()) / problem.n_solutions if problem.n_solutions else math.nan,
-             problem.truncated / n, problem.tokens / n] for problem in problems]
-    return curve, np.hstack([np.stack([pass_at_k(n, k)[c] for k in ks], axis=1), rest])
+    """{figure: (problems,)} of one run: Pass@k and maj@k for each k, then FIGURES.
+
+    NaN stands where a figure does not apply to a problem.
+    """
+    correct = np.array([problem.correct for problem in problems])
+    columns = {("pass_at_k", k): pass_at_k(n, k)[correct] for k in ks}
+    for k in ks:
+        columns["maj_at_k", k] = [math.nan if problem.votes is None else
+                                  majority_at_k(problem.votes, k) for problem in problems]
+    found = [math.nan if problem.solutions is None else len(problem.solutions)
+             for problem in problems]
+    existing = [problem.n_solutions or math.nan for problem in problems]
+    columns["distinct"] = found
+    columns["solution_coverage"] = np.nan_to_num(found) / existing
+    columns["truncated_frac"] = [problem.truncated / n for problem in problems]
+    columns["completion_len"] = [problem.tokens / n for problem in problems]
+    return columns
+
+
+def pass_curve(problems, n):
+    """Pass@1..n, (n,)."""
+    correct = np.array([problem.correct for problem in problems])
+    share = np.bincount(correct, minlength=n + 1) / len(problems)  # (n + 1,), of the problems
+    return np.array([share @ pass_at_k(n, k) for k in range(1, n + 1)])
+
+
+def compare(runs, keys, ks, resamples, rng):
+    """The `Part` of the problems `keys`, which all runs hold."""
+    curves, tables = [], []
+    for run in runs:
+        problems = [run["problems"][key] for key in keys]
+        columns = measure(problems, run["n"], ks)
+        curves.append(pass_curve(problems, run["n"]))
+        tables.append(np.stack(list(columns.values()), axis=1))
+    table = np.stack(tables, axis=1)  # (problems, runs, figures)
+    draws = bootstrap(table.reshape(len(keys), -1), resamples, rng)
+    draws = draws.reshape(resamples, *table.shape[1:])
+    values = table.mean(axis=0)
+    return Part(len(keys), curves, {name: values[:, i] for i, name in enumerate(columns)},
+                {name: draws[:, :, i] for i, name in enumerate(columns)})
 
 
 def summarise(parts, ks):
-    """One object per run, from one or more sources (problems, curves, values (runs, m), draws (resamples, runs, m))."""
-    count, curves, values, draws = zip(*parts)
-    curves = [np.mean(curve, axis=0) for curve in zip(*curves)]
-    values, draws = np.mean(values, axis=0), np.mean(draws, axis=0)
-    diff = draws - draws[:, :1]     # the same problems were drawn for every run (pitfall 29)
-    cells = np.stack([values, *np.quantile(draws, [0.025, 0.975], axis=0),
-                      values - values[:1], *np.quantile(diff, [0.025, 0.975], axis=0)], axis=-1).tolist()
-    for curve, row in zip(curves, cells):   # (n,), (m, 6)
-        cell = [None if math.isnan(value) else dict(zip(CELL, (value, *more))) for value, *more in row]
-        reached = np.flatnonzero(curve >= curves[0][-1] - 1e-12)
-        yield {"problems": sum(count),
-               "pass_at_k": dict(zip(map(str, ks), cell)),
-               "maj_at_k": dict(zip(map(str, ks), cell[len(ks):])) if cell[len(ks)] else None,
-               **{name: one and one["value"] for name, one in zip(FIGURES, cell[2 * len(ks):])},
-               "samples_to_match": int(reached[0]) + 1 if len(reached) else None}
+    """One object a run, of one source or as the mean over several."""
+    def mean(arrays):
+        return sum(arrays) / len(parts)
+
+    cells = {}  # {figure: (runs, 6)}
+    for name in parts[0].values:
+        value = mean([part.values[name] for part in parts])
+        draws = mean([part.draws[name] for part in parts])
+        low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+        diff_low, diff_high = np.quantile(draws - draws[:, :1], [0.025, 0.975], axis=0)
+        columns = (value, low, high, value - value[0], diff_low, diff_high)
+        cells[name] = np.stack(columns, axis=-1).tolist()
+
+    curves = [mean(curve) for curve in zip(*(part.curves for part in parts))]
+    goal = curves[0][-1] - 1e-12  # the reference's Pass@n
+    for index, curve in enumerate(curves):
+        entry = {"problems": sum(part.problems for part in parts)}
+        for name in ("pass_at_k", "maj_at_k"):
+            applies = not math.isnan(cells[name, ks[0]][index][0])
+            entry[name] = {str(k): dict(zip(CELL, cells[name, k][index]))
+                           for k in ks} if applies else None
+        for name in FIGURES:
+            value = cells[name][index][0]
+            entry[name] = None if math.isnan(value) else value
+        reached = np.flatnonzero(curve >= goal)
+        entry["samples_to_match"] = int(reached[0]) + 1 if len(reached) else None
+        yield entry
 
 
 def evaluate(runs, ks, seed, resamples):
@@ -233,138 +325,75 @@ def evaluate(runs, ks, seed, resamples):
     reference, parts = runs[0]["problems"], {}
     for source in sorted({problem.source for problem in reference.values()}):
         keys = sorted(key for key in reference if reference[key].source == source)
-        curves, columns = zip(*(measure([run["problems"][key] for key in keys], run["n"], ks) for run in runs))
-        columns = np.stack(columns, axis=1)     # (problems, runs, m)
-        rng = np.random.default_rng([seed, *source.encode()])   # a source's intervals do not depend on its neighbours
-        draws = bootstrap(columns.reshape(len(keys), -1), resamples, rng).reshape(resamples, *columns.shape[1:])
-        parts[source] = (len(keys), curves, columns.mean(axis=0), draws)
+        # A source's intervals do not depend on its neighbours.
+        rng = np.random.default_rng([seed, *source.encode()])
+        parts[source] = compare(runs, keys, ks, resamples, rng)
     report = [{**{name: run[name] for name in ("name", "file", "n", "sampling")}, **entry}
-              for run, entry in zip(runs, summarise(parts.values(), ks))]
+              for run, entry in zip(runs, summarise(list(parts.values()), ks))]
     for source in parts if list(parts) != [""] else ():
         for run, entry in zip(report, summarise([parts[source]], ks)):
             run.setdefault("sources", {})[source] = entry
-    return {"reference": runs[0]["name"], "k": ks, "seed": seed, "resamples": resamples, "runs": report}
+    return {"reference": runs[0]["name"], "k": ks, "seed": seed, "resamples": resamples,
+            "runs": report}
 
 
-# ---- For people: table and figures -----------------------------------------------------------------------------------
+# ---- For people: the table ----------------------------------------------------------------------
+def cell_text(entry, name, k, diff):
+    """A cell of the table: '0.375 [0.210, 0.540]', or a plain number where there is no interval."""
+    if k:
+        cell = entry[name][k]
+        names, sign = (CELL[3:], "+") if diff else (CELL[:3], "")
+        value, low, high = (f"{cell[name]:{sign}.3f}" for name in names)
+        return f"{value} [{low}, {high}]"
+    if diff:
+        return ""
+    value = entry[name]
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if name in FIGURES else str(value)
+
+
 def print_table(report):
-    """A line a figure; a column a run and its difference to the reference."""
+    """A line a figure; a column a run, and beside it its difference to the reference."""
     runs = report["runs"]
-    settings = [", ".join(f"{name} {value}" for name, value in {"n": run["n"], **(run["sampling"] or {})}.items())
-                for run in runs]
-    if len(set(settings)) > 1:  # pitfall 30
-        told = "; ".join(f"{run['name']}: {setting}" for run, setting in zip(runs, settings))
+    settings = []
+    for run in runs:
+        items = {"n": run["n"], **(run["sampling"] or {})}.items()
+        settings.append(", ".join(f"{name} {value}" for name, value in items))
+    if len(set(settings)) > 1:
+        told = "; ".join(f"{run['name']}: {one}" for run, one in zip(runs, settings))
         print(f"evaluate.py: warning: the runs were not sampled alike ({told})", file=sys.stderr)
 
-    def text(entry, diff, name, k):
-        if k:
-            value, low, high = (f"{entry[name][k][key]:{'+' * diff}.3f}" for key in CELL[3 * diff:3 * diff + 3])
-            return f"{value} [{low}, {high}]"
-        value = entry[name]
-        return "" if diff else "-" if value is None else f"{value:.3f}" if name in FIGURES else str(value)
-
-    columns = [(run, diff) for run in runs for diff in (False, True) if not diff or run is not runs[0]]
-    grid = [[""] + [run["name"] + f" - {report['reference']}" * diff for run, diff in columns]]
-    for scope in [*runs[0].get("sources", ()), None]:
-        entries = [(run if scope is None else run["sources"][scope], diff) for run, diff in columns]
+    columns, head = [(runs[0], False)], ["", runs[0]["name"]]
+    for run in runs[1:]:
+        columns += [(run, False), (run, True)]
+        head += [run["name"], f"{run['name']} - {report['reference']}"]
+    grid = [head]
+    for source in [*runs[0].get("sources", ()), None]:
         if "sources" in runs[0]:
-            grid += [[], ["mean over sources" if scope is None else scope] + [""] * len(columns)]
+            title = "mean over sources" if source is None else source
+            grid += [[], [title] + [""] * len(columns)]
+        entries = [(run if source is None else run["sources"][source], diff)
+                   for run, diff in columns]
         for name in ("pass_at_k", "maj_at_k", *FIGURES, "samples_to_match"):
-            for k in () if entries[0][0][name] is None else map(str, report["k"]) if name.endswith("_k") else ("",):
-                label = name.removesuffix("_at_k") + f"@{k}" if k else name
-                grid.append([label] + [text(entry, diff, name, k) for entry, diff in entries])
+            if entries[0][0][name] is None:
+                continue
+            for k in map(str, report["k"]) if name.endswith("_k") else ("",):
+                label = f"{name.removesuffix('_at_k')}@{k}" if k else name
+                grid.append([label] + [cell_text(entry, name, k, diff) for entry, diff in entries])
     widths = [max(map(len, column)) for column in zip(*filter(None, grid))]
     print(f"{runs[0]['problems']} problems, {settings[0]}; [95 % interval over problems]\n")
     for line in grid:
         print("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito, colour-blind safe
-
-
-def new_figure(rows, columns, width, height):
-    """(figure, list of axes); matplotlib is loaded only when something is drawn."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-                                "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6",
-                                "legend.frameon": False})
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
-
-
-def save(figure, path):
-    """Under its name stands the old figure or the new one, never half of it."""
-    with open(path + ".partial", "wb") as file:
-        figure.savefig(file, format=path[-3:], dpi=200)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
-
-
-def plot_passk(report, path):
-    """Left Pass@k of all runs on the same axes, right each run minus the reference, with their 95 % bands."""
-    runs, ks = report["runs"], report["k"]
-    figure, axes = new_figure(1, min(2, len(runs)), 4.7 * min(2, len(runs)), 3.6)
-    for index, run in enumerate(runs):
-        for axis, names in zip(axes, (CELL[:3], CELL[3:])):
-            line, low, high = ([run["pass_at_k"][str(k)][name] for k in ks] for name in names)
-            colour = COLOURS[index % len(COLOURS)]
-            axis.plot(ks, line, color=colour, label=run["name"], marker="os^vDPX*"[index % 8], markersize=4.5,
-                      linestyle="-" if index else "--")
-            axis.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
-    for axis, title in zip(axes, ("Pass@k", f"Pass@k minus {report['reference']}, paired")):
-        axis.set_title(title)
-        axis.set_xscale("log", base=2)
-        ticks = ks if len(ks) <= 12 else [k for k in ks if k & (k - 1) == 0]
-        axis.set_xticks(ticks, ticks)
-        axis.minorticks_off()
-    figure.supxlabel(f"k  ({runs[0]['problems']} problems, n = {runs[0]['n']}; bands: 95 % bootstrap over problems)",
-                     fontsize="medium")
-    axes[0].legend()
-    save(figure, path)
-
-
-def read_metrics(path):
-    """{key: array (updates,)} of a metrics.jsonl, of the one in a model folder, or of a run folder's newest round."""
-    if os.path.isdir(path):
-        rounds = sorted((int(name[6:]), name) for name in os.listdir(path) if re.fullmatch(r"round-\d+", name))
-        files = [os.path.join(path, name, "metrics.jsonl") for name in ["", *(name for _, name in rounds)]]
-        if not any(map(os.path.exists, files)):
-            fail(f"{path}: no metrics.jsonl here, nor in a folder round-000, round-001, ... in it")
-        path = [file for file in files if os.path.exists(file)][-1]
-    keys = ("step", "pass@1", "entropy", "entropy_correct", "entropy_wrong", "completion_len", "grad_norm")
-    rows = [[field(where, row, key, int, float, type(None)) for key in keys] for where, _, row in read_rows(path)]
-    return dict(zip(keys, np.array(rows, dtype=float).T))   # null (an update without such samples) becomes NaN
-
-
-def plot_training(metrics, path):
-    """Pass@1, entropies, length and gradient norm of every update (pale) and their running mean."""
-    panels = {"Pass@1 of the rollouts": {"pass@1": ""}, "Completion length (tokens)": {"completion_len": ""},
-              "Token entropy (nats)": {"entropy": "all", "entropy_correct": "correct", "entropy_wrong": "wrong"},
-              "Gradient norm": {"grad_norm": ""}}
-    figure, axes = new_figure(2, 2, 9.4, 5.4)
-    steps, window = metrics["step"], np.ones(max(1, len(metrics["step"]) // 20))
-    for axis, (title, curves) in zip(axes, panels.items()):
-        for colour, (key, label) in zip(COLOURS, curves.items()):
-            known = np.isfinite(metrics[key])
-            total, count = (np.convolve(one, window, "same") for one in (np.where(known, metrics[key], 0), known))
-            axis.plot(steps, metrics[key], color=colour, alpha=0.25, linewidth=0.8, marker=".", markersize=2)
-            axis.plot(steps, total / np.where(count > 0.5, count, math.nan), color=colour, label=label)
-        axis.set_title(title)
-        if len(curves) > 1:
-            axis.legend()
-    figure.supxlabel("update", fontsize="medium")
-    save(figure, path)
-
-
 def main(args):
     start = time.monotonic()
     if args.training:
-        return plot_training(read_metrics(args.training), args.plot)
+        return plot_training(args.training, args.plot)
     meta = describe(args, args.files, seed=args.seed, device="cpu", world_size=1)
     partial = claim(args.out, meta, ignore=("files", "out", "plot")) if args.out else None
-    if args.out and not partial:    # complete already
+    if args.out and not partial:  # complete already
         with open(args.out, encoding="utf-8") as file:
             report = json.load(file)
     else:
@@ -375,7 +404,8 @@ def main(args):
         ks = args.k or [2**power for power in range(n.bit_length())]
         for run in runs:
             if ks[-1] > run["n"]:
-                fail(f"{run['file']}: k = {ks[-1]} needs {ks[-1]} samples a problem, but n is {run['n']}")
+                fail(f"{run['file']}: k = {ks[-1]} needs {ks[-1]} samples a problem, "
+                     f"but n is {run['n']}")
         report = evaluate(runs, ks, args.seed, args.resamples)
     if partial:
         with open(partial, "w", encoding="utf-8") as file:
@@ -387,4 +417,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    run_stage(main, parse_args())
