@@ -23,6 +23,7 @@ import re
 import signal
 import subprocess
 import sys
+import typing
 from typing import Annotated, Literal
 
 import msgspec
@@ -80,6 +81,19 @@ class Scored(msgspec.Struct):
     finish_reason: Literal["stop", "length"]
     correct: bool  # decides the sign of the smoothing; not the same as reward > 0
     reward: Number
+
+
+REASONS = ("ok", "no_answer", "parse", "numbers", "value", "truncated", "timeout")
+
+
+class Verdict(msgspec.Struct):
+    """What a task's `verify` says of a completion. score.py writes it at the end of the row, with
+    `correct` and `reward`."""
+    pred: str | None  # the extracted answer, or null
+    reason: str  # one of REASONS; the completion is correct where it is "ok"
+    # By this a task counts distinct solutions; null if the answer is wrong.
+    solution: str | None | msgspec.UnsetType = msgspec.UNSET
+    reward: float | None = None  # 1.0 if correct, else 0.0, unless the task says otherwise
 
 
 # ---- Errors --------------------------------------------------------------------------------------
@@ -168,7 +182,7 @@ def read_rows(path, kind=dict):
                     line.decode()  # msgspec skips unasked fields without looking at their UTF-8
                 row = decode(line)
             except msgspec.ValidationError as error:
-                fail(f"{where}: {in_our_words(error)}")
+                fail(f"{where}: {in_our_words(error, kind)}")
             except (ValueError, RecursionError) as error:
                 fail(f"{where}: not a valid JSON row ({error}); mend or delete this line")
             empty = False
@@ -177,9 +191,11 @@ def read_rows(path, kind=dict):
         fail(f"{path}: no rows in this file")
 
 
-def in_our_words(error):
+def in_our_words(error, kind):
     """msgspec's message as a stage tells it: the field first, as the row spells it."""
     text = str(error)
+    if text.startswith("field '"):  # by a row's own __post_init__
+        return text.removesuffix(" - at `$`")
     missing = re.fullmatch(r"Object missing required field `(.*?)`( - at `.*`)?", text)
     if missing:
         return f"missing field '{missing[1]}'"
@@ -187,6 +203,10 @@ def in_our_words(error):
     field = place.lstrip(".")
     if field in ("", "[...]"):  # the whole row, or a field that has no type here
         return f"not a valid JSON row ({what}); mend or delete this line"
+    kinds = [one.__struct_config__ for one in typing.get_args(kind)
+             if hasattr(one, "__struct_config__")]
+    if field in {one.tag_field for one in kinds}:  # by it a union of structs decides what a row is
+        return f"field '{field}' must be one of {', '.join(one.tag for one in kinds)}"
     return f"field '{field}': {what}"
 
 

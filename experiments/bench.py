@@ -591,8 +591,9 @@ def trl_rounds(bench, size, path, learner, tokenizer, machine, ours, Dataset, GR
 
     def reward(completions, completion_ids, numbers, target, **_):
         tokens.append(sum(map(len, completion_ids)))
-        return [score.verify_countdown(text, {"numbers": one, "target": goal, "finish_reason": "stop"})["reward"]
-                for text, one, goal in zip(completions, numbers, target)]
+        rows = (countdown.Row("a", 0, text, "stop", tuple(one), goal)
+                for text, one, goal in zip(completions, numbers, target))
+        return [float(countdown.verify(row.completion, row).reason == "ok") for row in rows]
 
     class InTurns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **flags):

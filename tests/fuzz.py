@@ -1,11 +1,11 @@
-"""A long fuzz campaign against score.py's Countdown verifier.
+"""A long fuzz campaign against data/countdown.py's verifier.
 
     python tests/fuzz.py --strings 1000000 --seed 0
 
 Strings are grown from right and wrong answers by mutation and splicing; a string that shows the verifier a new pair of
 neighbouring tokens under some verdict is kept and grown further. Every verdict is held against an independent oracle:
 it reads the string with Python's own parser and looks its tree up among all the trees that solve the problem, which
-were enumerated before. Where the string is right, the canonical text must be one of those that data/countdown.py finds.
+were enumerated before. Where the string is right, the canonical text must be one of those that the solver finds.
 
 Prints a table of figures; exit status 1 if there was a false accept, a false reject, a wrong canonical text or an
 exception. Time against length is measured on hostile families of up to 10^5 characters.
@@ -23,9 +23,8 @@ import warnings
 from fractions import Fraction
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path[:0] = [ROOT, os.path.join(ROOT, "data")]
-import countdown  # noqa: E402
-import score  # noqa: E402
+sys.path.insert(0, ROOT)
+from data import countdown  # noqa: E402
 
 warnings.simplefilter("ignore", SyntaxWarning)  # the oracle's parser warns of "(1)(2)"
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -147,12 +146,12 @@ def campaign(strings, seed):
     """Figures of `strings` verdicts: a dict; `failures` holds up to 20 of the strings that were judged wrongly."""
     rng, seen, figures = random.Random(seed), set(), dict.fromkeys(
         ("strings", "right", "false accepts", "false rejects", "wrong canonical texts", "exceptions"), 0)
-    score.judge_countdown.cache_clear()
+    countdown.judge.cache_clear()
     failures, problems = [], []
     for numbers, target in PROBLEMS:
         solved = {tree for tree, value in trees(tuple(sorted(numbers))) if value == target}
         every = [tree for tree, _ in trees(tuple(sorted(numbers)))]
-        problems.append(({"numbers": list(numbers), "target": target}, solved, sorted(solved, key=repr) or every,
+        problems.append((countdown.Row("a", 0, "", "stop", numbers, target), solved, sorted(solved, key=repr) or every,
                          countdown.solutions(numbers, target), [spell(rng.choice(every), rng) for _ in range(4)]))
     for _ in range(strings):
         row, solved, ordered, texts, corpus = rng.choice(problems)
@@ -163,16 +162,17 @@ def campaign(strings, seed):
         figures["strings"] += 1
         figures["right"] += right
         try:
-            fields = score.verify_countdown(text, row)
+            verdict = countdown.verify(text, row)
+            correct, reason = verdict.reason == "ok", verdict.reason
         except Exception as error:  # the campaign goes on and counts
-            fields = {"correct": None, "reason": repr(error)}
-        wrong = ("exceptions" if fields["correct"] is None else "false accepts" if fields["correct"] > right else
-                 "false rejects" if fields["correct"] < right else
-                 "wrong canonical texts" if right and fields["solution"] not in texts else None)
+            correct, reason = None, repr(error)
+        wrong = ("exceptions" if correct is None else "false accepts" if correct > right else
+                 "false rejects" if correct < right else
+                 "wrong canonical texts" if right and verdict.solution not in texts else None)
         if wrong:
             figures[wrong] += 1
             failures = [*failures, (wrong, row, text)][:20]
-        if new := states(text, fields["reason"]) - seen:
+        if new := states(text, reason) - seen:
             seen |= new
             corpus.append(text)
     kept = sum(len(corpus) for *_, corpus in problems)
@@ -196,14 +196,14 @@ FAMILIES = {
 
 def timings(lengths=(1000, 10_000, 100_000), repeats=20):
     """{family: [microseconds at each length]}, the best of `repeats`."""
-    table = {}
+    table, row = {}, countdown.Row("a", 0, "", "stop", (1, 2), 3)
     for name, family in FAMILIES.items():
         for length in lengths:
             text, best = family(length), float("inf")
             for _ in range(repeats):
-                score.judge_countdown.cache_clear()
+                countdown.judge.cache_clear()
                 start = time.perf_counter()
-                score.verify_countdown(text, {"numbers": [1, 2], "target": 3})
+                countdown.verify(text, row)
                 best = min(best, time.perf_counter() - start)
             table.setdefault(name, []).append(best * 1e6)
     return table

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import maths
 import score
+from data import maths
 
 ROOT = pathlib.Path(score.__file__).parent
 SAMPLES = ROOT / "tests/maths_samples"

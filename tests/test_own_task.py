@@ -1,31 +1,78 @@
-"""The README's "your own task in fifteen minutes", done as it says: a problem file, a verdict in a copy of score.py, nothing else."""
+"""data/README.md's "your own task in five minutes", done as it says: one file, one line in score.py, nothing else."""
 import json
+import pathlib
+import re
+import shutil
 import subprocess
 import sys
+import textwrap
 
-VERDICT = '''
-def verify_reverse(completion, row):
-    answer = completion.strip()
-    return verdict(answer, "ok" if answer == row["answer"] else "value")
+import pytest
 
-
-OWN["reverse"] = ("answer",)
-VERIFIERS["reverse"] = verify_reverse
+ROOT = pathlib.Path(__file__).parent.parent
 
 
-def main(args):'''
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what score.py needs, in which the steps of the README were done."""
+    (tmp_path / "data").mkdir()
+    for path in ("score.py", "evaluate.py", *(f"data/{path.name}" for path in (ROOT / "data").glob("*.py"))):
+        shutil.copy(ROOT / path, tmp_path / path)
+    text = (ROOT / "data/README.md").read_text()
+    file, line = (textwrap.dedent(code) for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    (tmp_path / "data/reverse.py").write_text(file)
+    score = (tmp_path / "score.py").read_text()
+    place = score.index("}\n", score.index("TASKS = {"))
+    (tmp_path / "score.py").write_text(score[:place] + line + score[place:])
+    return tmp_path
 
 
-def test_own_task_in_three_steps(tmp_path):
-    with open("README.md", encoding="utf-8") as file:
-        assert VERDICT.strip().removesuffix("def main(args):").strip() in file.read().replace("\n   ", "\n"), "the README shows another verdict"
-    with open("score.py", encoding="utf-8") as file:
-        (tmp_path / "score.py").write_text(file.read().replace("\ndef main(args):", VERDICT))
-    rows = [{"id": "r1", "task": "reverse", "prompt": "reverse abc=", "answer": "cba", "sample": sample, "completion": text, "prompt_ids": [1],
-             "completion_ids": [2], "logprobs": [-1.0], "finish_reason": "stop"} for sample, text in enumerate(["cba", "abc"])]
+def run(checkout, *command):
+    done = subprocess.run([sys.executable, *command], cwd=checkout, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def rollouts(checkout, *rows):
+    (checkout / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_own_task_in_three_steps(checkout):
+    code, out, _ = run(checkout, "data/reverse.py", "abc", "hello")
+    problems = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["answer"] for row in problems] == ["cba", "olleh"]
+    sampled = {"prompt_ids": [1], "completion_ids": [2], "logprobs": [-1.0], "finish_reason": "stop"}
+    rows = [{**problems[0], "sample": sample, "completion": text, **sampled} for sample, text in enumerate(["cba", "abc", " cba\n"])]
+    rows += [{**rows[1], "sample": 3, "finish_reason": "length"}]
     rows += [{**rows[0], "id": "c1", "task": "countdown", "numbers": [1, 2], "target": 3, "completion": "1+2"}]
-    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    subprocess.run([sys.executable, "score.py", "rollouts.jsonl", "--out", "scored.jsonl", "--show", "2"], cwd=tmp_path, check=True)
-    scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
-    assert [row["correct"] for row in scored] == [True, False, True]
-    assert [row["reason"] for row in scored] == ["ok", "value", "ok"]
+    rollouts(checkout, *rows)
+    code, out, err = run(checkout, "score.py", "rollouts.jsonl", "--out", "scored.jsonl", "--show", "2")
+    assert code == 0, err
+    assert "'abc' sample 0: answer 'cba'" in out
+    scored = [json.loads(line) for line in (checkout / "scored.jsonl").read_text().splitlines()]
+    assert [row["correct"] for row in scored] == [True, False, True, False, True]
+    assert [row["reason"] for row in scored] == ["ok", "value", "ok", "truncated", "ok"]
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"answer": 3}, "field 'answer': Expected str, got int"), ({"answer": None}, "field 'answer': Expected str, got null"),
+    ({"task": "revers"}, "field 'task' must be one of countdown, math, reverse")])
+def test_rows_that_are_none_are_told_of(checkout, change, told):
+    rollouts(checkout, {"id": "a", "task": "reverse", "answer": "b", "sample": 0, "completion": "b", "finish_reason": "stop", **change})
+    code, _, err = run(checkout, "score.py", "rollouts.jsonl", "--out", "scored.jsonl")
+    assert code == 2 and err == f"score.py: error: rollouts.jsonl:1: {told}\n"
+
+
+def test_a_missing_field_is_told_of(checkout):
+    rollouts(checkout, {"id": "a", "task": "reverse", "sample": 0, "completion": "b", "finish_reason": "stop"})
+    code, _, err = run(checkout, "score.py", "rollouts.jsonl", "--out", "scored.jsonl")
+    assert code == 2 and err == "score.py: error: rollouts.jsonl:1: missing field 'answer'\n"
+
+
+@pytest.mark.parametrize("lost", ["class Row(Rollout", "def verify("])
+def test_a_task_without_rows_or_verdict_is_no_task(checkout, lost):
+    """Found when score.py starts, not in the middle of a file."""
+    path = checkout / "data/reverse.py"
+    path.write_text(path.read_text().replace(lost, lost.replace("Row", "Other").replace("verify", "other")))
+    rollouts(checkout, {"id": "c", "task": "countdown", "numbers": [1, 2], "target": 3, "sample": 0, "completion": "1+2", "finish_reason": "stop"})
+    code, _, err = run(checkout, "score.py", "rollouts.jsonl", "--out", "scored.jsonl")
+    assert code != 0 and "data.reverse" in err and ("'Row'" in err or "'verify'" in err)

@@ -15,17 +15,23 @@ from fractions import Fraction
 import pytest
 from hypothesis import example, given, settings, strategies
 
-import countdown
 import fuzz
 import score
+from data import countdown, maths, workers
 
 ROOT = pathlib.Path(score.__file__).parent
 # Python's own parser, in the oracle, warns of "(1)(2)".
 pytestmark = pytest.mark.filterwarnings("ignore::SyntaxWarning")
 
 
+def value_of(expression):
+    return countdown.parse(expression, int, countdown.OPERATE)
+
+
 def judge(completion, numbers, target, finish_reason="stop"):
-    return score.verify_countdown(completion, {"numbers": numbers, "target": target, "finish_reason": finish_reason})
+    """The new fields of a Countdown row."""
+    row = countdown.Row("a", 0, completion, finish_reason, tuple(numbers), target)
+    return score.fields_of(score.told(row, countdown.verify(completion, row)))
 
 
 def row(**fields):
@@ -35,7 +41,7 @@ def row(**fields):
             "finish_reason": "stop", **fields}
 
 
-def maths(answer, completion, **fields):
+def maths_row(answer, completion, **fields):
     return {"id": "m", "task": "math", "answer": answer, "sample": 0, "completion": completion,
             "finish_reason": "stop", **fields}
 
@@ -103,10 +109,10 @@ def test_pitfall_09_the_same_answer_in_other_dress(answer):
 
 
 def test_pitfall_10_the_last_complete_answer_of_the_completion_alone(tmp_path):
-    assert score.last_answer("<answer>1</answer><answer>2</answer><answer>3") == "2"
-    assert score.last_answer("<answer>1<answer>2</answer>3</answer>") == "2"
-    assert score.last_answer("<answer>1</answer>2</answer>") == "1"
-    assert {score.last_answer(text) for text in ("", "</answer>", "<answer>", "</answer><answer>")} == {None}
+    assert countdown.last_answer("<answer>1</answer><answer>2</answer><answer>3") == "2"
+    assert countdown.last_answer("<answer>1<answer>2</answer>3</answer>") == "2"
+    assert countdown.last_answer("<answer>1</answer>2</answer>") == "1"
+    assert {countdown.last_answer(text) for text in ("", "</answer>", "<answer>", "</answer><answer>")} == {None}
     source = write(tmp_path / "r.jsonl", [row(prompt="e.g. <answer>1+2</answer>", completion="<answer>")])
     assert run(source, tmp_path / "s.jsonl")[0]["reason"] == "no_answer"
 
@@ -153,14 +159,14 @@ def test_reasons_and_what_was_read():
     (["3*3/3"], "3*3/3"),
     (["10*(9+2)-1/11", "(2+9)*10-1/11"], "10*(2+9)-1/11")])
 def test_the_canonical_text(texts, canonical):
-    assert {score.canonical(text)[2] for text in texts} == {canonical}
+    assert {countdown.canonical(text) for text in texts} == {canonical}
 
 
 def test_values_are_exact():
-    assert score.canonical("1/3+1/3") == (Fraction(2, 3), [1, 1, 3, 3], "1/3+1/3")
-    assert score.canonical("*".join(["99"] * 66))[0] == 99 ** 66
+    assert value_of("1/3+1/3") == Fraction(2, 3)
+    assert value_of("*".join(["99"] * 66)) == 99 ** 66
     with pytest.raises(ZeroDivisionError):
-        score.canonical("5/(3/0)")
+        value_of("5/(3/0)")
 
 
 def solving(numbers, target):
@@ -173,7 +179,7 @@ def test_the_solver_and_the_verifier_agree(numbers, target):
     """Every text of the solver is right and canonical; the enumeration of all trees has no other canonical text."""
     texts = countdown.solutions(list(numbers), target)
     for text in texts:
-        assert score.canonical(text)[::2] == (target, text)
+        assert value_of(text) == target and countdown.canonical(text) == text
         assert judge(text, list(numbers), target)["solution"] == text
     if len(numbers) < 5:
         spelled = (fuzz.spell(tree, random.Random(0)) for tree in solving(numbers, target))
@@ -228,7 +234,7 @@ def test_the_fuzz_campaign_finds_planted_bugs(monkeypatch):
         return ("ok", answer) if right else ("value", None)
 
     by_eval.cache_clear = lambda: None
-    monkeypatch.setattr(score, "judge_countdown", by_eval)
+    monkeypatch.setattr(countdown, "judge", by_eval)
     figures = fuzz.campaign(5_000, seed=0)
     assert figures["false accepts"] > 0 and figures["wrong canonical texts"] > 0
 
@@ -241,7 +247,7 @@ def test_the_fuzz_campaign_finds_planted_bugs(monkeypatch):
     (r"\boxed{1", []), (r"\boxed5", []), ("}}} {{ \\boxed{4} {", ["4"]), (r"\\boxed{6}", []), ("", []),
     (r"\boxed{}", [""])])
 def test_pitfall_12_boxes_by_matched_braces(text, found):
-    assert [text[start:end] for start, end in score.boxes(text)] == found
+    assert [text[start:end] for start, end in maths.boxes(text)] == found
 
 
 @pytest.mark.parametrize("completion, parts, answer", [
@@ -250,7 +256,7 @@ def test_pitfall_12_boxes_by_matched_braces(text, found):
     (r"\boxed{1}", 2, "1"), ("42", 1, None), (r"\boxed{}", 1, None), (r"\boxed{5", 1, None),
     (r"\boxed{(1,2)}, \boxed{(3,4)}", 2, "(1,2), (3,4)")])
 def test_which_answer_is_read(completion, parts, answer):
-    assert score.extract_maths(completion, parts) == answer
+    assert maths.extract_maths(completion, parts) == answer
 
 
 @pytest.mark.parametrize("text, parts", [
@@ -258,12 +264,12 @@ def test_which_answer_is_read(completion, parts, answer):
     (r"\{1,2\}", ["1", "2"]), (r"\frac{1,2}{3}", [r"\frac{1,2}{3}"]), (r"\text{for all}", [r"\text{for all}"]),
     ("", [])])
 def test_parts(text, parts):
-    assert score.split_parts(text) == parts
+    assert maths.split_parts(text) == parts
 
 
 def test_boxes_take_linear_room():
     text = r"\boxed{" * 20_000 + "5" + "}" * 20_000
-    assert score.extract_maths(text, 1) == "5" and score.extract_maths(r"\boxed{" * 20_000, 1) is None
+    assert maths.extract_maths(text, 1) == "5" and maths.extract_maths(r"\boxed{" * 20_000, 1) is None
 
 
 PAIRS = [json.loads(line) for line in open(ROOT / "tests/maths_pairs.jsonl", encoding="utf-8")]
@@ -276,7 +282,7 @@ def judged_pairs(tmp_path_factory):
     rows = []
     for i, pair in enumerate(PAIRS):
         extras = {field: pair[field] for field in ("unit", "error") if field in pair}
-        rows.append(maths(pair["gold"], f"So it is $\\boxed{{{pair['answer']}}}$.", id=str(i), **extras))
+        rows.append(maths_row(pair["gold"], f"So it is $\\boxed{{{pair['answer']}}}$.", id=str(i), **extras))
     return run(write(folder / "r.jsonl", rows), folder / "s.jsonl", "--timeout", "60", "--workers", "2")
 
 
@@ -298,10 +304,10 @@ BOMBS = [r"9^{9^{9^{9^9}}}", "100000000!", r"\sum_{i=1}^{10^9} i!", r"\binom{10^
 
 
 def bombs(some):
-    rows = [maths("x^2", f"\\boxed{{{bomb}}}", id=f"bomb-{i}") for i, bomb in enumerate(some)]
-    rows[1:1] = [row(id="c"), maths(r"\frac{1}{2}", r"\boxed{0.5}", id="between")]
-    return [*rows, maths("x^2", r"\boxed{x \cdot x}", id="last"), row(id="d", completion="2-1"),
-            maths("7", "no box", id="none")]
+    rows = [maths_row("x^2", f"\\boxed{{{bomb}}}", id=f"bomb-{i}") for i, bomb in enumerate(some)]
+    rows[1:1] = [row(id="c"), maths_row(r"\frac{1}{2}", r"\boxed{0.5}", id="between")]
+    return [*rows, maths_row("x^2", r"\boxed{x \cdot x}", id="last"), row(id="d", completion="2-1"),
+            maths_row("7", "no box", id="none")]
 
 
 @pytest.mark.parametrize("some", [BOMBS[:3], pytest.param(BOMBS, marks=pytest.mark.slow)])
@@ -317,8 +323,8 @@ def test_pitfall_12_bombs_end_and_leave_the_others_alone(tmp_path, capsys, some)
 
 def test_a_large_parent_does_not_count_as_a_workers_memory(tmp_path):
     """Linux hands a process's peak memory on to its children: here it is above what a worker may use."""
-    source = write(tmp_path / "r.jsonl", [maths(r"\frac{1}{2}", r"\boxed{0.5}", id="a"), maths("7", r"\boxed{8}", id="b")])
-    code = (f"import score; ballast = b'x' * {score.MEMORY // 2 + 2**26}; "
+    source = write(tmp_path / "r.jsonl", [maths_row(r"\frac{1}{2}", r"\boxed{0.5}", id="a"), maths_row("7", r"\boxed{8}", id="b")])
+    code = (f"import score; ballast = b'x' * {workers.MEMORY // 2 + 2**26}; "
             f"score.main(score.parse_args([{source!r}, '--out', {str(tmp_path / 's.jsonl')!r}, '--timeout', '60', '--workers', '1']))")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert [json.loads(line)["reason"] for line in open(tmp_path / "s.jsonl")] == ["ok", "value"]
@@ -334,8 +340,8 @@ def test_strange_answers_are_wrong_and_harmless(tmp_path):
                "1e999999999",
                "__import__('os').system('true')", r"\operatorname{__import__}(os)", r"\mathrm{exec}(1)",
                r"\det(\operatorname{ones}(400,400))"]
-    rows = [maths("17", f"\\boxed{{{one}}}", id=str(i)) for i, one in enumerate(strange)]
-    new = run(write(tmp_path / "r.jsonl", [*rows, maths("17", r"\boxed{17}", id="last")]), tmp_path / "s.jsonl",
+    rows = [maths_row("17", f"\\boxed{{{one}}}", id=str(i)) for i, one in enumerate(strange)]
+    new = run(write(tmp_path / "r.jsonl", [*rows, maths_row("17", r"\boxed{17}", id="last")]), tmp_path / "s.jsonl",
               "--timeout", "3")
     assert [one["correct"] for one in new] == [False] * len(strange) + [True]
 
@@ -360,6 +366,7 @@ def test_no_file_process_network_or_eval_can_be_reached_from_an_answer(tmp_path)
 import ctypes, json, os, socket, subprocess, sys
 sys.path.insert(0, {str(ROOT)!r})
 import score, sympy
+from data import maths, workers
 attacks = {{
 {entries}}}
 def judge(name, *rest):
@@ -370,8 +377,8 @@ def judge(name, *rest):
     except (OSError, ValueError, sympy.SympifyError, TypeError, NameError) as error:
         return type(error).__name__
     return "reached"
-score.judge_maths = judge
-score.work(30)
+maths.judge = judge
+workers.work("data.maths", "judge", 30)
 """
     jobs = "".join(json.dumps([name]) + "\n" for name in ATTACKS)
     done = subprocess.run([sys.executable, "-c", code], input=jobs, text=True, capture_output=True, cwd=tmp_path)
@@ -384,11 +391,11 @@ score.work(30)
 
 def test_math_verifys_numbers_do_not_go_through_eval():
     """math-verify hands number texts to SymPy's sympify, and that to eval; our reader takes digits and points alone."""
-    score.sympy = pytest.importorskip("sympy")
-    assert score.read_number("27") == 27 and score.read_number("27.5") == 27.5
+    maths.sympy = pytest.importorskip("sympy")
+    assert maths.read_number("27") == 27 and maths.read_number("27.5") == 27.5
     for text in ("__import__('os')", "1+1", "x", "9**9"):
         with pytest.raises(ValueError):
-            score.read_number(text)
+            maths.read_number(text)
 
 
 @pytest.mark.parametrize("field, value", [
@@ -398,12 +405,14 @@ def test_math_verifys_numbers_do_not_go_through_eval():
     ("error", True),
     ("error", [0.1, 0.2]), ("error", "inf"), ("error", "nan"), ("error", {})])
 def test_a_gold_that_cannot_be_used_is_an_error(tmp_path, capsys, field, value):
-    source = write(tmp_path / "r.jsonl", [{**maths("5", "no box"), field: value}])
-    assert f"r.jsonl:1: field '{field}' must be" in refused(capsys, source, tmp_path / "s.jsonl")
+    source = write(tmp_path / "r.jsonl", [{**maths_row("5", "no box"), field: value}])
+    assert f"r.jsonl:1: field '{field}" in refused(capsys, source, tmp_path / "s.jsonl")
 
 
 def test_golds_of_every_type():
-    gold = lambda **fields: score.gold_of("here", fields)  # noqa: E731
+    def gold(**fields):
+        return maths.gold_of(maths.Row("m", 0, "", "stop", **fields))
+
     assert gold(answer=33) == (["33"], [""], [None])
     assert [gold(answer=answer)[0] for answer in (27.0, 1e-05, "1, 2", "10,080", "(1,2)", ",")] == [
         ["27.0"], ["0.00001"], ["1", "2"], ["10080"], ["(1,2)"], [","]]
@@ -411,7 +420,7 @@ def test_golds_of_every_type():
 
 
 def test_cut_maths_completions(tmp_path):
-    rows = [maths("5", completion, id=str(i), finish_reason="length")
+    rows = [maths_row("5", completion, id=str(i), finish_reason="length")
             for i, completion in enumerate([r"\boxed{5} and", r"\boxed{6} and", r"\boxed{5", "so"])]
     new = run(write(tmp_path / "r.jsonl", rows), tmp_path / "s.jsonl", "--workers", "1", "--timeout", "60")
     assert [one["reason"] for one in new] == ["ok", "truncated", "truncated", "truncated"]
@@ -419,7 +428,7 @@ def test_cut_maths_completions(tmp_path):
 
 def test_without_math_verify_one_line_says_so(tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError")
-    source = write(tmp_path / "r.jsonl", [maths("5", r"\boxed{5}")])
+    source = write(tmp_path / "r.jsonl", [maths_row("5", r"\boxed{5}")])
     done = subprocess.run([sys.executable, "score.py", source, "--out", str(tmp_path / "s.jsonl")], cwd=ROOT,
                           capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(tmp_path)})
@@ -453,7 +462,7 @@ def test_rows_pass_in_order_and_other_fields_untouched(tmp_path):
 
 def test_a_scored_file_is_scored_afresh(tmp_path):
     source = write(tmp_path / "r.jsonl", [row(), row(sample=1, completion="2-1"),
-                                          maths("5", "no box", solution="the worked one")])
+                                          maths_row("5", "no box", solution="the worked one")])
     first = run(source, tmp_path / "s.jsonl")
     stale = write(tmp_path / "stale.jsonl", [{**one, "correct": "x", "reason": None, "pred": 1, "reward": 7}
                                              for one in first])
@@ -492,7 +501,8 @@ WRONG = [(field, value) for field, values in {
 @pytest.mark.parametrize("field, value", WRONG)
 def test_a_wrong_type_in_any_field_is_one_line(tmp_path, capsys, field, value):
     source = write(tmp_path / "r.jsonl", [row(sample=1), row(**{field: value})])
-    assert f"r.jsonl:2: field '{field}' must be" in refused(capsys, source, tmp_path / "s.jsonl")
+    err = refused(capsys, source, tmp_path / "s.jsonl")
+    assert f"r.jsonl:2: field '{field}" in err and ("xpected" in err or "nvalid" in err or "must be" in err)
 
 
 @pytest.mark.parametrize("field", ["id", "sample", "completion", "finish_reason", "task", "numbers", "target"])
@@ -503,15 +513,20 @@ def test_a_missing_field_is_one_line(tmp_path, capsys, field):
 
 @pytest.mark.parametrize("content, told", [
     (b"", "no rows"), (b"\n \r\n", "no rows"), (b'{"id": "a", "samp', "r.jsonl:1: not a valid JSON row"),
-    (b"[" * 100_000, "r.jsonl:1: not"),
-    (b'{"id": "a", "id": "b"}', "r.jsonl:1: not a valid JSON row (a key stands twice)"),
-    (b'{"target": Infinity}', "r.jsonl:1: not"),
-    (b'{"target": 1e999}', "r.jsonl:1: not"), (b'{"x": NaN}', "r.jsonl:1: not"),
-    (b'{"x": ' + b"1" * 5000 + b"}", "r.jsonl:1: not"),
-    (b'{"id": "\\ud800"}', "r.jsonl:1: not"), (b'{"id": "\xff"}', "r.jsonl:1: not"), (b'"text"', "not an object")])
+    (b"[" * 100_000, "r.jsonl:1: not"), (b'{"task": "countdown", "target": Infinity}', "r.jsonl:1: not"),
+    (b'{"task": "countdown", "target": 1e999}', "r.jsonl:1: field 'target'"), (b'{"x": NaN}', "r.jsonl:1: not"),
+    (b'{"task": "countdown", "target": ' + b"1" * 5000 + b"}", "r.jsonl:1: "),
+    (b'{"id": "\\ud800"}', "r.jsonl:1: not"), (b'{"id": "\xff"}', "r.jsonl:1: not"),
+    (b'"text"', "Expected object, got str")])
 def test_hostile_files_are_one_line(tmp_path, capsys, content, told):
     (tmp_path / "r.jsonl").write_bytes(content)
     assert told in refused(capsys, tmp_path / "r.jsonl", tmp_path / "s.jsonl")
+
+
+def test_of_a_key_that_stands_twice_the_last_one_counts(tmp_path):
+    line = json.dumps(row(completion="1+2")).replace('"completion"', '"completion": "2-1", "completion"')
+    (tmp_path / "r.jsonl").write_text(line + "\n")
+    assert run(tmp_path / "r.jsonl", tmp_path / "s.jsonl")[0]["correct"]
 
 
 def test_a_line_of_100_mb_is_refused_unread(tmp_path, capsys):
@@ -595,8 +610,8 @@ def until(condition, seconds=60):
 @pytest.mark.parametrize("kill, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_killed_while_workers_are_busy(tmp_path, kill, code):
     """No worker outlives its answer's time, none keeps the lock, and the same command then ends as if nothing was."""
-    rows = [row(sample=i) for i in range(50)] + [maths("1", r"\boxed{100000000!}", id="bomb"),
-                                                 maths("5", r"\boxed{5.0}", id="good")]
+    rows = [row(sample=i) for i in range(50)] + [maths_row("1", r"\boxed{100000000!}", id="bomb"),
+                                                 maths_row("5", r"\boxed{5.0}", id="good")]
     source, out = write(tmp_path / "r.jsonl", rows), tmp_path / "s.jsonl"
     command = [sys.executable, "score.py", source, "--out", str(out), "--timeout", "2", "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
@@ -617,7 +632,7 @@ def test_the_same_bytes_whatever_the_number_of_workers(tmp_path):
     pairs = [pair for pair in PAIRS if "x" not in pair["answer"]][:24]
     rows = []
     for i, pair in enumerate(pairs):
-        rows += [row(id=f"c{i}"), maths(pair["gold"], f"\\boxed{{{pair['answer']}}}", id=f"m{i}")]
+        rows += [row(id=f"c{i}"), maths_row(pair["gold"], f"\\boxed{{{pair['answer']}}}", id=f"m{i}")]
     source = write(tmp_path / "r.jsonl", rows)
     for workers in "13":
         run(source, tmp_path / f"{workers}.jsonl", "--workers", workers, "--timeout", "60")
