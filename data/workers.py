@@ -1,7 +1,7 @@
-"""Processes that can be killed, for verdicts that may hang, explode or eat memory. They know no task.
+"""Processes that can be killed, for verdicts that may hang, explode or eat memory.
 
-A task whose verdict needs one returns a Job from its `verify`: the answer, and what is to be called
-with which arguments in a worker. The module named there has
+They know no task. A task whose verdict needs one returns a Job from its `verify`: the answer, and
+what is to be called with which arguments in a worker. The module named there has
 
     prepare()            imports what the function needs, warms it up, and returns the beginnings
                          of the source texts that its libraries write and compile themselves
