@@ -1,18 +1,28 @@
-"""Make the embedded model: a 1M-parameter Qwen2 that plays Countdown, pre-trained from scratch on random right answers.
+"""Make the embedded models: Qwen2s of a million parameters that play Countdown, pre-trained from
+scratch on random right answers.
 
-    python data/make_tiny.py --out /tmp/first --max-target 100 --steps 6000 --save-every 1000       # stopped after first-3000
-    python data/make_tiny.py --out /tmp/second --init /tmp/first-3000 --seed 1 --max-target 150 --steps 1000 --lr 1e-3 --problems 80000
-    python data/make_tiny.py --out data/tiny-countdown --init /tmp/second --seed 2 --steps 400 --lr 6e-4 --problems 40000
+The strong one, data/tiny-countdown/, in three phases towards larger targets (the first was stopped
+after its snapshot first-3000):
 
-Three phases, towards larger targets; curve.jsonl beside the model is their curve.
-Every problem of the train split of data/countdown.py may be drawn. Its answer is drawn uniformly among *all* its distinct
-solutions and written in a random order of terms and factors, so that the base policy is diverse: it is that
-diversity which reinforcement learning then spends. Loss on the answer and its end alone; AdamW, warm-up,
-cosine to a tenth.
+    python data/make_tiny.py --out /tmp/first --max-target 100 --steps 6000 --save-every 1000
+    python data/make_tiny.py --out /tmp/second --init /tmp/first-3000 --seed 1 --max-target 150 \
+        --steps 1000 --lr 1e-3 --problems 80000
+    python data/make_tiny.py --out data/tiny-countdown --init /tmp/second --seed 2 --steps 400 \
+        --lr 6e-4 --problems 40000
 
-Writes an ordinary Hugging Face folder (config, safetensors in fp32, character-level tokenizer), made_from.json (the flags)
-and curve.jsonl: step, training loss, and the loss on problems of the tune split.
-Nothing needs this script to run: data/tiny-countdown/ stands in the repository.
+The weak one, whose every fiftieth sample is right, in one short phase of three minutes:
+
+    python data/make_tiny.py --out data/weak-countdown --steps 250 --problems 40000 \
+        --save-every 50 --threads 1
+
+Every problem of the train split of data/countdown.py may be drawn. Its answer is drawn uniformly
+among *all* its distinct solutions and written in a random order of terms and factors, so that the
+base policy is diverse: it is that diversity which reinforcement learning then spends. Loss on the
+answer and its end alone; AdamW, warm-up, cosine to a tenth.
+
+Writes an ordinary Hugging Face folder (config, safetensors in fp32, character-level tokenizer),
+made_from.json (the flags) and curve.jsonl: step, training loss, and the loss on problems of the
+tune split. Nothing needs this script to run: both models stand in the repository.
 """
 import argparse
 import json
@@ -26,41 +36,55 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import countdown  # the problems, their splits and the exact solver
+if __name__ == "__main__":  # the repository's root, not this folder
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from data import countdown  # the problems, their splits and the exact solver
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what it starts from and what it leaves
     parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the problems, the answers and the weights (default %(default)s)")
-    parser.add_argument("--init", help="start from the weights in this folder (default: random weights)")
-    parser.add_argument("--max-number", type=int, default=15, help="numbers are 1..this (default %(default)s)")
-    parser.add_argument("--max-target", type=int, default=300, help="targets are 1..this (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps of --batch problems (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=256, help="problems a step (default %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default %(default)s)")
-    parser.add_argument("--problems", type=int, default=150_000, help="distinct training problems (default %(default)s)")
+    parser.add_argument("--init", help="start from this folder's weights (default: random ones)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the problems, the answers and the weights (default %(default)s)")
+    parser.add_argument("--save-every", type=int, default=500,
+                        help="steps between snapshots in OUT-STEP (default %(default)s)")
+    # the problems
+    parser.add_argument("--max-number", type=int, default=15,
+                        help="numbers are 1..this (default %(default)s)")
+    parser.add_argument("--max-target", type=int, default=300,
+                        help="targets are 1..this (default %(default)s)")
+    parser.add_argument("--problems", type=int, default=150_000,
+                        help="distinct training problems (default %(default)s)")
+    # the optimizer
+    parser.add_argument("--steps", type=int, default=6000,
+                        help="optimizer steps of --batch problems (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=256,
+                        help="problems a step (default %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3,
+                        help="peak learning rate (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between snapshots in OUT-STEP (default %(default)s)")
     return parser.parse_args(argv)
 
 
 def make_tokenizer():
     """One token a character; the end of text and the padding are tokens of their own.
 
-    The class is that of the model's family, since AutoTokenizer gives every qwen2 folder this class, whatever the folder says. It
-    works on bytes, whose spelling of the space is "\u0120"."""
-    vocabulary = ["<|endoftext|>", "<|pad|>", "<|unk|>", *"0123456789+-*/()=:\u0120"]
-    return Qwen2Tokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], eos_token="<|endoftext|>",
-                          pad_token="<|pad|>", unk_token="<|unk|>")
+    The class is that of the model's family, since AutoTokenizer gives every qwen2 folder this
+    class, whatever the folder says. It works on bytes, whose spelling of the space is "\u0120"."""
+    tokens = ["<|endoftext|>", "<|pad|>", "<|unk|>", *"0123456789+-*/()=:\u0120"]
+    return Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[],
+                          eos_token="<|endoftext|>", pad_token="<|pad|>", unk_token="<|unk|>")
 
 
 def make_model(vocab_size):
     return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=512, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=0, pad_token_id=1,
-        bos_token_id=None))
+        vocab_size=vocab_size, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=512, max_position_embeddings=256,
+        tie_word_embeddings=True, eos_token_id=0, pad_token_id=1, bos_token_id=None))
 
 
 def shuffled(text, rng):
@@ -76,9 +100,11 @@ def shuffled(text, rng):
     if not operators:
         return f"({shuffled(text[1:-1], rng)})" if text[0] == "(" else text
     parts.append(text[start:])
-    blocks = [(operator, shuffled(part, rng)) for operator, part in zip([top[0], *operators], parts)]
+    operators = [top[0], *operators]
+    blocks = [(operator, shuffled(part, rng)) for operator, part in zip(operators, parts)]
     rng.shuffle(blocks)
-    first = next(i for i, block in enumerate(blocks) if block[0] == top[0])  # an expression cannot begin with - or /
+    # an expression cannot begin with - or /
+    first = next(i for i, block in enumerate(blocks) if block[0] == top[0])
     blocks[0], blocks[first] = blocks[first], blocks[0]
     return blocks[0][1] + "".join(operator + part for operator, part in blocks[1:])
 
@@ -94,21 +120,29 @@ def outside(text):
 
 def solved(n, split, args):
     """[(numbers, target, all distinct solutions)] of `n` problems."""
-    flags = countdown.parse_args(["--out", "-", "--n", str(n), "--seed", str(args.seed), "--split", split, "--max-number",
-                                  str(args.max_number), "--max-target", str(args.max_target)])
-    return [(problem["numbers"], problem["target"], sorted(countdown.solutions(problem["numbers"], problem["target"])))
-            for problem in tqdm(countdown.problems(flags), f"{split} problems", n, disable=None)]
+    flags = countdown.parse_args(
+        ["--out", "-", "--n", str(n), "--seed", str(args.seed), "--split", split,
+         "--max-number", str(args.max_number), "--max-target", str(args.max_target)])
+    found = []
+    for problem in tqdm(countdown.problems(flags), f"{split} problems", n, disable=None):
+        numbers, target = problem["numbers"], problem["target"]
+        found.append((numbers, target, sorted(countdown.solutions(numbers, target))))
+    return found
 
 
 def batch_of(pool, size, rng, tokenizer):
-    """`size` random problems of `pool` with answers: ids and labels (-100 on prompt and padding), both (size, length)."""
+    """`size` random problems of `pool` with answers: ids and labels (-100 on prompt and padding),
+    both (size, length)."""
     rows = []
     for numbers, target, solutions in rng.choices(pool, k=size):
-        prompt = countdown.TEMPLATES["plain"].format(numbers=" ".join(map(str, rng.sample(numbers, len(numbers)))), target=target)
+        order = " ".join(map(str, rng.sample(numbers, len(numbers))))
+        prompt = countdown.TEMPLATES["plain"].format(numbers=order, target=target)
         rows.append((prompt, shuffled(rng.choice(solutions), rng)))
-    prompts, whole = ([ids for ids in tokenizer([row[0] + row[1] * last for row in rows])["input_ids"]] for last in (0, 1))
+    prompts = tokenizer([prompt for prompt, _ in rows])["input_ids"]
+    whole = tokenizer([prompt + answer for prompt, answer in rows])["input_ids"]
     length = max(map(len, whole)) + 1
-    ids, labels = torch.full((size, length), tokenizer.pad_token_id), torch.full((size, length), -100)
+    ids = torch.full((size, length), tokenizer.pad_token_id)
+    labels = torch.full((size, length), -100)
     for i, (prompt, row) in enumerate(zip(prompts, whole)):
         row = torch.tensor(row + [tokenizer.eos_token_id])
         ids[i, :len(row)] = row
@@ -119,8 +153,19 @@ def batch_of(pool, size, rng, tokenizer):
 def loss_of(model, ids, labels):
     """Mean cross-entropy of the answers' tokens, in bf16 autocast over fp32 weights (1.5x here)."""
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # right padding needs no mask: nothing looks ahead
+        # right padding needs no mask: nothing looks ahead
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
+
+
+def save(folder, model, tokenizer, args, step, curve):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with open(os.path.join(folder, "made_from.json"), "w") as file:
+        made = {"script": "data/make_tiny.py", "flags": vars(args), "steps_done": step}
+        json.dump(made, file, indent=1)
+    with open(os.path.join(folder, "curve.jsonl"), "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in curve)
 
 
 def main(args):
@@ -130,10 +175,17 @@ def main(args):
     pool = solved(args.problems, "train", args)
     tokenizer = make_tokenizer()
     held_out = batch_of(solved(2000, "tune", args), 2000, random.Random(args.seed), tokenizer)
-    model = Qwen2ForCausalLM.from_pretrained(args.init, dtype=torch.float32) if args.init else make_model(len(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 200) * (
-        0.55 + 0.45 * math.cos(math.pi * step / args.steps)))
+    if args.init:
+        model = Qwen2ForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+    else:
+        model = make_model(len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98),
+                                  weight_decay=0.01, fused=True)
+
+    def factor(step):  # 200 steps of warm-up; a cosine from 1 to a tenth
+        return min(1, (step + 1) / 200) * (0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     curve, losses, began = [], [], time.monotonic()
     for step in tqdm(range(1, args.steps + 1), "steps", disable=None):
         loss = loss_of(model, *batch_of(pool, args.batch, rng, tokenizer))
@@ -145,17 +197,13 @@ def main(args):
         losses.append(loss.item())
         if step % args.save_every == 0 or step == args.steps:
             with torch.no_grad():
-                curve.append({"step": step, "loss": sum(losses) / len(losses), "tune_loss": loss_of(model, *held_out).item(),
-                              "seconds": round(time.monotonic() - began)})
+                tune_loss = loss_of(model, *held_out).item()
+            curve.append({"step": step, "loss": sum(losses) / len(losses), "tune_loss": tune_loss,
+                          "seconds": round(time.monotonic() - began)})
             losses.clear()
             tqdm.write(json.dumps(curve[-1]))
             folder = args.out if step == args.steps else f"{args.out}-{step}"
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            with open(os.path.join(folder, "made_from.json"), "w") as file:
-                json.dump({"script": "data/make_tiny.py", "flags": vars(args), "steps_done": step}, file, indent=1)
-            with open(os.path.join(folder, "curve.jsonl"), "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in curve)
+            save(folder, model, tokenizer, args, step, curve)
 
 
 if __name__ == "__main__":
