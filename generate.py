@@ -105,7 +105,7 @@ from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
 from data.chunks import begin, chunk_path, merge, wait_for_chunks, write_synced
-from data.models import check_model, device_and_dtype, load, load_model, load_tokenizer
+from data.models import check_model, device_and_dtype, load, load_model, load_tokenizer, source_of
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
@@ -368,8 +368,8 @@ def main(args):
     device, dtype = device_and_dtype(args)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
                 "repetition_penalty": 1.0, "max_new_tokens": args.max_new_tokens}
-    meta = describe(args, [args.prompts, args.model], sampling=sampling, device=device,
-                    dtype=str(dtype).removeprefix("torch."), world_size=world)
+    meta = describe(args, [args.prompts, source_of(args.model, options)], sampling=sampling,
+                    device=device, dtype=str(dtype).removeprefix("torch."), world_size=world)
     folder = begin(args.out, meta, FREE_FLAGS, rank)
     if folder is None:
         return

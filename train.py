@@ -126,7 +126,7 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.models import check_model, load_model, load_optimizer, load_tokenizer, save_round
+from data.models import check_model, load_model, load_optimizer, load_tokenizer, save_round, source_of
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be installed.
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
@@ -430,8 +430,9 @@ def update(args):
             fail(f"rank {rank}: rank 0 did not start to write {args.out} in {args.rank_timeout:.0f} s: no shared file system?", 4)
         time.sleep(0.1)
     options = check_model(args.model, args.trust_remote_code)
+    inputs = [args.rollouts, source_of(args.model, options)]
     if args.ref_model:
-        check_model(args.ref_model)
+        inputs.append(source_of(args.ref_model, check_model(args.ref_model)))
     sampling = sampling_of(args)
     groups, n = load_rollouts(args.rollouts, args.truncated)
     if args.updates > len(groups):
@@ -442,7 +443,7 @@ def update(args):
         fail("--device cuda: no CUDA device here; use --device cpu")
     device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     dtype = {"auto": torch.bfloat16 if device != "cpu" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
-    meta = describe(args, [args.rollouts, args.model] + [args.ref_model] * bool(args.ref_model), sampling=sampling, device=device,
+    meta = describe(args, inputs, sampling=sampling, device=device,
                     dtype=str(dtype).removeprefix("torch."), world_size=world)
     if rank == 0:
         if claim(args.out, meta, ignore=("out", "rollouts", "model", "ref_model", "rank_timeout", "device"), folder=True) is None:

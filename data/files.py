@@ -214,7 +214,8 @@ def in_our_words(error, kind):
 def describe(args, inputs, **more):
     """The meta of an output: what made it and from what.
 
-    inputs: files or folders, whose sha256 it holds (a Hub id has none); more: further entries."""
+    inputs: files or folders, whose sha256 it holds, or names that stand for themselves, such as a
+    Hub id at a commit; more: further entries."""
     def digest(path):
         if os.path.isdir(path):
             paths = {name: os.path.join(path, name) for name in sorted(os.listdir(path))}
@@ -235,7 +236,7 @@ def describe(args, inputs, **more):
     packages = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numpy",
                 "math-verify")
     versions = {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
-    digests = {path: digest(path) if os.path.exists(path) else None for path in inputs}
+    digests = {path: digest(path) if os.path.exists(path) else path for path in inputs}
     return {"stage": STAGE, "argv": sys.argv, "flags": vars(args), "git": commit,
             "inputs": digests, "versions": versions, **more}
 

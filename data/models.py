@@ -21,7 +21,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each weight
 def check_model(name, trust_remote_code=False):
     """Refuse what can be seen to be no model before anything is loaded.
 
-    name: a folder, or a Hub id. Returns the options of every from_pretrained.
+    name: a folder, or a Hub id. Returns the options of every from_pretrained; of a Hub id they hold
+    the `revision`, so that whatever is loaded is of one commit.
     """
     folder = os.path.isdir(name)
     if folder:
@@ -32,7 +33,22 @@ def check_model(name, trust_remote_code=False):
                  f"other weight formats can run code and are refused")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
         fail(f"{name}: no such model folder (a Hub id is written owner/name)")
-    return {"trust_remote_code": trust_remote_code, "local_files_only": folder}
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": folder}
+    return options if folder else {**options, "revision": commit_of(name)}
+
+
+def commit_of(name):
+    """The commit of a Hub id: the newest, or without a network the one in the local cache."""
+    try:
+        path = transformers.utils.cached_file(name, "config.json")
+    except Exception as error:
+        fail(f"{name}: cannot be loaded: {type(error).__name__}: {error}")
+    return os.path.basename(os.path.dirname(path))  # .../snapshots/COMMIT/config.json
+
+
+def source_of(name, options):
+    """What `describe` calls a model: its folder, or OWNER/NAME@COMMIT. options: check_model's."""
+    return f"{name}@{options['revision']}" if "revision" in options else name
 
 
 def device_and_dtype(args):
@@ -107,12 +123,14 @@ def save_round(out, policy, tokenizer, optimizer, state, lines, source):
         save_file(moments, f"{out}/optimizer.safetensors")
     except Exception as error:  # a full disk: where Rust writes, it is no OSError
         fail(f"{out}: cannot be written: {type(error).__name__}: {error}")
-    original = transformers.utils.cached_file(source, "generation_config.json",
-                                              _raise_exceptions_for_missing_entries=False)
+    os.remove(f"{out}/generation_config.json")
+    try:  # what loading has left in the cache of a Hub id: no network now
+        original = transformers.utils.cached_file(source, "generation_config.json",
+                                                  local_files_only=True)
+    except OSError:
+        original = None  # it has none
     if original:
         shutil.copyfile(original, f"{out}/generation_config.json")
-    else:
-        os.remove(f"{out}/generation_config.json")
     with open(f"{out}/trainer_state.json", "w", encoding="utf-8") as file:
         json.dump(state, file, indent=1)
     with open(f"{out}/metrics.jsonl", "w", encoding="utf-8") as file:

@@ -128,7 +128,7 @@ def test_meta_names_flags_inputs_and_versions(tmp_path):
     meta = stage.describe(flags, [data, str(folder), "owner/name"], seed=3)
     assert meta["stage"] == "evaluate.py" and meta["flags"] == {"n": 8, "out": "o"} and meta["seed"] == 3
     assert meta["inputs"][data] == hashlib.sha256(b"x").hexdigest()
-    assert meta["inputs"]["owner/name"] is None and meta["versions"]["numpy"] and json.dumps(meta)
+    assert meta["inputs"]["owner/name"] == "owner/name" and meta["versions"]["numpy"] and json.dumps(meta)
     before = meta["inputs"][str(folder)]
     make(folder / "w", "2")
     assert stage.describe(flags, [str(folder)])["inputs"][str(folder)] != before

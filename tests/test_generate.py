@@ -630,6 +630,45 @@ def test_a_rank_waits_for_a_folder_of_its_own_command(tiny_model, prompts, tmp_p
     assert [path.name for path in folder.iterdir()] == ["command.json"]
 
 
+COMMITS = {"one": "1" * 40, "other": "2" * 40}
+
+
+@pytest.fixture
+def hub(tiny_model, tmp_path):
+    """Environment of a process that finds owner/one and owner/other, of equal shapes, in its cache and has no network."""
+    for name, commit in COMMITS.items():
+        folder = tmp_path / "hub" / f"models--owner--{name}"
+        copy_of(tiny_model, folder / "snapshots" / commit)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+    weights = load_file(folder / "snapshots" / commit / "model.safetensors")
+    save_file({key: weight * 1.1 for key, weight in weights.items()}, folder / "snapshots" / commit / "model.safetensors", {"format": "pt"})
+    return {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+
+def test_another_hub_id_is_another_input(hub, prompts, tmp_path):
+    """Its commit is what is compared: of what is complete and of what is half done."""
+    def sampled(model, out="out.jsonl"):
+        return subprocess.run([sys.executable, "generate.py", "--model", model, "--prompts", prompts, "--out", str(tmp_path / out), "--n", "1",
+                               "--max-new-tokens", "4", "--device", "cpu"], cwd=ROOT, env=hub, capture_output=True, text=True)
+
+    assert sampled("owner/one").returncode == 0
+    meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
+    assert list(meta["inputs"].values())[1] == f"owner/one@{COMMITS['one']}"
+    assert "complete, left alone" in sampled("owner/one").stderr
+    other = sampled("owner/other")
+    assert other.returncode == 2 and "made with other inputs;" in other.stderr and len(other.stderr.splitlines()) == 1
+    command = {**meta, "inputs": list(meta["inputs"].values())}
+    (tmp_path / "half.jsonl.partial").mkdir()
+    (tmp_path / "half.jsonl.partial" / "command.json").write_text(json.dumps(
+        [command["flags"] | dict.fromkeys(generate.FREE_FLAGS), command["inputs"], command["dtype"]]))
+    assert "begun with other flags or inputs" in sampled("owner/other", "half.jsonl").stderr
+    assert sampled("owner/one", "half.jsonl").returncode == 0
+    assert (tmp_path / "half.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+    missing = sampled("owner/none", "none.jsonl")
+    assert missing.returncode == 2 and "owner/none: cannot be loaded" in missing.stderr and len(missing.stderr.splitlines()) == 1
+
+
 # ---- Bad input ----------------------------------------------------------------------------------------------------------
 GOOD = {"id": "a", "prompt": "1 2=3:"}
 BAD_ROWS = {
