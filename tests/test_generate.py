@@ -518,6 +518,10 @@ def test_a_template_sees_every_key_of_a_turn(bpe_model, tmp_path):
     assert AutoTokenizer.from_pretrained(model).decode(row["prompt_ids"]) == "Ann: 3 * 4"
 
 
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
 # ---- Cut short and started again -----------------------------------------------------------------------------------------
 def test_a_killed_run_resumed_ends_byte_equal(tiny_model, prompts, tmp_path):
     flags = ["--ignore-eos", "--max-new-tokens", 64, "--max-batch-tokens", 300, "--n", 4]
@@ -597,11 +601,8 @@ def test_a_rank_that_comes_late_leaves_a_merged_output_alone(tiny_model, prompts
         run(tiny_model, prompts, tmp_path / "out.jsonl", *flags)
         return load_model(*args)
 
-    def cut_short(*args):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the folder is begun
-        patch.setattr(generate, "run_chunk", cut_short)
+        patch.setattr(generate, "run_chunk", interrupted)
         run(tiny_model, prompts, tmp_path / "out.jsonl", *flags)
     os.close(claim.lock)
     monkeypatch.setattr(generate, "load_model", rank_0_is_done_meanwhile)
@@ -634,8 +635,8 @@ COMMITS = {"one": "1" * 40, "other": "2" * 40}
 
 
 @pytest.fixture
-def hub(tiny_model, tmp_path):
-    """Environment of a process that finds owner/one and owner/other, of equal shapes, in its cache and has no network."""
+def hub(tiny_model, tmp_path, monkeypatch):
+    """owner/one and owner/other, of equal shapes, are in the Hub's cache, and there is no network."""
     for name, commit in COMMITS.items():
         folder = tmp_path / "hub" / f"models--owner--{name}"
         copy_of(tiny_model, folder / "snapshots" / commit)
@@ -643,30 +644,29 @@ def hub(tiny_model, tmp_path):
         (folder / "refs" / "main").write_text(commit)
     weights = load_file(folder / "snapshots" / commit / "model.safetensors")
     save_file({key: weight * 1.1 for key, weight in weights.items()}, folder / "snapshots" / commit / "model.safetensors", {"format": "pt"})
-    return {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def test_another_hub_id_is_another_input(hub, prompts, tmp_path):
+def test_another_hub_id_is_another_input(hub, prompts, tmp_path, capfd):
     """Its commit is what is compared: of what is complete and of what is half done."""
-    def sampled(model, out="out.jsonl"):
-        return subprocess.run([sys.executable, "generate.py", "--model", model, "--prompts", prompts, "--out", str(tmp_path / out), "--n", "1",
-                               "--max-new-tokens", "4", "--device", "cpu"], cwd=ROOT, env=hub, capture_output=True, text=True)
-
-    assert sampled("owner/one").returncode == 0
+    flags = ["--prompts", prompts, "--n", 1, "--max-new-tokens", 4, "--device", "cpu"]
+    out, half = tmp_path / "out.jsonl", tmp_path / "half.jsonl"
+    run("owner/one", prompts, out, *flags)
     meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
     assert list(meta["inputs"].values())[1] == f"owner/one@{COMMITS['one']}"
-    assert "complete, left alone" in sampled("owner/one").stderr
-    other = sampled("owner/other")
-    assert other.returncode == 2 and "made with other inputs;" in other.stderr and len(other.stderr.splitlines()) == 1
-    command = {**meta, "inputs": list(meta["inputs"].values())}
-    (tmp_path / "half.jsonl.partial").mkdir()
-    (tmp_path / "half.jsonl.partial" / "command.json").write_text(json.dumps(
-        [command["flags"] | dict.fromkeys(generate.FREE_FLAGS), command["inputs"], command["dtype"]]))
-    assert "begun with other flags or inputs" in sampled("owner/other", "half.jsonl").stderr
-    assert sampled("owner/one", "half.jsonl").returncode == 0
-    assert (tmp_path / "half.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
-    missing = sampled("owner/none", "none.jsonl")
-    assert missing.returncode == 2 and "owner/none: cannot be loaded" in missing.stderr and len(missing.stderr.splitlines()) == 1
+    assert "made with other inputs;" in refused(capfd, "--model", "owner/other", "--out", out, *flags)
+    run("owner/one", prompts, out, *flags)
+    assert "complete, left alone" in capfd.readouterr().err
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate, "run_chunk", interrupted)
+        run("owner/one", prompts, half, *flags)
+    os.close(claim.lock)
+    assert "begun with other flags or inputs" in refused(capfd, "--model", "owner/other", "--out", half, *flags)
+    os.close(claim.lock)
+    run("owner/one", prompts, half, *flags)
+    assert half.read_bytes() == out.read_bytes()
+    assert "owner/none: cannot be loaded" in refused(capfd, "--model", "owner/none", "--out", tmp_path / "none.jsonl", *flags)
 
 
 # ---- Bad input ----------------------------------------------------------------------------------------------------------
