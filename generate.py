@@ -76,7 +76,8 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"],
         help="auto: cuda if there is one")
     add("--rank-timeout", type=float, default=1800,
-        help="seconds that rank 0 waits for the next chunk of another rank (default %(default)s)")
+        help="seconds that ranks wait for rank 0 to begin, and rank 0 for another rank's next chunk "
+             "(default %(default)s)")
     add("--trust-remote-code", action="store_true",
         help="run Python code that the model's folder brings along")
     args = parser.parse_args(argv)
@@ -104,8 +105,9 @@ import transformers
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
-from data.chunks import begin, chunk_path, merge, wait_for_chunks, write_synced
-from data.models import check_model, device_and_dtype, load, load_model, load_tokenizer, source_of
+from data.chunks import begin, chunk_path, join, merge, wait_for_chunks, write_synced
+from data.models import (OF_TRAINING, check_model, device_and_dtype, load, load_model,
+                         load_tokenizer, source_of)
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
@@ -368,9 +370,15 @@ def main(args):
     device, dtype = device_and_dtype(args)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
                 "repetition_penalty": 1.0, "max_new_tokens": args.max_new_tokens}
-    meta = describe(args, [args.prompts, source_of(args.model, options)], sampling=sampling,
-                    device=device, dtype=str(dtype).removeprefix("torch."), world_size=world)
-    folder = begin(args.out, meta, FREE_FLAGS, rank)
+    inputs = [args.prompts, source_of(args.model, options)]
+    kind = str(dtype).removeprefix("torch.")
+    if rank == 0:
+        meta = describe(args, inputs, OF_TRAINING, sampling=sampling, device=device, dtype=kind,
+                        world_size=world)
+        folder = begin(args.out, meta, FREE_FLAGS, OF_TRAINING)
+    else:
+        folder = join(args.out, vars(args), kind, inputs, FREE_FLAGS, OF_TRAINING,
+                      args.rank_timeout)
     if folder is None:
         return
 
@@ -389,12 +397,12 @@ def main(args):
              f"token; give --stop or --ignore-eos")
     lengths = [len(ids) for ids in encoded]
     chunks = chunks_of(lengths, args.n, args.max_new_tokens, args.max_batch_tokens)
-    meta.update(attention=model.config._attn_implementation, end_ids=ends, chunks=len(chunks))
     if rank == 0:
-        print(f"{args.model} on {device} x {world}, {meta['dtype']}, attention "
-              f"{meta['attention']}: {len(problems)} prompts x {args.n} samples in {len(chunks)} "
-              f"chunks, T = {args.temperature}, top-p {args.top_p}, top-k {args.top_k}",
-              file=sys.stderr)
+        attention = model.config._attn_implementation
+        meta.update(attention=attention, end_ids=ends, chunks=len(chunks))
+        print(f"{args.model} on {device} x {world}, {kind}, attention {attention}: "
+              f"{len(problems)} prompts x {args.n} samples in {len(chunks)} chunks, "
+              f"T = {args.temperature}, top-p {args.top_p}, top-k {args.top_k}", file=sys.stderr)
 
     # 3. This rank's chunks.
     made, busy = 0, 0.0

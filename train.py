@@ -443,9 +443,8 @@ def update(args):
         fail("--device cuda: no CUDA device here; use --device cpu")
     device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     dtype = {"auto": torch.bfloat16 if device != "cpu" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
-    meta = describe(args, inputs, sampling=sampling, device=device,
-                    dtype=str(dtype).removeprefix("torch."), world_size=world)
     if rank == 0:
+        meta = describe(args, inputs, sampling=sampling, device=device, dtype=str(dtype).removeprefix("torch."), world_size=world)
         if claim(args.out, meta, ignore=("out", "rollouts", "model", "ref_model", "rank_timeout", "device"), folder=True) is None:
             return
         for name in os.listdir(args.out + ".partial"):  # what a killed run left: a round starts from its input files alone
@@ -481,7 +480,7 @@ def update(args):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     step = 0 if args.reset_optimizer else load_optimizer(optimizer, policy, args.model)
     if rank == 0:
-        print(f"{args.model} on {device} x {world}{' sharded' if args.shard and world > 1 else ''}, {meta['dtype']} over fp32 weights, attention "
+        print(f"{args.model} on {device} x {world}{' sharded' if args.shard and world > 1 else ''}, {str(dtype).removeprefix('torch.')} over fp32 weights, attention "
               f"{policy.model.config._attn_implementation}, prompts {'shared' if args.share_prompts else 'repeated'}: {len(groups)} groups x "
               f"{n}, {args.updates} updates of {args.method}, T = {sampling['temperature']}; memory: {static / 2**30:.2f} GiB for weights, gradients and "
               f"Adam, up to {activations / 2**30:.2f} GiB for a micro-batch of {args.micro_batch_tokens} tokens", file=sys.stderr)

@@ -13,7 +13,7 @@ import time
 
 import msgspec
 
-from data.files import claim, fail
+from data.files import claim, digest, fail, stamp
 
 
 def chunk_path(folder, number):
@@ -29,37 +29,61 @@ def write_synced(path, lines, rank=0):
     os.replace(f"{path}.{rank}", path)
 
 
-def begin(out, meta, ignore, rank):
-    """The folder of this command's chunks, `out`.partial; None if `out` is complete.
+def command_of(folder):
+    """What command.json says: the command that the folder's chunks belong to; None if nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(f"{folder}/command.json", encoding="utf-8") as file:
+            return json.load(file)
 
-    ignore: as `claim` takes it. command.json says which command the folder belongs to. Rank 0
-    checks, locks and complains; the others wait for it.
+
+def begin(out, meta, ignore, unread):
+    """Rank 0: the folder of this command's chunks, `out`.partial; None if `out` is complete.
+
+    It checks, locks and complains for all ranks. meta, ignore: as `claim` takes them; unread: as
+    `describe` does. command.json says to which command the folder belongs, and by which stamps of
+    the inputs the other ranks know that theirs are the same.
     """
     folder = out + ".partial"
-    command = [meta["flags"] | dict.fromkeys(ignore), list(meta["inputs"].values()), meta["dtype"]]
-
-    def begun():
-        with contextlib.suppress(OSError, ValueError):
-            with open(f"{folder}/command.json", encoding="utf-8") as file:
-                return json.load(file)
-
-    while rank and begun() != command:
-        if os.path.exists(out):
-            return None
-        time.sleep(0.1)
-    if rank:
-        return folder
+    command = {"flags": meta["flags"] | dict.fromkeys(ignore), "dtype": meta["dtype"],
+               "inputs": list(meta["inputs"].values())}
     if claim(out, meta, ignore=ignore, folder=True) is None:
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    if begun() is None:
+    begun = command_of(folder)
+    if begun is None:
         for name in os.listdir(folder):
             os.remove(f"{folder}/{name}")
-        write_synced(f"{folder}/command.json", [json.dumps(command)])
-    elif begun() != command:
+    elif not isinstance(begun, dict) or any(begun.get(key) != command[key] for key in command):
         fail(f"{folder}: begun with other flags or inputs; delete that folder or choose another "
              f"--out")
+    command["stamps"] = [stamp(path, unread) for path in meta["inputs"]]
+    write_synced(f"{folder}/command.json", [json.dumps(command)])
     return folder
+
+
+def join(out, flags, dtype, inputs, ignore, unread, timeout):
+    """Another rank: that folder, once rank 0 has begun it; None if `out` is complete.
+
+    What a killed run left there is none of ours: flags and inputs must be the same. Inputs are
+    hashed only where their stamps differ, as those of another machine's copies do.
+    """
+    folder, began, digests = out + ".partial", time.monotonic(), None
+    flags, stamps = flags | dict.fromkeys(ignore), [stamp(path, unread) for path in inputs]
+    while True:
+        begun = command_of(folder)
+        if isinstance(begun, dict) and (begun.get("flags"), begun.get("dtype")) == (flags, dtype):
+            if begun["stamps"] == stamps:
+                return folder
+            digests = digests or [digest(path, unread) for path in inputs]
+            if begun["inputs"] == digests:
+                return folder
+        if os.path.exists(out):
+            return None
+        if time.monotonic() - began > timeout:
+            rank = os.environ.get("RANK", 0)
+            fail(f"rank {rank}: rank 0 did not begin {folder} in {timeout:.0f} s: no shared file "
+                 f"system?", 4)
+        time.sleep(0.1)
 
 
 def wait_for_chunks(folder, count, timeout):

@@ -211,20 +211,46 @@ def in_our_words(error, kind):
 
 
 # ---- Writing -------------------------------------------------------------------------------------
-def describe(args, inputs, **more):
+def files_of(path, unread=()):
+    """The (name, path) of every file that a stage reads of an input.
+
+    Of a folder those right in it whose names do not begin with one of `unread`; none where `path`
+    is no path, but a name that stands for itself.
+    """
+    if not os.path.isdir(path):
+        return [("", path)] if os.path.exists(path) else []
+    names = sorted(name for name in os.listdir(path) if not name.startswith(tuple(unread)))
+    files = [(name, os.path.join(path, name)) for name in names]
+    return [(name, file) for name, file in files if os.path.isfile(file)]
+
+
+def digest(path, unread=()):
+    """sha256 of an input: a file's bytes, or a folder's names and digests; no path is its own."""
+    digests = []
+    for name, file in files_of(path, unread):
+        with open(file, "rb") as source:
+            digests.append(name + hashlib.file_digest(source, "sha256").hexdigest())
+    if os.path.isdir(path):
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return digests[0] if digests else path
+
+
+def stamp(path, unread=()):
+    """[name, bytes, time of the last change in ns] of each of these files; no path is its own.
+
+    While it stays the same so do the files; unlike the digest, it is there at once.
+    """
+    stats = [(name, os.stat(file)) for name, file in files_of(path, unread)]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats] or path
+
+
+def describe(args, inputs, unread=(), **more):
     """The meta of an output: what made it and from what.
 
     inputs: files or folders, whose sha256 it holds, or names that stand for themselves, such as a
-    Hub id at a commit; more: further entries."""
-    def digest(path):
-        if os.path.isdir(path):
-            paths = {name: os.path.join(path, name) for name in sorted(os.listdir(path))}
-            digests = "".join(name + digest(one) for name, one in paths.items()
-                              if os.path.isfile(one))
-            return hashlib.sha256(digests.encode()).hexdigest()
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
+    Hub id at a commit; unread: as `files_of` takes it; more: further entries. It reads all of the
+    inputs: where several processes share a stage, rank 0 alone calls it.
+    """
     def version(package):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
@@ -236,7 +262,7 @@ def describe(args, inputs, **more):
     packages = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numpy",
                 "math-verify")
     versions = {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
-    digests = {path: digest(path) if os.path.exists(path) else path for path in inputs}
+    digests = {path: digest(path, unread) for path in inputs}
     return {"stage": STAGE, "argv": sys.argv, "flags": vars(args), "git": commit,
             "inputs": digests, "versions": versions, **more}
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from data.files import fail
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each weight
+# Beginnings of the names of what only train.py reads in the folder of a round.
+OF_TRAINING = ("optimizer", "trainer_state.json", "metrics.jsonl")
 
 
 # ---- Checking and loading ------------------------------------------------------------------------

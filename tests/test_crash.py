@@ -117,7 +117,7 @@ def read(tmp_path, monkeypatch, capfd):
     """read(stage, rows): the one line with which the stage refuses them; None if it takes them all."""
     def reached(*args, **flags):
         raise Read
-    monkeypatch.setattr(train, "check_model", lambda *args: None)
+    monkeypatch.setattr(train, "check_model", lambda *args: {})
     monkeypatch.setattr(train, "describe", reached)
     monkeypatch.setattr(evaluate, "evaluate", reached)
     handler = signal.getsignal(signal.SIGTERM)

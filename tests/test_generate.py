@@ -19,6 +19,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
                           Phi3ForCausalLM, PreTrainedTokenizerFast)
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+import data.chunks
 import generate
 from data.files import claim
 from shared_prompt import RoomyLayer, SharedLayer, shared_attention
@@ -610,6 +611,44 @@ def test_a_rank_that_comes_late_leaves_a_merged_output_alone(tiny_model, prompts
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert len(run(tiny_model, prompts, tmp_path / "out.jsonl", *flags)) == 96
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_rank_0_alone_hashes_the_inputs(tiny_model, prompts, tmp_path, monkeypatch, capfd):
+    """Other ranks know by sizes and times that theirs are the same; where these differ, as on another machine, by digests."""
+    model, out = copy_of(tiny_model, tmp_path / "model"), tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the folder is begun
+        patch.setattr(generate, "run_chunk", interrupted)
+        run(model, prompts, out)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(generate, "describe", None)
+    hashed, digest = [], data.chunks.digest
+    monkeypatch.setattr(data.chunks, "digest", lambda path, unread: hashed.append(path) or digest(path, unread))
+    for change, expected in (None, 0), (lambda: os.utime(f"{model}/config.json", (0, 0)), 2):
+        if change:
+            change()
+        generate.main(generate.parse_args(["--model", model, "--prompts", prompts, "--out", str(out), "--device", "cpu", "--max-new-tokens", "24"]))
+        assert len(hashed) == expected
+    with open(f"{model}/config.json", "a") as file:
+        file.write("\n")
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:  # another model: rank 0 will refuse it, and until then nothing may be sampled
+        run(model, prompts, out, "--rank-timeout", 0.3)
+    assert end.value.code == 4
+    assert capfd.readouterr().err == f"generate.py: error: rank 1: rank 0 did not begin {out}.partial in 0 s: no shared file system?\n"
+    os.close(claim.lock)
+
+
+def test_what_only_the_trainer_reads_is_no_input(tiny_model, prompts, tmp_path, capfd):
+    model = copy_of(tiny_model, tmp_path / "model")
+    run(model, prompts, tmp_path / "out.jsonl", "--n", 1, "--limit", 2)
+    for name in ("optimizer.safetensors", "metrics.jsonl", "trainer_state.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    run(model, prompts, tmp_path / "out.jsonl", "--n", 1, "--limit", 2)
+    assert "complete, left alone" in capfd.readouterr().err
+    (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
+    assert "made with other inputs;" in refused(capfd, "--model", model, "--prompts", prompts, "--out", tmp_path / "out.jsonl", "--n", 1,
+                                                "--limit", 2, "--max-new-tokens", 24, "--device", "cpu")
 
 
 def test_a_rank_waits_for_a_folder_of_its_own_command(tiny_model, prompts, tmp_path, monkeypatch):
