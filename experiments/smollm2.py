@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--problems", type=int, default=24, help="problems a round (default %(default)s)")
     add("--n", type=int, default=8, help="samples a problem (default %(default)s)")
     add("--updates", type=int, default=2, help="optimizer steps a round (default %(default)s)")
-    add("--lr", default="2e-5", help="AdamW's learning rate (default %(default)s)")
+    add("--lr", default="1e-5", help="AdamW's learning rate (default %(default)s)")
     add("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="default: %(default)s")
     add("--seeds", nargs="+", type=int, default=[1, 2],
         help="seeds of problems, samples and shuffles (default %(default)s)")
@@ -176,7 +176,7 @@ def train_round(args, arm, seed, number):
     scored = sample_and_score(before, f"{stem}.prompts.jsonl", stem, args.n, draw)
     stage("train.py", "--model", before, "--rollouts", scored, "--out",
           model_of(args, run, number), "--updates", args.updates, "--lr", args.lr,
-          "--seed", seed, *ARMS[arm])
+          "--seed", seed, "--micro-batch-tokens", 1024, *ARMS[arm])
     if number > 1:
         shutil.rmtree(before)
 
