@@ -103,12 +103,14 @@ class Row(msgspec.Struct):
     target: Any = None
     answer: Any = None
     n_solutions: int | None = None  # existing solutions
+    prompt: str | None = None
+    messages: Any = None
 
 
 @dataclasses.dataclass(slots=True)
 class Problem:
     """What is kept of a problem's samples."""
-    stated: tuple  # the fields that say what the problem is
+    stated: tuple  # the fields that say what the problem is, the prompt's two in front
     source: str
     n_solutions: int | None
     seen: int = 0  # bit s is set once sample s was read
@@ -124,10 +126,13 @@ def read_problems(path):
     """({id: Problem}, n) of one scored file."""
     problems = {}
     for where, _, row in tqdm(read_rows(path, Row), desc=path, unit=" rows", disable=None):
-        stated = (row.source, row.task, row.numbers, row.target, row.answer, row.n_solutions)
+        stated = (row.prompt, row.messages, row.source, row.task, row.numbers, row.target,
+                  row.answer, row.n_solutions)
         problem = problems.get(row.id)
         if problem is None:
             problem = problems[row.id] = Problem(stated, row.source, row.n_solutions)
+        elif problem.stated != stated:
+            fail(f"{where}: '{row.id}' is another problem than in the rows above")
         if problem.seen >> row.sample & 1:
             fail(f"{where}: sample {row.sample} of problem '{row.id}' stands twice")
         problem.seen |= 1 << row.sample
@@ -183,7 +188,8 @@ def read_run(path, name, reference=None):
         for key, problem in one["problems"].items():
             if key not in other["problems"]:
                 fail(f"{other['file']}: problem '{key}' is missing, which {one['file']} has")
-            if problem.stated != other["problems"][key].stated:
+            # The prompt may be another one: runs may pose a problem in different words.
+            if problem.stated[2:] != other["problems"][key].stated[2:]:
                 fail(f"{path}: '{key}' is another problem than in {reference['file']}")
     return run
 

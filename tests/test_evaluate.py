@@ -157,6 +157,17 @@ def test_pitfall_29_other_problems_are_refused(tmp_path, capsys):
     assert f"{c}: 'p' is another problem than in {a}" in refused(capsys, a, c)
 
 
+def test_every_row_of_an_id_is_the_same_problem(tmp_path, capsys):
+    """Not the first alone: four problems under one id would be one problem of four samples."""
+    for other in ({"target": 5}, {"numbers": [1, 4]}, {"prompt": "3 4"}, {"messages": [{"role": "user", "content": "?"}]},
+                  {"source": "b"}, {"answer": "7"}, {"n_solutions": 5}, {"task": "math"}):
+        mixed = write(tmp_path / "a.jsonl", [row("p", 0, True), row("q", 0, True), row("q", 1, False), row("p", 1, True, **other)])
+        assert f"{mixed}:4: 'p' is another problem than in the rows above" in refused(capsys, mixed)
+    # Another file may pose the same problem in other words.
+    a, b = (write(tmp_path / f"{name}.jsonl", [row("p", 0, True, prompt=name)]) for name in "ab")
+    main(a, b)
+
+
 # ---- What is counted -------------------------------------------------------------------------------------------------
 def test_hand_counted_file(tmp_path):
     rows = [row("p", 0, True), row("p", 1, True), row("p", 2, True, completion_ids=[1] * 7),
