@@ -13,7 +13,8 @@ Writes eval.json: {"reference", "k", "seed", "resamples", "runs": [one object a 
 where it does not apply:
 - pass_at_k: {"1": {"value", "low", "high", "diff", "diff_low", "diff_high"}, ...}: the unbiased
   estimate from `correct` (never from rewards) with its 95 % interval, a percentile bootstrap over
-  problems; diff is this run minus the reference, on the same resampled problems;
+  problems, or Clopper-Pearson's where all problems have one value; diff is this run minus the
+  reference, on the same resampled problems;
 - maj_at_k: the same for the majority vote over `pred`. The samples, in file order, form
   floor(n / k) blocks of k, each block votes once, the mean over blocks counts. Two answers are one
   if their text is equal, null does not vote, answers with equally many votes share;
@@ -239,6 +240,18 @@ def bootstrap(columns, resamples, rng):
     return np.concatenate(means)
 
 
+def unlike(column, low, high):
+    """How far (below, above) its value an interval must reach where all problems have one value.
+
+    There the bootstrap draws nothing else and would claim certainty. But other problems may exist:
+    none among P seen means, with 97.5 % confidence, that their share is at most
+    1 - 0.025^(1/P) (Clopper-Pearson), and each of them counts between low and high.
+    column: (problems, runs) -> two (runs,), zero where problems differ.
+    """
+    share = (np.ptp(column, axis=0) == 0) * (1 - 0.025 ** (1 / len(column)))
+    return share * (column[0] - low), share * (high - column[0])
+
+
 # ---- From problems to eval.json ------------------------------------------------------------------
 CELL = ("value", "low", "high", "diff", "diff_low", "diff_high")
 FIGURES = ("distinct", "solution_coverage", "truncated_frac", "completion_len")
@@ -251,6 +264,7 @@ class Part:
     curves: list  # Pass@1..n of each run, (n,)
     values: dict  # {figure: (runs,)}
     draws: dict  # {figure: (resamples, runs)}, the bootstrap's
+    margins: dict  # {figure: (4, runs)}, `unlike` of the value and of the difference
 
 
 def measure(problems, n, ks):
@@ -292,8 +306,15 @@ def compare(runs, keys, ks, resamples, rng):
     draws = bootstrap(table.reshape(len(keys), -1), resamples, rng)
     draws = draws.reshape(resamples, *table.shape[1:])
     values = table.mean(axis=0)
-    return Part(len(keys), curves, {name: values[:, i] for i, name in enumerate(columns)},
-                {name: draws[:, :, i] for i, name in enumerate(columns)})
+    part = Part(len(keys), curves, {}, {}, {})
+    for i, name in enumerate(columns):
+        column = table[:, :, i]
+        part.values[name] = values[:, i]
+        part.draws[name] = draws[:, :, i]
+        diff = np.array(unlike(column - column[:, :1], -1, 1))
+        diff[:, 0] = 0  # of the reference to itself, which is no estimate
+        part.margins[name] = np.array([*unlike(column, 0, 1), *diff])
+    return part
 
 
 def summarise(parts, ks):
@@ -307,7 +328,9 @@ def summarise(parts, ks):
         draws = mean([part.draws[name] for part in parts])
         low, high = np.quantile(draws, [0.025, 0.975], axis=0)
         diff_low, diff_high = np.quantile(draws - draws[:, :1], [0.025, 0.975], axis=0)
-        columns = (value, low, high, value - value[0], diff_low, diff_high)
+        below, above, diff_below, diff_above = mean([part.margins[name] for part in parts])
+        columns = (value, low - below, high + above,
+                   value - value[0], diff_low - diff_below, diff_high + diff_above)
         cells[name] = np.stack(columns, axis=-1).tolist()
 
     curves = [mean(curve) for curve in zip(*(part.curves for part in parts))]

@@ -157,6 +157,34 @@ def test_pitfall_29_other_problems_are_refused(tmp_path, capsys):
     assert f"{c}: 'p' is another problem than in {a}" in refused(capsys, a, c)
 
 
+def test_problems_that_are_all_alike_are_no_certainty(tmp_path):
+    """Clopper and Pearson's bound for 0 of 30 is 0.1157, in every table; a run is exactly equal to itself alone."""
+    share = 1 - 0.025 ** (1 / 30)
+    assert share == pytest.approx(0.1157, abs=5e-5)
+    files = [write(tmp_path / f"{c}.jsonl", [row(f"p{p}", s, s < c) for p in range(30) for s in range(4)]) for c in (0, 4, 2)]
+    none, every, half = (run["pass_at_k"]["1"] for run in report(tmp_path, *files)["runs"])
+    expected = {"value": 0, "low": 0, "high": share, "diff": 0, "diff_low": 0, "diff_high": 0}
+    assert none == pytest.approx(expected)
+    assert every == pytest.approx({"value": 1, "low": 1 - share, "high": 1, "diff": 1, "diff_low": 1 - 2 * share, "diff_high": 1})
+    assert half == pytest.approx({"value": 0.5, "low": 0.5 - share / 2, "high": 0.5 + share / 2, "diff": 0.5,
+                                  "diff_low": 0.5 - 1.5 * share, "diff_high": 0.5 + share / 2})
+    # One problem that differs, and the bootstrap speaks.
+    rows = [row(f"p{p}", s, p == 0) for p in range(30) for s in range(4)]
+    cell = report(tmp_path, write(tmp_path / "a.jsonl", rows), "--resamples", 10_000)["runs"][0]["pass_at_k"]["1"]
+    assert cell["low"] == 0 and cell["high"] == pytest.approx(0.1)
+
+
+def test_an_interval_of_hopeless_problems_holds_the_truth():
+    """One problem in fifty is solvable: of 30 drawn, all or nearly all fail, and the interval must still hold 0.02."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        column = (rng.random((30, 1)) < 0.02).astype(float)
+        low, high = np.quantile(evaluate.bootstrap(column, 500, rng), [0.025, 0.975])
+        below, above = evaluate.unlike(column, 0, 1)
+        held += low - below <= 0.02 <= high + above
+    assert held >= 285
+
+
 def test_every_row_of_an_id_is_the_same_problem(tmp_path, capsys):
     """Not the first alone: four problems under one id would be one problem of four samples."""
     for other in ({"target": 5}, {"numbers": [1, 4]}, {"prompt": "3 4"}, {"messages": [{"role": "user", "content": "?"}]},
@@ -227,7 +255,7 @@ def test_sources_and_their_mean(tmp_path):
     assert run["pass_at_k"]["1"]["value"] == pytest.approx((1 + 0.25) / 2)       # not (40 + 3) / 52
     width, hard_width = (cell["high"] - cell["low"] for cell in (
         one["pass_at_k"]["1"] for one in (run, run["sources"]["hard"])))
-    assert width == pytest.approx(hard_width / 2)
+    assert width == pytest.approx(hard_width / 2 + (1 - 0.025 ** (1 / 10)) / 2)  # the ten easy ones are all alike
     alone = report(tmp_path, write(tmp_path / "a.jsonl", hard))["runs"][0]
     twin = [{**one, "id": one["id"] + "'", "source": "twin"} for one in hard]
     both = report(tmp_path, write(tmp_path / "a.jsonl", hard + twin), "--resamples", 5000)["runs"][0]
