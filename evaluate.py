@@ -411,7 +411,8 @@ def print_table(report):
                 label = f"{name.removesuffix('_at_k')}@{k}" if k else name
                 grid.append([label] + [cell_text(entry, name, k, diff) for entry, diff in entries])
     widths = [max(map(len, column)) for column in zip(*filter(None, grid))]
-    print(f"{runs[0]['problems']} problems, {settings[0]}; [95 % interval over problems]\n")
+    every = " | ".join(dict.fromkeys(settings))
+    print(f"{runs[0]['problems']} problems, {every}; [95 % interval over problems]\n")
     for line in grid:
         print("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 

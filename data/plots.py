@@ -57,8 +57,9 @@ def plot_passk(report, path):
         ticks = ks if len(ks) <= 12 else [k for k in ks if k & (k - 1) == 0]
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
-    figure.supxlabel(f"k  ({runs[0]['problems']} problems, n = {runs[0]['n']}; "
-                     "bands: 95 % bootstrap over problems)", fontsize="medium")
+    sizes = ", ".join(str(n) for n in dict.fromkeys(run["n"] for run in runs))
+    figure.supxlabel(f"k  ({runs[0]['problems']} problems, n = {sizes}; "
+                     "bands: 95 % over problems)", fontsize="medium")
     axes[0].legend()
     save(figure, path)
 

@@ -327,7 +327,7 @@ def png_size(path):
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
-def test_pitfall_30_figure_has_the_base_on_the_same_axes(tmp_path, monkeypatch):
+def test_pitfall_30_figure_has_the_base_on_the_same_axes(tmp_path, monkeypatch, capsys):
     files = [write(tmp_path / f"{name}.jsonl", random_rows(len(name))) for name in ("base", "grpo", "ds-grpo")]
     kept = drawn(monkeypatch)
     main(*files, "--plot", tmp_path / "p.png")
@@ -336,6 +336,11 @@ def test_pitfall_30_figure_has_the_base_on_the_same_axes(tmp_path, monkeypatch):
         assert [line.get_label() for line in axis.lines] == ["base", "grpo", "ds-grpo"] and len(axis.collections) == 3
         assert axis.get_xscale() == "log"
         assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "4", "8", "16"]
+    assert kept[0].get_supxlabel() == "k  (30 problems, n = 16; bands: 95 % over problems)"
+    files.append(write(tmp_path / "half.jsonl", random_rows(2, n=8)))
+    main(*files, "--plot", tmp_path / "p.png")
+    assert "n = 16, 8;" in kept[1].get_supxlabel()
+    assert "30 problems, n 16 | n 8; [95 % interval over problems]\n" in capsys.readouterr().out
     main(files[0], "--plot", tmp_path / "one.svg", "--k", 1)
     assert (tmp_path / "one.svg").read_text().lstrip().startswith("<?xml")
     assert not list(tmp_path.glob("*.partial"))
