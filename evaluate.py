@@ -140,9 +140,9 @@ def read_problems(path):
         problem.correct += row.correct
         problem.truncated += row.finish_reason == "length"
         problem.tokens += len(row.completion_ids)
-        if row.task == "math":  # its data may carry a worked-out `solution`
+        if row.task == "math":
             add_vote(problem, row, where)
-        elif row.task == "countdown" or row.solution is not msgspec.UNSET:
+        elif row.task == "countdown":  # elsewhere `solution` may be the data's own, worked out
             add_solution(problem, row, where)
 
     first = next(iter(problems))
@@ -151,6 +151,10 @@ def read_problems(path):
         if problem.seen.bit_count() != n:
             samples = problem.seen.bit_count()
             fail(f"{path}: problem '{key}' has {samples} samples but '{first}' has {n}")
+        found, existing = len(problem.solutions or ()), problem.n_solutions
+        if existing is not None and found > existing:
+            fail(f"{path}: problem '{key}' has {found} different correct solutions, more than its "
+                 f"n_solutions, {existing}; mend or delete that field")
     return problems, n
 
 
@@ -281,7 +285,7 @@ def measure(problems, n, ks):
              for problem in problems]
     existing = [problem.n_solutions or math.nan for problem in problems]
     columns["distinct"] = found
-    columns["solution_coverage"] = np.nan_to_num(found) / existing
+    columns["solution_coverage"] = np.divide(found, existing)
     columns["truncated_frac"] = [problem.truncated / n for problem in problems]
     columns["completion_len"] = [problem.tokens / n for problem in problems]
     return columns

@@ -185,6 +185,25 @@ def test_an_interval_of_hopeless_problems_holds_the_truth():
     assert held >= 285
 
 
+def test_more_solutions_than_exist_are_refused(tmp_path, capsys):
+    rows = [row("p", s, True, solution=f"s{s}", n_solutions=3) for s in range(4)]
+    scored = write(tmp_path / "a.jsonl", [{**one, "id": "o"} for one in rows[:3]] + [{**rows[3], "id": "o", "solution": "s0"}] + rows)
+    assert (f"{scored}: problem 'p' has 4 different correct solutions, more than its n_solutions, 3; mend or delete that field"
+            in refused(capsys, scored))
+    for rows in ([{**one, "n_solutions": None} for one in rows], rows[:3]):
+        run = report(tmp_path, write(tmp_path / "a.jsonl", rows))["runs"][0]
+        assert run["distinct"] == len(rows) and run["solution_coverage"] == (1.0 if len(rows) == 3 else None)
+
+
+@pytest.mark.parametrize("n_solutions", [None, 4])
+def test_the_data_s_own_solution_was_not_found_by_the_model(tmp_path, n_solutions):
+    """A task of one's own may carry a worked-out `solution`; only Countdown's verifier writes there what it found."""
+    rows = [row("p", s, True, task="reverse", solution=["worked", "out"], n_solutions=n_solutions) for s in range(2)]
+    run = report(tmp_path, write(tmp_path / "a.jsonl", rows))["runs"][0]
+    assert run["distinct"] is None and run["solution_coverage"] is None
+    assert run["pass_at_k"]["1"]["value"] == 1
+
+
 def test_every_row_of_an_id_is_the_same_problem(tmp_path, capsys):
     """Not the first alone: four problems under one id would be one problem of four samples."""
     for other in ({"target": 5}, {"numbers": [1, 4]}, {"prompt": "3 4"}, {"messages": [{"role": "user", "content": "?"}]},
