@@ -25,7 +25,7 @@ where it does not apply:
   no k up to n;
 - sources: the same for each `source`. The run's own figures are then means over sources, each
   counting equally, with the problems resampled inside each.
-A figure is a view of other files and is drawn anew at each call. Runs sampled with different
+Pictures are drawn anew at each call (data/report.py). Runs sampled with different
 settings are compared, with a warning on stderr.
 """
 import argparse
@@ -35,7 +35,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import time
 from typing import Annotated, Any, Literal
 
@@ -45,7 +44,7 @@ from tqdm import tqdm
 
 from data.files import Parser, claim, describe, fail, publish, read_rows, sampling_of
 from data.files import run as run_stage  # a run is a scored file here
-from data.plots import plot_passk, plot_training
+from data.report import FIGURES, plot_passk, plot_training, print_table
 
 
 def parse_args(argv=None):
@@ -258,7 +257,6 @@ def unlike(column, low, high):
 
 # ---- From problems to eval.json ------------------------------------------------------------------
 CELL = ("value", "low", "high", "diff", "diff_low", "diff_high")
-FIGURES = ("distinct", "solution_coverage", "truncated_frac", "completion_len")
 
 
 @dataclasses.dataclass
@@ -368,57 +366,6 @@ def evaluate(runs, ks, seed, resamples):
             run.setdefault("sources", {})[source] = entry
     return {"reference": runs[0]["name"], "k": ks, "seed": seed, "resamples": resamples,
             "runs": report}
-
-
-# ---- For people: the table ----------------------------------------------------------------------
-def cell_text(entry, name, k, diff):
-    """A cell of the table: '0.375 [0.210, 0.540]', or a plain number where there is no interval."""
-    if k:
-        cell = entry[name][k]
-        names, sign = (CELL[3:], "+") if diff else (CELL[:3], "")
-        value, low, high = (f"{cell[name]:{sign}.3f}" for name in names)
-        return f"{value} [{low}, {high}]"
-    if diff:
-        return ""
-    value = entry[name]
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if name in FIGURES else str(value)
-
-
-def print_table(report):
-    """A line a figure; a column a run, and beside it its difference to the reference."""
-    runs = report["runs"]
-    settings = []
-    for run in runs:
-        items = {"n": run["n"], **(run["sampling"] or {})}.items()
-        settings.append(", ".join(f"{name} {value}" for name, value in items))
-    if len(set(settings)) > 1:
-        told = "; ".join(f"{run['name']}: {one}" for run, one in zip(runs, settings))
-        print(f"evaluate.py: warning: the runs were not sampled alike ({told})", file=sys.stderr)
-
-    columns, head = [(runs[0], False)], ["", runs[0]["name"]]
-    for run in runs[1:]:
-        columns += [(run, False), (run, True)]
-        head += [run["name"], f"{run['name']} - {report['reference']}"]
-    grid = [head]
-    for source in [*runs[0].get("sources", ()), None]:
-        if "sources" in runs[0]:
-            title = "mean over sources" if source is None else source
-            grid += [[], [title] + [""] * len(columns)]
-        entries = [(run if source is None else run["sources"][source], diff)
-                   for run, diff in columns]
-        for name in ("pass_at_k", "maj_at_k", *FIGURES, "samples_to_match"):
-            if entries[0][0][name] is None:
-                continue
-            for k in map(str, report["k"]) if name.endswith("_k") else ("",):
-                label = f"{name.removesuffix('_at_k')}@{k}" if k else name
-                grid.append([label] + [cell_text(entry, name, k, diff) for entry, diff in entries])
-    widths = [max(map(len, column)) for column in zip(*filter(None, grid))]
-    every = " | ".join(dict.fromkeys(settings))
-    print(f"{runs[0]['problems']} problems, {every}; [95 % interval over problems]\n")
-    for line in grid:
-        print("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
 def main(args):

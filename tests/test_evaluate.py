@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from data import plots
+from data import report as views
 from data.files import run
 
 
@@ -335,8 +335,8 @@ def test_complete_output_is_printed_again_and_left_alone(tmp_path, capsys):
 
 def drawn(monkeypatch):
     """The figures that are saved, kept for a look at what is in them."""
-    kept, save = [], plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, path: (kept.append(figure), save(figure, path)))
+    kept, save = [], views.save
+    monkeypatch.setattr(views, "save", lambda figure, path: (kept.append(figure), save(figure, path)))
     return kept
 
 

@@ -1,20 +1,75 @@
-"""The pictures of evaluate.py: Pass@k against k, and a run's training curves.
+"""What evaluate.py shows to people: the table, Pass@k against k, and a run's training curves.
 
+The table and the first picture are views of eval.json, whose form stands in evaluate.py.
 matplotlib is imported only when something is drawn, so that --help and a table need none.
 """
 import math
 import os
 import re
+import sys
 
 import msgspec
 import numpy as np
 
 from data.files import fail, read_rows
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
-           "#56B4E9")  # Okabe and Ito's, which the colour-blind can tell apart
 VALUE = ("value", "low", "high")  # of a cell of eval.json
 DIFFERENCE = ("diff", "diff_low", "diff_high")
+FIGURES = ("distinct", "solution_coverage", "truncated_frac", "completion_len")  # no interval
+
+
+def cell_text(entry, name, k, diff):
+    """A cell of the table: '0.375 [0.210, 0.540]', or a plain number where there is no interval."""
+    if k:
+        cell = entry[name][k]
+        names, sign = (DIFFERENCE, "+") if diff else (VALUE, "")
+        value, low, high = (f"{cell[name]:{sign}.3f}" for name in names)
+        return f"{value} [{low}, {high}]"
+    if diff:
+        return ""
+    value = entry[name]
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if name in FIGURES else str(value)
+
+
+def print_table(report):
+    """A line a figure; a column a run, and beside it its difference to the reference."""
+    runs = report["runs"]
+    settings = []
+    for run in runs:
+        items = {"n": run["n"], **(run["sampling"] or {})}.items()
+        settings.append(", ".join(f"{name} {value}" for name, value in items))
+    if len(set(settings)) > 1:
+        told = "; ".join(f"{run['name']}: {one}" for run, one in zip(runs, settings))
+        print(f"evaluate.py: warning: the runs were not sampled alike ({told})", file=sys.stderr)
+
+    columns, head = [(runs[0], False)], ["", runs[0]["name"]]
+    for run in runs[1:]:
+        columns += [(run, False), (run, True)]
+        head += [run["name"], f"{run['name']} - {report['reference']}"]
+    grid = [head]
+    for source in [*runs[0].get("sources", ()), None]:
+        if "sources" in runs[0]:
+            title = "mean over sources" if source is None else source
+            grid += [[], [title] + [""] * len(columns)]
+        entries = [(run if source is None else run["sources"][source], diff)
+                   for run, diff in columns]
+        for name in ("pass_at_k", "maj_at_k", *FIGURES, "samples_to_match"):
+            if entries[0][0][name] is None:
+                continue
+            for k in map(str, report["k"]) if name.endswith("_k") else ("",):
+                label = f"{name.removesuffix('_at_k')}@{k}" if k else name
+                grid.append([label] + [cell_text(entry, name, k, diff) for entry, diff in entries])
+    widths = [max(map(len, column)) for column in zip(*filter(None, grid))]
+    every = " | ".join(dict.fromkeys(settings))
+    print(f"{runs[0]['problems']} problems, {every}; [95 % interval over problems]\n")
+    for line in grid:
+        print("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
+           "#56B4E9")  # Okabe and Ito's, which the colour-blind can tell apart
 
 
 def new_figure(rows, columns, width, height):
