@@ -50,6 +50,9 @@ def parse_args(argv=None):
     add("--out", required=True,
         help="JSONL file to write; OUT.partial/ holds the finished chunks until then")
     add("--limit", type=int, help="only the first so many problems (default: all)")
+    add("--overlong", default="refuse", choices=["refuse", "skip"],
+        help="a prompt too long for the model's positions ends the stage, or its problem is left "
+             "out, counted and told (default %(default)s)")
     # sampling; of the model's generation_config.json nothing is taken but its end-of-text ids
     add("--n", type=int, default=8, help="samples a problem (default %(default)s)")
     add("--temperature", type=float, default=1.0, help="T; 0 is greedy (default %(default)s)")
@@ -144,8 +147,8 @@ def with_whole_turns(problem, line):
     return problem
 
 
-def encode(problems, tokenizer, config, max_new_tokens):
-    """Token ids of every prompt, unpadded.
+def encode(problems, tokenizer, config, max_new_tokens, overlong="refuse"):
+    """Token ids of every prompt, unpadded; none of one that --overlong skips.
 
     A chat template writes its own special tokens; for a text the tokenizer does.
     """
@@ -170,9 +173,15 @@ def encode(problems, tokenizer, config, max_new_tokens):
             fail(f"{where}: token id {max(ids)} is beyond the model's vocabulary of "
                  f"{config.vocab_size}: a tokenizer of another model?")
         if positions and len(ids) + max_new_tokens > positions:
-            fail(f"{where}: {len(ids)} prompt tokens + {max_new_tokens} new ones exceed the "
-                 f"model's {positions} positions; lower --max-new-tokens")
+            if overlong == "refuse":
+                fail(f"{where}: {len(ids)} prompt tokens + {max_new_tokens} new ones exceed the "
+                     f"model's {positions} positions; lower --max-new-tokens, or give --overlong "
+                     f"skip")
+            ids = []
         encoded.append(ids)
+    if not any(encoded):
+        fail(f"{problems[0][0]}: no prompt leaves room for {max_new_tokens} new tokens in the "
+             f"model's {positions} positions; lower --max-new-tokens")
     return encoded
 
 
@@ -187,10 +196,10 @@ def end_ids(model, tokenizer):
 def chunks_of(lengths, n, max_new_tokens, budget):
     """Cut all items (problem, sample), shortest prompts first, into chunks.
 
-    lengths: tokens of each prompt. rows x (longest prompt + new tokens) <= budget in every chunk of
-    more than one row.
+    lengths: tokens of each prompt; 0: it is left out. In every chunk of more than one row
+    rows x (longest prompt + new tokens) <= budget.
     """
-    order = np.argsort(lengths, kind="stable").tolist()
+    order = [problem for problem in np.argsort(lengths, kind="stable").tolist() if lengths[problem]]
     items = [(problem, sample) for problem in order for sample in range(n)]
     chunks, start = [], 0
     for end in range(1, len(items) + 1):
@@ -385,7 +394,8 @@ def main(args):
     # 2. The prompts' ids, the model and the chunks.
     config = load(transformers.AutoConfig, args.model, options)
     tokenizer = load_tokenizer(args.model, options)
-    encoded = encode(problems, tokenizer, config.get_text_config(), args.max_new_tokens)
+    encoded = encode(problems, tokenizer, config.get_text_config(), args.max_new_tokens,
+                     args.overlong)
     model = load_model(args.model, dtype, device, options)
     try:
         choose_attention(model, device if args.attention == "auto" else args.attention)
@@ -399,9 +409,13 @@ def main(args):
     chunks = chunks_of(lengths, args.n, args.max_new_tokens, args.max_batch_tokens)
     if rank == 0:
         attention = model.config._attn_implementation
-        meta.update(attention=attention, end_ids=ends, chunks=len(chunks))
+        skipped = lengths.count(0)
+        meta.update(attention=attention, end_ids=ends, chunks=len(chunks), overlong=skipped)
+        if skipped:
+            print(f"{args.prompts}: {skipped} of {len(problems)} problems skipped: their prompts "
+                  f"are too long for {args.max_new_tokens} new tokens", file=sys.stderr)
         print(f"{args.model} on {device} x {world}, {kind}, attention {attention}: "
-              f"{len(problems)} prompts x {args.n} samples in {len(chunks)} chunks, "
+              f"{len(problems) - skipped} prompts x {args.n} samples in {len(chunks)} chunks, "
               f"T = {args.temperature}, top-p {args.top_p}, top-k {args.top_k}", file=sys.stderr)
 
     # 3. This rank's chunks.
@@ -428,7 +442,7 @@ def main(args):
     shutil.rmtree(folder, ignore_errors=True)
     if busy:
         rate = f"{made / busy:.0f} tokens/s on rank 0"
-        print(f"{args.out}: {len(problems) * args.n} rows; {rate}", file=sys.stderr)
+        print(f"{args.out}: {sum(map(len, chunks))} rows; {rate}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def merge(rows, folder, chunks, fields, out):
     with open(out, "wb") as target:
         for problem, line in enumerate(rows):
             head = without(line, fields) + b", "
-            for number, offset, lines in where[problem]:
+            for number, offset, lines in where.get(problem, ()):  # none of a skipped one
                 with open(chunk_path(folder, number), "rb") as file:
                     file.seek(offset)
                     for _ in range(lines):

@@ -523,6 +523,20 @@ def interrupted(*args):
     raise KeyboardInterrupt
 
 
+def test_overlong_prompts_are_skipped_on_demand(tiny_model, prompts, base, tmp_path, capfd):
+    """They are left out and counted, and change nothing of the others; where nothing is left, that is an error."""
+    rows = read(prompts)
+    path = write_prompts(tmp_path / "in.jsonl", [{"id": "first", "prompt": "1" * 240}, *rows[:5], {"id": "long", "prompt": "1" * 300}, *rows[5:]])
+    flags = ["--temperature", 0.7, "--overlong", "skip", "--max-batch-tokens", 700]
+    assert ids_of(run(tiny_model, path, tmp_path / "out.jsonl", *flags)) == ids_of(base[1])
+    told = capfd.readouterr().err
+    assert f"{path}: 2 of 14 problems skipped" in told and "12 prompts x 8 samples" in told and "96 rows" in told
+    assert json.loads((tmp_path / "out.jsonl.meta.json").read_text())["overlong"] == 2
+    long = write_prompts(tmp_path / "long.jsonl", [{"id": "long", "prompt": "1" * 300}])
+    assert "no prompt leaves room for 64 new tokens" in refused(
+        capfd, "--model", tiny_model, "--prompts", long, "--out", tmp_path / "none.jsonl", "--overlong", "skip")
+
+
 # ---- Cut short and started again -----------------------------------------------------------------------------------------
 def test_a_killed_run_resumed_ends_byte_equal(tiny_model, prompts, tmp_path):
     flags = ["--ignore-eos", "--max-new-tokens", 64, "--max-batch-tokens", 300, "--n", 4]
@@ -724,7 +738,7 @@ BAD_ROWS = {
                        ":1: field 'messages[0].content': Expected str, got array"),
     "not an object": ([[1, 2]], ":1: not a valid JSON row"),
     "empty prompt": ([GOOD, {"id": "b", "prompt": ""}], ":2: an empty prompt"),
-    "prompt too long": ([GOOD, {"id": "b", "prompt": "1" * 200}], ":2: 200 prompt tokens + 64 new ones exceed the model's 256 positions"),
+    "prompt too long": ([GOOD, {"id": "b", "prompt": "1" * 200}], ":2: 200 prompt tokens + 64 new ones exceed the model's 256 positions; lower --max-new-tokens, or give --overlong skip"),
     "no chat template": ([{"id": "a", "messages": [{"role": "user", "content": "hi"}]}], ":1: the prompt cannot be encoded"),
 }
 
