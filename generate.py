@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=int, default=64,
         help="longest completion, in tokens (default %(default)s)")
     add("--stop", nargs="+", default=[], metavar="TEXT",
-        help="end a completion when it contains one of these texts")
+        help="end a completion when it contains one of these texts, special tokens included")
     add("--ignore-eos", action="store_true",
         help="go on past end-of-text tokens, to --max-new-tokens")
     add("--seed", type=int, default=0, help="seed of all randomness (default %(default)s)")
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"],
         help="auto: cuda if there is one")
     add("--rank-timeout", type=float, default=1800,
-        help="seconds that ranks wait for rank 0 to begin, and rank 0 for another rank's next chunk "
+        help="seconds that ranks wait for rank 0 to begin, and it for the next chunk of another one "
              "(default %(default)s)")
     add("--trust-remote-code", action="store_true",
         help="run Python code that the model's folder brings along")
@@ -185,12 +185,38 @@ def encode(problems, tokenizer, config, max_new_tokens, overlong="refuse"):
     return encoded
 
 
-def end_ids(model, tokenizer):
-    """All end-of-text ids: the model's generation config may name several, the tokenizer one."""
+def special_tokens(tokenizer):
+    """{text: id} of the tokens that a completion's text leaves out."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: index for index, token in added if token.special}
+
+
+def end_ids(model, tokenizer, stop=(), ignore_eos=False):
+    """All ids that end a completion.
+
+    The model's generation config may name several, the tokenizer one, --stop special tokens.
+    """
+    special = special_tokens(tokenizer)
+    stops = {special[text] for text in stop if text in special}
+    if ignore_eos:
+        return sorted(stops)
     found = model.generation_config.eos_token_id
     found = set(found if isinstance(found, list) else [found]) | {tokenizer.eos_token_id}
     vocab = model.config.get_text_config().vocab_size
-    return sorted(token for token in found if isinstance(token, int) and 0 <= token < vocab)
+    found = {token for token in found if isinstance(token, int) and 0 <= token < vocab}
+    return sorted(found | stops)
+
+
+def turn_end(tokenizer):
+    """The special token (text, id) with which the chat template ends a turn, or None."""
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # no template, or one that refuses these roles
+        return None
+    after = text.rpartition("answer")[2].lstrip()
+    special = special_tokens(tokenizer)
+    return next(((token, special[token]) for token in special if after.startswith(token)), None)
 
 
 def chunks_of(lengths, n, max_new_tokens, budget):
@@ -263,6 +289,7 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
     uniform   (rows, max_new_tokens) in [0, 1), fp64
     ends      end-of-text ids
     stopped   stopped(ids): does one of args.stop stand at the end of these ids of a completion?
+              None: do not ask
 
     Returns ids and log-probs, both (rows, max_new_tokens), lengths (rows,), and whether each row
     stopped by itself (rows,).
@@ -301,7 +328,7 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
 
         # 5. Which rows end with it?
         ended = torch.isin(token, ends)
-        if args.stop:
+        if stopped:
             recent = tokens[alive, max(0, step - tail):step + 1].tolist()
             ended |= torch.tensor([stopped(row) for row in recent], device=device)
         ended &= ~done
@@ -345,8 +372,8 @@ def run_chunk(chunk, problems, encoded, model, tokenizer, ends, args):
         return any(stop in text for stop in args.stop)
 
     tokens, logprobs, lengths, stops = sample(
-        model, [encoded[problem] for problem in wanted], owner, uniform,
-        [] if args.ignore_eos else ends, stopped, args)
+        model, [encoded[problem] for problem in wanted], owner, uniform, ends,
+        stopped if args.stop else None, args)
     if not torch.isfinite(logprobs).all():
         fail(f"{args.model}: logits that are not finite, for the prompt {identity[0]!r} or near it")
     completions = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
@@ -366,6 +393,21 @@ def unchanged(path, problems):
         if problem is None or with_whole_turns(problem, line) != known:
             fail(f"{where}: changed while its completions were sampled")
         yield line
+
+
+def tell(args, meta, encoded, turn):
+    """On stderr what was chosen, and what should be known before hours are spent on it."""
+    skipped = meta["overlong"]
+    if skipped:
+        print(f"{args.prompts}: {skipped} of {len(encoded)} problems skipped: their prompts are "
+              f"too long for {args.max_new_tokens} new tokens", file=sys.stderr)
+    if turn and turn[1] not in meta["end_ids"] and any(turn[1] in ids for ids in encoded):
+        print(f"{args.model}: {turn[0]} ends a turn of the prompts, but no completion; if it "
+              f"should, give --stop '{turn[0]}'", file=sys.stderr)
+    print(f"{args.model} on {meta['device']} x {meta['world_size']}, {meta['dtype']}, attention "
+          f"{meta['attention']}: {len(encoded) - skipped} prompts x {args.n} samples in "
+          f"{meta['chunks']} chunks, T = {args.temperature}, top-p {args.top_p}, top-k "
+          f"{args.top_k}", file=sys.stderr)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -401,22 +443,16 @@ def main(args):
         choose_attention(model, device if args.attention == "auto" else args.attention)
     except ValueError as error:
         fail(f"{args.model}: {error}")
-    ends = end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer, args.stop, args.ignore_eos)
     if not (ends or args.stop or args.ignore_eos):
         fail(f"{args.model}: neither the tokenizer nor generation_config.json names an end-of-text "
              f"token; give --stop or --ignore-eos")
     lengths = [len(ids) for ids in encoded]
     chunks = chunks_of(lengths, args.n, args.max_new_tokens, args.max_batch_tokens)
     if rank == 0:
-        attention = model.config._attn_implementation
-        skipped = lengths.count(0)
-        meta.update(attention=attention, end_ids=ends, chunks=len(chunks), overlong=skipped)
-        if skipped:
-            print(f"{args.prompts}: {skipped} of {len(problems)} problems skipped: their prompts "
-                  f"are too long for {args.max_new_tokens} new tokens", file=sys.stderr)
-        print(f"{args.model} on {device} x {world}, {kind}, attention {attention}: "
-              f"{len(problems) - skipped} prompts x {args.n} samples in {len(chunks)} chunks, "
-              f"T = {args.temperature}, top-p {args.top_p}, top-k {args.top_k}", file=sys.stderr)
+        meta.update(attention=model.config._attn_implementation, end_ids=ends, chunks=len(chunks),
+                    overlong=lengths.count(0))
+        tell(args, meta, encoded, turn_end(tokenizer))
 
     # 3. This rank's chunks.
     made, busy = 0, 0.0

@@ -445,6 +445,26 @@ def test_stop_texts_work_across_token_boundaries(bpe_model, tmp_path):
     assert any(row["finish_reason"] == "length" for row in rows)
 
 
+def test_a_stop_text_may_be_a_special_token(bpe_model, tmp_path, capfd):
+    """It joins the end-of-text ids, whether or not these count; where a chat's turns end with it and nothing else does, that is told."""
+    model = copy_of(bpe_model, tmp_path / "model", config={"eos_token_id": 1}, generation_config={"eos_token_id": 1})
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}<|im_end|>\n{% endfor %}")
+    problems = write_prompts(tmp_path / "p.jsonl", [{"id": str(i), "messages": [{"role": "user", "content": "3 * 4 " * i}]} for i in range(1, 7)])
+    told = f"{model}: <|im_end|> ends a turn of the prompts, but no completion; if it should, give --stop '<|im_end|>'\n"
+    flags = ["--max-new-tokens", 200, "--n", 8]
+    plain = run(model, problems, tmp_path / "plain.jsonl", "--ignore-eos", *flags)
+    assert told in capfd.readouterr().err
+    for out, more, ends in ("both", [], {1, 2}), ("one", ["--ignore-eos"], {2}):
+        rows = run(model, problems, tmp_path / f"{out}.jsonl", "--stop", "<|im_end|>", "no such text", *more, *flags)
+        for row, before in zip(rows, plain):
+            ids = before["completion_ids"]
+            cut = next((k + 1 for k, token in enumerate(ids) if token in ends), len(ids))
+            assert row["completion_ids"] == ids[:cut] and row["finish_reason"] == ("stop" if ids[cut - 1] in ends else "length")
+        assert {row["completion_ids"][-1] for row in rows if row["finish_reason"] == "stop"} == ends
+        assert json.loads((tmp_path / f"{out}.jsonl.meta.json").read_text())["end_ids"] == sorted(ends)
+        assert told not in capfd.readouterr().err
+
+
 def test_ignore_eos_goes_on_to_the_limit(tiny_model, prompts, base, tmp_path):
     rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7, "--ignore-eos")
     for row, before in zip(rows, base[1]):
