@@ -1,18 +1,24 @@
-"""Draw the README's pictures and print its tables from the small files that experiments/paper.py leaves.
+"""Draw the experiment's pictures and print its tables from what experiments/paper.py leaves.
 
-    python experiments/figures.py                        # passk.png, training.png, gamma.png; tables in Markdown on the terminal
-    python experiments/figures.py --tables experiments/long   # the same of another experiment, beside its tables
+    python experiments/figures.py                             # pictures, and tables in Markdown
+    python experiments/figures.py --tables experiments/long   # the same of another experiment
 
-Reads counts.jsonl (every problem's n, correct, distinct, existing, per arm, distribution and seed), curves.csv, gamma.csv, overhead.csv.
-A figure of an arm is a mean over seeds with a Student t interval over seeds. A difference between two arms is paired: per seed
-over the same problems, then Student t over seeds; in brackets behind it the share of seeds with its sign, and where there
-is one seed alone a bootstrap over problems takes t's place.
+Reads counts.jsonl (of every arm, distribution and seed, for each problem: samples, correct ones,
+distinct solutions found, solutions that exist), curves.csv, gamma.csv, overhead.csv; writes
+passk.png, training.png and gamma.png beside them.
+
+A figure of an arm is a mean over seeds with a Student t interval over seeds. A difference between
+two arms is paired: per seed over the same problems, then Student t over seeds; in brackets behind
+it the share of seeds with its sign. Where there is one seed alone a bootstrap over problems takes
+t's place.
 """
 import argparse
 import csv
 import functools
 import json
+import math
 import os
+import sys
 
 import matplotlib
 import numpy as np
@@ -21,54 +27,77 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LABELS = {"base": "base", "grpo": "GRPO", "ds-token": "DS-GRPO (token)", "ds-sequence": "DS-GRPO (sequence)", "ds-reward": "DS-GRPO (reward)",
-          "ds-positive": "DS, positive half", "ds-negative": "DS, negative half", "ds-entropy": "differential entropy",
-          "entropy-bonus": "uniform bonus", "entropy-penalty": "uniform penalty", "passk": "Pass@k training", "cispo": "CISPO",
-          "w-reinforce": "W-REINFORCE"}
-COLOURS = {"base": "#000000", "grpo": "#D55E00", **dict.fromkeys(("ds-token", "ds-sequence", "ds-reward"), "#0072B2"), "ds-entropy": "#009E73",
-           "entropy-bonus": "#CC79A7", "entropy-penalty": "#E69F00"}
-# 97.5 % quantiles of Student's t for 1, 2, .. degrees of freedom (two-sided 95 % intervals of 2, 3, .. seeds)
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+sys.path.append(os.path.dirname(HERE))
+import evaluate
+
+LABELS = {
+    "base": "base", "grpo": "GRPO", "ds-token": "DS-GRPO (token)",
+    "ds-sequence": "DS-GRPO (sequence)", "ds-reward": "DS-GRPO (reward)",
+    "ds-positive": "DS, positive half", "ds-negative": "DS, negative half",
+    "ds-entropy": "differential entropy", "entropy-bonus": "uniform bonus",
+    "entropy-penalty": "uniform penalty", "passk": "Pass@k training", "cispo": "CISPO",
+    "w-reinforce": "W-REINFORCE"}
+LEVELS = ("ds-token", "ds-sequence", "ds-reward")  # of DS-GRPO's smoothing
+COLOURS = {
+    "base": "#000000", "grpo": "#D55E00", **dict.fromkeys(LEVELS, "#0072B2"),
+    "ds-entropy": "#009E73", "entropy-bonus": "#CC79A7", "entropy-penalty": "#E69F00"}
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
+def student_t(t, freedom):
+    """P(|T| <= t) of Student's t with a whole number of degrees of freedom, for t >= 0.
+
+    The finite series in the angle atan(t / sqrt(freedom)) of Abramowitz and Stegun, 26.7.3 and
+    26.7.4: each term is the one before times cos^2 and the next ratio of whole numbers.
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term = math.sin(angle) * (math.cos(angle) if odd else 1)
+    total = 0.0
+    for step in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (step - 1) / step
+    return 2 / math.pi * (angle + total) if odd else total
 
 
 @functools.cache
-def pass_table(n, k):
-    """1 - C(n - c, k) / C(n, k) for c = 0..n, as a product: the unbiased estimate of Pass@k from c correct of n; (n + 1,)."""
-    return 1 - np.concatenate([[1.0], np.cumprod(1 - k / np.arange(n, 0, -1))])
-
-
-def pass_at_k(counts, k):
-    """Pass@k of each problem. counts: (problems, 4) with n, the same for all, and correct in front -> (problems,)."""
-    return pass_table(int(counts[0, 0]), k)[counts[:, 1]]
+def quantile_t(freedom):
+    """The t with P(|T| <= t) = 0.95, for two-sided 95 % intervals."""
+    low, high = 0.0, 13.0  # 12.706 at one degree of freedom, less at all others
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_t(middle, freedom) < 0.95 else (low, middle)
+    return high
 
 
 def interval(values):
     """(mean, half width of the 95 % interval over seeds); the half width is nan for one seed."""
     values = np.asarray(values, float)
-    half = T975[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    if len(values) < 2:
+        return values.mean(), np.nan
+    half = quantile_t(len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return values.mean(), half
 
 
-def place(name):
-    return os.path.join(place.tables, name)
+def pass_at_k(counts, k):
+    """Pass@k of each problem, (problems,).
+
+    counts: (problems, 4) with n, the same for all, and the number of correct samples in front.
+    """
+    return evaluate.pass_at_k(int(counts[0, 0]), k)[counts[:, 1]]
 
 
-def load():
-    """{(arm, distribution): {seed: (problems, 4) array of n, correct, distinct, existing}}; a later line of a run stands for it."""
-    table = {}
-    with open(place("counts.jsonl")) as file:
-        for row in map(json.loads, file):
-            table.setdefault((row["arm"], row["distribution"]), {})[row["seed"]] = np.array(row["problems"])
-    return table
+def distinct(counts):
+    return counts[:, 2]
 
 
-def tuned_level(table):
-    """The DS-GRPO arm of the level that the tuning chose: the one with the most runs."""
-    return max(("ds-token", "ds-sequence", "ds-reward"), key=lambda arm: sum(len(runs) for (name, _), runs in table.items() if name == arm))
+def coverage(counts):
+    return counts[:, 2] / counts[:, 3]
 
 
-def core_arms(table):
-    return [arm for arm in COLOURS if not arm.startswith("ds-") or arm in ("ds-entropy", tuned_level(table))]
+def at(k):
+    """Pass@k as a measure, a function from counts to a value a problem."""
+    return functools.partial(pass_at_k, k=k)
 
 
 def curve(counts, ks):
@@ -77,92 +106,156 @@ def curve(counts, ks):
 
 
 def difference(one, other, measure):
-    """'mean [low, high] (seeds with that sign/seeds)' of measure(counts) per problem, one arm minus the other, paired."""
+    """'mean [low, high] (seeds with that sign/seeds)' of one arm minus the other, paired.
+
+    one, other: {seed: counts}. measure: counts -> a value of each problem.
+    """
     seeds = sorted(one.keys() & other.keys())
     if not seeds:
         return "-"
     per_problem = [measure(one[seed]) - measure(other[seed]) for seed in seeds]
     means = [values.mean() for values in per_problem]
     mean, half = interval(means)
+    low, high = mean - half, mean + half
     if len(seeds) == 1:
-        draws = per_problem[0][np.random.default_rng(0).integers(len(per_problem[0]), size=(10_000, len(per_problem[0])))].mean(1)
-        low, high = np.quantile(draws, [0.025, 0.975])
-    else:
-        low, high = mean - half, mean + half
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] ({sum(np.sign(m) == np.sign(mean) for m in means)}/{len(seeds)})"
+        values = per_problem[0]
+        drawn = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
+        low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    same_sign = sum(np.sign(m) == np.sign(mean) for m in means)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] ({same_sign}/{len(seeds)})"
 
 
+# ---- What paper.py left --------------------------------------------------------------------------
+def place(name):
+    return os.path.join(place.tables, name)
+
+
+def read_csv(name):
+    with open(place(name), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load():
+    """{(arm, distribution): {seed: (problems, 4)}}; a later line of a run stands for it.
+
+    The four columns are a problem's n, correct, distinct and existing.
+    """
+    table = {}
+    with open(place("counts.jsonl")) as file:
+        for row in map(json.loads, file):
+            runs = table.setdefault((row["arm"], row["distribution"]), {})
+            runs[row["seed"]] = np.array(row["problems"])
+    return table
+
+
+def tuned_level(table):
+    """The DS-GRPO arm of the level that the tuning chose: the one with the most runs."""
+    def runs_of(arm):
+        return sum(len(runs) for (name, _), runs in table.items() if name == arm)
+
+    return max(LEVELS, key=runs_of)
+
+
+def core_arms(table):
+    return [arm for arm in COLOURS if arm not in LEVELS or arm == tuned_level(table)]
+
+
+# ---- Tables --------------------------------------------------------------------------------------
 def tables(table, ks):
-    at = lambda k: lambda counts: pass_at_k(counts, k)
-    coverage = lambda counts: counts[:, 2] / counts[:, 3]
+    """Print, for every distribution, the arms and then their differences to some of them."""
     for distribution in sorted({distribution for _, distribution in table}):
-        arms = [arm for arm in LABELS if (arm, distribution) in table]
-        print(f"\n### {distribution}\n\n| arm | seeds | " + " | ".join(f"Pass@{k}" for k in (1, 16, ks[-1])) + " | distinct | coverage | samples to match GRPO |")
-        print("|---|---|---|---|---|---|---|---|")
-        grpo = table.get(("grpo", distribution))
-        for arm in arms:
-            runs = table[arm, distribution]
-            cells = []
-            for measure in (at(1), at(16), at(ks[-1]), lambda counts: counts[:, 2], coverage):
-                mean, half = interval([measure(counts).mean() for counts in runs.values()])
-                cells.append(f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else ""))
-            match = "-"
-            if grpo:
-                goal = np.mean([curve(counts, [ks[-1]])[0] for counts in grpo.values()])
-                fine = range(1, ks[-1] + 1)
-                reached = np.flatnonzero(np.mean([curve(counts, fine) for counts in runs.values()], 0) >= goal)
-                match = str(fine[reached[0]]) if len(reached) else f"> {ks[-1]}"
-            print(f"| {LABELS[arm]} | {len(runs)} | " + " | ".join(cells) + f" | {match} |")
+        runs = {arm: table[arm, distribution] for arm in LABELS if (arm, distribution) in table}
+        print(f"\n### {distribution}\n")
+        print_arms(runs, ks)
         for reference in ("grpo", "entropy-bonus", tuned_level(table), "base"):
-            if (reference, distribution) not in table:
-                continue
-            print(f"\n| minus {LABELS[reference]} | Pass@1 | Pass@16 | Pass@{ks[-1]} | coverage |\n|---|---|---|---|---|")
-            for arm in arms:
-                if arm != reference:
-                    print(f"| {LABELS[arm]} | " + " | ".join(difference(table[arm, distribution], table[reference, distribution], measure)
-                                                            for measure in (at(1), at(16), at(ks[-1]), coverage)) + " |")
+            if reference in runs:
+                print_differences(runs, reference, ks)
+
+
+def print_arms(runs, ks):
+    """runs: {arm: {seed: counts}}."""
+    head = [f"Pass@{k}" for k in (1, 16, ks[-1])] + ["distinct", "coverage"]
+    print(f"| arm | seeds | {' | '.join(head)} | samples to match GRPO |")
+    print("|---|---|---|---|---|---|---|---|")
+    grpo = [at(ks[-1])(counts).mean() for counts in runs.get("grpo", {}).values()]
+    goal = np.mean(grpo) if grpo else np.nan
+    fine = range(1, ks[-1] + 1)
+    for arm, seeds in runs.items():
+        cells = []
+        for measure in (at(1), at(16), at(ks[-1]), distinct, coverage):
+            mean, half = interval([measure(counts).mean() for counts in seeds.values()])
+            cells.append(f"{mean:.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}"))
+        mean_curve = np.mean([curve(counts, fine) for counts in seeds.values()], 0)
+        reached = np.flatnonzero(mean_curve >= goal)
+        match = str(fine[reached[0]]) if len(reached) else f"> {ks[-1]}"
+        match = "-" if np.isnan(goal) else match
+        print(f"| {LABELS[arm]} | {len(seeds)} | {' | '.join(cells)} | {match} |")
+
+
+def print_differences(runs, reference, ks):
+    print(f"\n| minus {LABELS[reference]} | Pass@1 | Pass@16 | Pass@{ks[-1]} | coverage |")
+    print("|---|---|---|---|---|")
+    for arm, seeds in runs.items():
+        if arm != reference:
+            cells = [difference(seeds, runs[reference], measure)
+                     for measure in (at(1), at(16), at(ks[-1]), coverage)]
+            print(f"| {LABELS[arm]} | {' | '.join(cells)} |")
 
 
 def predicted(table, ks):
-    """One line: how often a seed's Pass@k lies in the 95 % prediction interval that the other seeds give, mean +- t s sqrt(1 + 1/n)."""
+    """One line: how often the other seeds of its arm predict a seed's Pass@k.
+
+    The 95 % prediction interval is their mean +- t s sqrt(1 + 1/n).
+    """
     inside = []
     for runs in table.values():
         curves = np.array([curve(counts, ks) for counts in runs.values()])  # (seeds, ks)
         for i in range(len(curves) if len(curves) > 2 else 0):
             others = np.delete(curves, i, 0)
-            half = T975[len(others) - 2] * others.std(0, ddof=1) * (1 + 1 / len(others)) ** 0.5
+            spread = others.std(0, ddof=1) * (1 + 1 / len(others)) ** 0.5
+            half = quantile_t(len(others) - 1) * spread
             inside += (abs(curves[i] - others.mean(0)) <= half).tolist()
     if inside:
-        print(f"\n{sum(inside)} of {len(inside)} Pass@k of a run lie in the 95 % prediction interval of the same arm's other seeds")
+        print(f"\n{sum(inside)} of {len(inside)} Pass@k of a run lie in the 95 % prediction "
+              "interval of the same arm's other seeds")
 
 
 def overhead():
-    """One line: what the tuned DS-GRPO costs over GRPO, by the pairs of overhead.csv."""
-    with open(place("overhead.csv"), newline="") as file:
-        rows = list(csv.DictReader(file))
+    """Two lines: what the tuned DS-GRPO costs over GRPO, by the pairs of overhead.csv."""
+    rows = read_csv("overhead.csv")
     arm = next(row["arm"] for row in rows if row["arm"] != "grpo")
     for key, what in (("cpu_s", "CPU time"), ("peak_rss_mib", "peak memory")):
         value = {(row["arm"], row["pair"]): float(row[key]) for row in rows}
-        ratios = [value[arm, pair] / value["grpo", pair] for name, pair in value if name == arm]
-        print(f"\n{LABELS[arm]} over GRPO, {what} of train.py: {np.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}], {len(ratios)} pairs; "
-              f"GRPO {np.median([v for (name, _), v in value.items() if name == 'grpo']):.1f}")
+        pairs = [pair for name, pair in value if name == arm]
+        ratios = [value[arm, pair] / value["grpo", pair] for pair in pairs]
+        spread = f"{np.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
+        grpo = np.median([value["grpo", pair] for pair in pairs])
+        print(f"\n{LABELS[arm]} over GRPO, {what} of train.py: {spread}, {len(ratios)} pairs; "
+              f"GRPO {grpo:.1f}")
 
 
+# ---- Pictures ------------------------------------------------------------------------------------
 def figure_passk(table, ks):
-    drawn = core_arms(table)
-    seeds = {distribution: min([len(table[arm, distribution]) for arm in drawn if (arm, distribution) in table], default=0)
-             for distribution in ("main", "low-multiplicity")}
-    shown = [distribution for distribution in seeds if distribution == "main" or seeds[distribution] >= 3]  # fewer are no result
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.8 * len(shown), 3.8), layout="constrained", squeeze=False)
-    for axis, distribution in zip(axes[0], shown):
-        for arm in drawn:
-            if (arm, distribution) not in table:
-                continue
-            curves = np.array([curve(counts, ks) for counts in table[arm, distribution].values()])
+    """Pass@k against k, a panel a distribution; one with fewer than three seeds is no result."""
+    drawn, shown = core_arms(table), {}
+    for distribution in ("main", "low-multiplicity"):
+        runs = {arm: table[arm, distribution] for arm in drawn if (arm, distribution) in table}
+        seeds = min(map(len, runs.values()), default=0)
+        if distribution == "main" or seeds >= 3:
+            title = f"{distribution} ({seeds} seed{'s' * (seeds > 1)})"
+            shown[title] = runs
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.8 * len(shown), 3.8),
+                                layout="constrained", squeeze=False)
+    for axis, (title, runs) in zip(axes[0], shown.items()):
+        for arm, seeds in runs.items():
+            curves = np.array([curve(counts, ks) for counts in seeds.values()])
             middle, half = np.array([interval(values) for values in curves.T]).T
-            axis.plot(ks, middle, color=COLOURS[arm], marker="o", markersize=3.5, linestyle="--" if arm == "base" else "-", label=LABELS[arm])
-            axis.fill_between(ks, middle - np.nan_to_num(half), middle + np.nan_to_num(half), color=COLOURS[arm], alpha=0.15, linewidth=0)
-        axis.set(xscale="log", title=f"{distribution} ({seeds[distribution]} seed{'s' * (seeds[distribution] > 1)})", xlabel="k (samples a problem)", ylabel="Pass@k, held-out problems")
+            half = np.nan_to_num(half)
+            axis.plot(ks, middle, color=COLOURS[arm], marker="o", markersize=3.5,
+                      linestyle="--" if arm == "base" else "-", label=LABELS[arm])
+            axis.fill_between(ks, middle - half, middle + half, color=COLOURS[arm], alpha=0.15,
+                              linewidth=0)
+        axis.set(title=title, xlabel="k (samples a problem)", ylabel="Pass@k, held-out problems")
         axis.set_xscale("log", base=2)
         axis.set_xticks(ks, ks)
         axis.grid(color="#e6e6e6")
@@ -171,11 +264,13 @@ def figure_passk(table, ks):
 
 
 def figure_training(table):
+    """Training curves of the core arms, means over seeds."""
     drawn = core_arms(table)
-    with open(place("curves.csv"), newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["distribution"] == "main" and row["arm"] in drawn]
-    panels = {"pass@1": "Pass@1 of the rollouts", "entropy": "token entropy, all (nats)", "entropy_correct": "token entropy, correct (nats)",
-              "entropy_wrong": "token entropy, wrong (nats)", "completion_len": "completion length (tokens)"}
+    rows = [row for row in read_csv("curves.csv") if row["distribution"] == "main"]
+    panels = {"pass@1": "Pass@1 of the rollouts", "entropy": "token entropy, all (nats)",
+              "entropy_correct": "token entropy, correct (nats)",
+              "entropy_wrong": "token entropy, wrong (nats)",
+              "completion_len": "completion length (tokens)"}
     figure, axes = plt.subplots(1, 5, figsize=(16, 3.2), layout="constrained")
     for axis, (key, title) in zip(axes, panels.items()):
         for arm in drawn:
@@ -184,7 +279,8 @@ def figure_training(table):
                 if row["arm"] == arm and row[key]:
                     points.setdefault(int(row["step"]), []).append(float(row[key]))
             if points:
-                axis.plot(points.keys(), [np.mean(values) for values in points.values()], color=COLOURS[arm], label=LABELS[arm], linewidth=1.2)
+                axis.plot(points.keys(), [np.mean(values) for values in points.values()],
+                          color=COLOURS[arm], label=LABELS[arm], linewidth=1.2)
         axis.set(title=title, xlabel="update")
         axis.grid(color="#e6e6e6")
     axes[0].legend(frameon=False, fontsize=7)
@@ -192,8 +288,8 @@ def figure_training(table):
 
 
 def figure_gamma():
-    with open(place("gamma.csv"), newline="") as file:
-        rows = list(csv.DictReader(file))
+    """Heat maps of Pass@k at the smallest and the largest k over gamma_p and gamma_n."""
+    rows = read_csv("gamma.csv")
     ks = sorted({int(row["k"]) for row in rows})
     p, n = (sorted({float(row[key]) for row in rows}) for key in ("gamma_p", "gamma_n"))
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
@@ -201,18 +297,23 @@ def figure_gamma():
         grid = np.full((len(p), len(n)), np.nan)
         for row in rows:
             if int(row["k"]) == k:
-                grid[p.index(float(row["gamma_p"])), n.index(float(row["gamma_n"]))] = float(row["pass_at_k"])
+                place_of = p.index(float(row["gamma_p"])), n.index(float(row["gamma_n"]))
+                grid[place_of] = float(row["pass_at_k"])
         axis.imshow(grid, cmap="viridis", origin="lower")
         middle = np.nanmean([np.nanmin(grid), np.nanmax(grid)])
         for i, j in np.ndindex(grid.shape):
-            axis.text(j, i, f"{grid[i, j]:.3f}", ha="center", va="center", color="black" if grid[i, j] > middle else "white")
-        axis.set(title=f"Pass@{k}", xlabel="gamma_n", ylabel="gamma_p", xticks=range(len(n)), yticks=range(len(p)), xticklabels=n, yticklabels=p)
+            axis.text(j, i, f"{grid[i, j]:.3f}", ha="center", va="center",
+                      color="black" if grid[i, j] > middle else "white")
+        axis.set(title=f"Pass@{k}", xlabel="gamma_n", ylabel="gamma_p", xticks=range(len(n)),
+                 yticks=range(len(p)), xticklabels=n, yticklabels=p)
     figure.savefig(place("gamma.png"), dpi=140)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", default=HERE, help="folder of the tables and pictures (default: experiments)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", default=HERE,
+                        help="folder of the tables and pictures (default: experiments)")
     place.tables = parser.parse_args().tables
     table = load()
     n = min(counts[:, 0].min() for runs in table.values() for counts in runs.values())
@@ -220,9 +321,12 @@ def main():
     tables(table, ks)
     predicted(table, ks)
     figure_passk(table, ks)
-    for name, draw in (("curves.csv", lambda: figure_training(table)), ("gamma.csv", figure_gamma), ("overhead.csv", overhead)):
-        if os.path.exists(place(name)):
-            draw()
+    if os.path.exists(place("curves.csv")):
+        figure_training(table)
+    if os.path.exists(place("gamma.csv")):
+        figure_gamma()
+    if os.path.exists(place("overhead.csv")):
+        overhead()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The README's experiment: experiments/paper.py chooses by its rule, does every run once and repeats what it did; experiments/figures.py counts right."""
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -142,13 +143,34 @@ def test_figures_agree_with_evaluate_and_with_intervals_by_hand():
     counts = np.stack([np.full(40, 64), rng.integers(0, 65, 40), rng.integers(0, 4, 40), np.full(40, 5)], 1)
     for k in (1, 3, 64):
         assert np.allclose(figures.pass_at_k(counts, k), evaluate.pass_at_k(64, k)[counts[:, 1]], atol=1e-12)
-    # Student t by hand: 3 values 1, 2, 6: mean 3, sd sqrt(7), t(2) = 4.303
-    assert figures.interval([1, 2, 6]) == (3.0, pytest.approx(4.303 * 7**0.5 / 3**0.5))
+    # Student t by hand: 3 values 1, 2, 6: mean 3, sd sqrt(7), t(2) = 4.302653
+    assert figures.interval([1, 2, 6]) == (3.0, pytest.approx(4.302653 * 7**0.5 / 3**0.5))
     one, other = ({seed: np.array([[2, c, 0, 1]] * 4) for seed, c in enumerate(values)} for values in ((1, 2, 2), (1, 1, 1)))
     measure = lambda counts: counts[:, 1] / counts[:, 0]
     assert figures.difference(one, other, measure).startswith("+0.333 [-0.384, +1.050] (2/3)")
     # one seed: the interval is a bootstrap over problems, of paired differences, which are all the same here
     assert figures.difference({0: one[1]}, {0: other[1]}, measure) == "+0.500 [+0.500, +0.500] (1/1)"
+
+
+@pytest.mark.parametrize("freedom, quantile", [(1, 12.70620), (2, 4.302653), (3, 3.182446), (4, 2.776445), (5, 2.570582), (9, 2.262157),
+                                               (10, 2.228139), (19, 2.093024), (30, 2.042272), (100, 1.983972), (1000, 1.962339)])
+def test_quantiles_of_student_t_as_printed_in_tables(freedom, quantile):
+    assert figures.quantile_t(freedom) == pytest.approx(quantile, abs=6e-6)
+
+
+def test_student_t_is_the_integral_of_its_density():
+    for freedom in range(1, 40):
+        scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+        for t in (0.3, 1.7, 4.0):
+            x = np.linspace(0, t, 4001)
+            density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+            area = 2 * (density.sum() - (density[0] + density[-1]) / 2) * (x[1] - x[0])
+            assert figures.student_t(t, freedom) == pytest.approx(area, abs=1e-6)
+
+
+def test_more_seeds_than_a_table_of_t_has_rows():
+    mean, half = figures.interval(range(12))
+    assert mean == 5.5 and half == pytest.approx(2.200985 * 13**0.5 / 12**0.5)  # sd sqrt(13), t(11)
 
 
 def test_a_seed_is_predicted_by_the_others(capsys):
