@@ -1,0 +1,325 @@
+"""The frontier: Pass@1 against Pass@256 along the way of every run, in three regimes.
+
+    python experiments/frontier.py             # everything; stop and restart it as you like
+    python experiments/frontier.py --list      # what is left
+    python experiments/frontier.py --regimes weak-base --arms grpo ds-token --seeds 1 2 3
+    python experiments/frontier.py --regimes weak-base --arms grpo --seeds 1 --check --until 4
+    python experiments/frontier_figures.py     # the figure, and the tables in Markdown
+
+Regimes: `weak-base` trains data/weak-countdown/ and `strong-base` data/tiny-countdown/ on fresh
+problems every round; `fixed` trains the strong base on the same 192 problems every round (others
+for each seed). A round is 192 problems x 16 samples and 4 updates. At five rounds of a run the
+policy is sampled on 300 held-out problems, 256 times each; in the fixed regime on its own
+training problems, too (split "train"). An end point says how far an arm went; a path says whether
+it went a better way, and a learning rate is not mistaken for a method.
+
+What is tuned is tuned on the tune split by this rule, fixed before any reported run: for each
+base, by runs of ten rounds with seeds 101 and 102, on 200 problems with 128 samples each; what is
+compared is the mean over the two seeds. First the learning rate: of three, the best for GRPO's
+Pass@1 serves all arms, and the second best is the second rate of --rates. Then, at the best rate,
+each arm's candidates: those whose Pass@1 is at least GRPO's less 0.01 stand for election, and the
+best mean of Pass@k over k = 1, 2, 4, .., 128 wins; where none does, the best Pass@1. The halves
+of DS-GRPO have the chosen gammas. `fixed` takes what was chosen for the strong base, the second
+rate what was chosen at the best. All that is reported comes from the test split and from other
+seeds.
+
+Writes, after every run, in --tables:
+  results.csv          regime, arm, lr, seed, round, split, k, pass_at_k; the base has lr 0, round 0
+  checkpoints.csv      regime, arm, lr, seed, round, split, setting (flags of train.py), coverage,
+                       distinct, completion_len, entropy (of the round's rollouts), train_s (seconds
+                       of train.py's updates so far)
+  frontier_tuning.csv  regime, arm, lr, setting, seed, k, pass_at_k: everything that was tried
+Runs stand in runs/frontier/ until their figures are in the tables.
+"""
+import argparse
+import collections
+import itertools
+import json
+import os
+import re
+import statistics
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+from experiments.suite import (
+    discard, evaluated, inside, last_round, model_of, read_csv, run, sampled, stage, write_csv)
+
+MODELS = {"weak-base": "data/weak-countdown", "strong-base": "data/tiny-countdown",
+          "fixed": "data/tiny-countdown"}
+RATES = ("5e-5", "1e-4", "2e-4")
+CHECKPOINTS = (4, 8, 12, 16, 20)  # rounds after which a run is evaluated
+TUNING_ROUNDS, TUNING_SEEDS = 10, (101, 102)
+SAMPLING = "--max-new-tokens 24 --device cpu"
+
+# Each arm's candidates; where there is one, there is nothing to tune.
+DS = "--method ds-grpo --smooth-level token"
+CANDIDATES = {
+    "grpo": ["--method grpo"],
+    "ds-token": [f"{DS} --gamma-p {p} --gamma-n {n}"
+                 for p, n in ((0.3, 0.03), (1.0, 0.03), (3.0, 0.1))],
+    "entropy-bonus": [f"--method grpo --entropy-coef {c}" for c in (0.003, 0.01, 0.03)],
+    "entropy-penalty": [f"--method grpo --entropy-coef {c}" for c in (-0.01, -0.03)],
+    "ds-entropy": [f"--method grpo --entropy-coef-correct {c} --entropy-coef-wrong {d}"
+                   for c, d in ((0.2, 0.0), (0.6, 0.0), (0.3, -0.03))],
+}
+FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus")  # the README's contrasts
+TWO_RATES = ("grpo", "ds-token")  # the others run at the best rate alone
+ARMS = ("base", "grpo", "ds-token", "entropy-bonus", "ds-positive", "ds-negative", "ds-entropy",
+        "entropy-penalty")
+
+Label = collections.namedtuple("Label", "regime arm lr seed")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--regimes", nargs="+", choices=MODELS, default=list(MODELS),
+                        help="only these regimes (default: all)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS),
+                        help="only these arms (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int,
+                        help="these seeds (default: 1..5 for the contrasts, 1..3 for the others)")
+    parser.add_argument("--rates", nargs="+", type=int, choices=(1, 2), default=[1, 2],
+                        help="the best learning rate, the second best or both (default: both)")
+    parser.add_argument("--jobs", type=int, default=2,
+                        help="runs side by side, one core each (default %(default)s)")
+    parser.add_argument("--tables", type=os.path.abspath, default=HERE,
+                        help="folder of the tables (default: experiments)")
+    parser.add_argument("--list", action="store_true", help="only say what is done and left")
+    parser.add_argument("--check", action="store_true",
+                        help="run what was chosen again and compare it with results.csv instead of "
+                        "adding to it; exit 1 if any differs")
+    parser.add_argument("--until", type=int, default=CHECKPOINTS[-1],
+                        help="with --check: the last round that is repeated (default %(default)s)")
+    args = parser.parse_args(argv)
+    if args.until != CHECKPOINTS[-1] and not args.check:
+        parser.error("--until belongs to --check: a table holds whole runs")
+    return args
+
+
+# ---- One run -----------------------------------------------------------------------------------
+def draw_of(label, number):
+    """Flags of data/countdown.py for the problems of a round."""
+    number = 0 if label.regime == "fixed" else number
+    return f"--n 192 --split train --seed {label.seed * 100_000 + number}"
+
+
+def train_round(folder, number, label, setting):
+    """Problems, rollouts, verdicts and one train.py: the model of the round from the one before."""
+    base, seed = MODELS[label.regime], label.seed
+    before, after = (model_of(folder, r, base) for r in (number - 1, number))
+    scored = sampled(f"{folder}/train-{number:03d}", before, draw_of(label, number),
+                     f"--n 16 {SAMPLING} --seed {seed * 100_000 + number}")
+    stage("train", f"--model {before} --rollouts {scored} --out {after} --updates 4 "
+                   f"--lr {label.lr} --seed {seed} --device cpu {setting}")
+    discard(scored)
+
+
+def measure(stem, model, number, split, sample, draw):
+    """The figures of one checkpoint on one split; they stay in a file, so that a stopped run has
+    them again."""
+    path = f"{stem}.figures.json"
+    if not os.path.exists(path):
+        report = evaluated(stem, model, draw, sample)
+        passes = {k: cell["value"] for k, cell in report["pass_at_k"].items()}
+        figures = {"round": number, "split": split, "pass_at_k": passes,
+                   "coverage": report["solution_coverage"], "distinct": report["distinct"],
+                   "completion_len": report["completion_len"], "entropy": "", "train_s": 0}
+        if number:
+            with open(f"{model}/metrics.jsonl") as file:
+                updates = [json.loads(line) for line in file]
+            figures["entropy"] = statistics.fmean(line["entropy"] for line in updates[-4:])
+            figures["train_s"] = sum(line["tokens"] / line["tokens_per_s"] for line in updates)
+        with open(path + ".partial", "w") as file:
+            json.dump(figures, file)
+        os.replace(path + ".partial", path)
+        discard(f"{stem}.scored.jsonl", f"{stem}.eval.json")
+    with open(path) as file:
+        return json.load(file)
+
+
+def one_run(name, label, setting, checkpoints, split, problems, n):
+    """Train, and measure at the checkpoints (rounds; 0 is the base): a list of figures.
+
+    setting: flags of train.py, or None for the base. A stopped run goes on from its last round."""
+    folder, base = f"runs/{name}", MODELS[label.regime]
+    sample = f"--n {n} {SAMPLING} --seed {10_000 + label.seed}"
+    splits = {split: f"--n {problems} --split {split} --seed 1"}
+    if label.regime == "fixed":
+        splits["train"] = draw_of(label, 1)
+    with inside(folder):
+        done, figures = last_round(folder), []
+        for number in range(checkpoints[-1] + 1):
+            model = model_of(folder, number, base)
+            if number > done:
+                train_round(folder, number, label, setting)
+            for which, draw in splits.items() if number in checkpoints else ():
+                stem = f"{folder}/eval-{number:03d}-{which}"
+                figures.append(measure(stem, model, number, which, sample, draw))
+            if number > max(done, 1):
+                discard(model_of(folder, number - 1, base))
+    return figures
+
+
+# ---- Tuning ------------------------------------------------------------------------------------
+def tuned_base(regime):
+    return "strong-base" if regime == "fixed" else regime
+
+
+def tuning_table(folder, regime, arm):
+    """{(lr, setting): {k: Pass@k, the mean over the tuning seeds}} of an arm's candidates."""
+    values = {}
+    for row in read_csv(f"{folder}/frontier_tuning.csv"):
+        if (row["regime"], row["arm"]) == (tuned_base(regime), arm):
+            passes = values.setdefault((row["lr"], row["setting"]), {})
+            passes.setdefault(row["k"], []).append(float(row["pass_at_k"]))
+    return {key: {k: statistics.fmean(each) for k, each in passes.items()}
+            for key, passes in values.items()}
+
+
+def rates_of(folder, regime):
+    """The learning rates, the best for GRPO's Pass@1 first."""
+    table = tuning_table(folder, regime, "grpo")
+    return sorted(RATES, key=lambda lr: -table[lr, CANDIDATES["grpo"][0]]["1"])
+
+
+def chosen(folder, regime, arm):
+    """The setting of an arm by the rule above."""
+    if len(CANDIDATES[arm]) == 1:
+        return CANDIDATES[arm][0]
+    best = rates_of(folder, regime)[0]
+    least = tuning_table(folder, regime, "grpo")[best, CANDIDATES["grpo"][0]]["1"] - 0.01
+
+    def merit(setting):
+        passes = tuning_table(folder, regime, arm)[best, setting]
+        enough = passes["1"] >= least
+        return enough, statistics.fmean(passes.values()) if enough else passes["1"]
+
+    return max(CANDIDATES[arm], key=merit)
+
+
+def setting_of(folder, regime, arm):
+    """The flags with which an arm is reported."""
+    if arm == "base":
+        return None
+    if arm == "ds-positive":
+        return re.sub(r"(--gamma-n) \S+", r"\1 0", chosen(folder, regime, "ds-token"))
+    if arm == "ds-negative":
+        return re.sub(r"(--gamma-p) \S+", r"\1 0", chosen(folder, regime, "ds-token"))
+    return chosen(folder, regime, arm)
+
+
+def tuning_jobs(args, arms, rates):
+    """What is missing of these arms' candidates at these rates. rates: {base: its rates}."""
+    done = {(row["regime"], row["arm"], row["lr"], row["setting"], int(row["seed"]))
+            for row in read_csv(f"{args.tables}/frontier_tuning.csv")}
+    jobs = []
+    for base, arm, seed in itertools.product(rates, arms, TUNING_SEEDS):
+        for (i, setting), lr in itertools.product(enumerate(CANDIDATES[arm]), rates[base]):
+            if (base, arm, lr, setting, seed) not in done:
+                label = Label(base, arm, lr, seed)
+                name = f"frontier/tune-{'-'.join(map(str, label))}-{i}"
+                jobs.append(((label, setting), (name, label, setting, (TUNING_ROUNDS,), "tune",
+                                                200, 128)))
+    return jobs
+
+
+# ---- The reported runs -------------------------------------------------------------------------
+def labels_of(args):
+    """The chosen runs: three seeds of everything before the other two, seed by seed."""
+    labels = []
+    for regime, arm, rate in itertools.product(args.regimes, args.arms, args.rates):
+        if rate == 1 or arm in TWO_RATES:
+            lr = "0" if arm == "base" else rates_of(args.tables, regime)[rate - 1]
+            for seed in args.seeds or range(1, 6 if arm in FIVE_SEEDS else 4):
+                labels.append((seed > 3, rate, seed, Label(regime, arm, lr, seed)))
+    return [label for *_, label in sorted(labels, key=lambda entry: entry[:3])]
+
+
+def label_of(row):
+    """The run that a row of a table belongs to."""
+    return Label(row["regime"], row["arm"], row["lr"], int(row["seed"]))
+
+
+def reported_jobs(args):
+    done = {label_of(row) for row in read_csv(f"{args.tables}/results.csv")}
+    jobs = []
+    for label in labels_of(args):
+        if args.check or label not in done:
+            name = f"frontier/{'check-' * args.check}{'-'.join(map(str, label))}"
+            rounds = (0,) if label.arm == "base" else CHECKPOINTS
+            rounds = [number for number in rounds if number <= args.until]
+            setting = setting_of(args.tables, label.regime, label.arm)
+            jobs.append((label, (name, label, setting, rounds, "test", 300, 256)))
+    return jobs
+
+
+def keep_tuning(folder, key, figures):
+    label, setting = key
+    path = f"{folder}/frontier_tuning.csv"
+    head = {"regime": label.regime, "arm": label.arm, "lr": label.lr, "setting": setting,
+            "seed": label.seed}
+    write_csv(path, read_csv(path) + [
+        {**head, "k": k, "pass_at_k": value} for k, value in figures[-1]["pass_at_k"].items()])
+
+
+def keep_result(folder, label, figures):
+    """The checkpoints first: a run is done when results.csv holds it."""
+    setting = setting_of(folder, label.regime, label.arm) or ""
+    columns = ("coverage", "distinct", "completion_len", "entropy", "train_s")
+    results, points = [], []
+    for figure in figures:
+        head = {**label._asdict(), "round": figure["round"], "split": figure["split"]}
+        points.append({**head, "setting": setting, **{name: figure[name] for name in columns}})
+        results += [{**head, "k": k, "pass_at_k": value}
+                    for k, value in figure["pass_at_k"].items()]
+    others = [row for row in read_csv(f"{folder}/checkpoints.csv")
+              if label_of(row) != label]
+    write_csv(f"{folder}/checkpoints.csv", others + points)
+    write_csv(f"{folder}/results.csv", read_csv(f"{folder}/results.csv") + results)
+
+
+def compare(folder, label, figures):
+    """Say by how much a repeated run differs from results.csv, and return that."""
+    stored = {(int(row["round"]), row["split"], row["k"]): float(row["pass_at_k"])
+              for row in read_csv(f"{folder}/results.csv")
+              if label_of(row) == label}
+    name = " ".join(map(str, label))
+    if not stored:
+        sys.exit(f"{name}: not in results.csv; run it without --check first")
+    worst = max(abs(stored[figure["round"], figure["split"], k] - value)
+                for figure in figures for k, value in figure["pass_at_k"].items())
+    print(f"{name}: " + (f"Pass@k differs by up to {worst:.4f}" if worst else "equal"))
+    return worst
+
+
+def main(args):
+    os.makedirs(args.tables, exist_ok=True)
+    differences = []
+
+    def phase(name, jobs, keep):
+        if args.list:
+            print(f"{name}: {len(jobs)} runs left")
+            for _, (_, label, setting, *_) in jobs:
+                print(" ", *label, setting or "")
+            if jobs and keep is keep_tuning:
+                sys.exit("what follows depends on these")
+        else:
+            run(one_run, jobs, lambda key, figures: keep(args.tables, key, figures), args.jobs)
+
+    def check(folder, label, figures):
+        differences.append(compare(folder, label, figures))
+
+    bases = dict.fromkeys(map(tuned_base, args.regimes))
+    tuned = {"ds-token" if arm in ("ds-positive", "ds-negative") else arm for arm in args.arms}
+    tuned = [arm for arm, candidates in CANDIDATES.items() if arm in tuned and len(candidates) > 1]
+    phase("learning rate", tuning_jobs(args, ["grpo"], dict.fromkeys(bases, RATES)), keep_tuning)
+    best = {base: rates_of(args.tables, base)[:1] for base in bases}
+    phase("tuning", tuning_jobs(args, tuned, best), keep_tuning)
+    phase("reported", reported_jobs(args), check if args.check else keep_result)
+    sys.exit(any(differences))
+
+
+if __name__ == "__main__":
+    main(parse_args())

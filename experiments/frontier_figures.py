@@ -1,0 +1,223 @@
+"""Draw the frontier and print its tables in Markdown, from what experiments/frontier.py leaves.
+
+    python experiments/frontier_figures.py                      # frontier.png beside the tables
+    python experiments/frontier_figures.py --tables FOLDER
+
+A run is a path: the base, then its checkpoints, each with its Pass@1 and another measure
+(Pass@256, @64, @16, or the coverage of solutions). Of a path only checkpoints count that have a
+higher Pass@1 than all before them: where one falls back, stopping earlier was better. Two paths
+of one seed are compared
+
+    at equal Pass@1   at the largest Pass@1 that both reach, linear between checkpoints,
+    by their gap      the area between them from the base to there, divided by the Pass@1 covered:
+                      the mean difference of the measure at equal Pass@1,
+    at equal rollouts at their last checkpoints, whatever their Pass@1.
+
+Every figure is a mean over seeds with a 95 % Student t interval over seeds; differences are
+paired by seed, and in brackets behind them stands the share of seeds with that sign.
+"""
+import argparse
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+import numpy as np
+
+from experiments.figures import COLOURS, LABELS, interval, plt
+from experiments.suite import read_csv
+
+MEASURES = ("256", "64", "16", "coverage")  # Pass@k, and the share of existing solutions found
+REFERENCES = ("grpo", "entropy-bonus", "base")
+STYLES = ("-", "--")  # of an arm's learning rates
+
+
+def load(folder):
+    """{(regime, split, arm, lr): {seed: {round: {measure: value}}}}; the measures are texts."""
+    table = {}
+    for row in read_csv(f"{folder}/results.csv") + read_csv(f"{folder}/checkpoints.csv"):
+        runs = table.setdefault((row["regime"], row["split"], row["arm"], row["lr"]), {})
+        point = runs.setdefault(int(row["seed"]), {}).setdefault(int(row["round"]), {})
+        if "k" in row:
+            point[row["k"]] = float(row["pass_at_k"])
+        else:
+            point |= {name: float(row[name]) for name in ("coverage", "distinct", "train_s")}
+    return table
+
+
+def with_base(table):
+    """The table, with every run's path beginning at the base of its seed, if that is there."""
+    paths = {}
+    for (regime, split, arm, lr), runs in table.items():
+        bases = table.get((regime, split, "base", "0"), {})
+        paths[regime, split, arm, lr] = {
+            seed: {**bases[seed], **points} for seed, points in runs.items() if seed in bases}
+    return paths
+
+
+# ---- Statistics --------------------------------------------------------------------------------
+def path_of(points, measure):
+    """(Pass@1, measure) of the checkpoints with a higher Pass@1 than all before: two arrays."""
+    kept = []
+    for _, point in sorted(points.items()):
+        if not kept or point["1"] > kept[-1][0]:
+            kept.append((point["1"], point[measure]))
+    return np.array(kept).T
+
+
+def shared(one, other):
+    """The largest Pass@1 that both paths reach."""
+    return min(one[0][-1], other[0][-1])
+
+
+def at_equal(one, other):
+    """one minus other at the largest Pass@1 that both reach; both begin at the same base."""
+    at = shared(one, other)
+    return np.interp(at, *one) - np.interp(at, *other)
+
+
+def gap(one, other):
+    """The area between two paths from their base to the largest Pass@1 that both reach, divided by
+    its width; 0 where one of them never leaves the base."""
+    low, high = one[0][0], shared(one, other)
+    if high <= low:
+        return 0.0
+    knots = np.unique(np.clip(np.concatenate([one[0], other[0]]), low, high))
+    difference = np.interp(knots, *one) - np.interp(knots, *other)
+    return np.trapezoid(difference, knots) / (high - low)
+
+
+def last(points, measure):
+    return points[max(points)][measure]
+
+
+def text_of(values, signed=False):
+    """'mean ± half' or, signed, 'mean [low, high] (seeds with its sign/seeds)'."""
+    mean, half = interval(values)
+    if not signed:
+        return f"{mean:.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
+    bounds = f" [{mean - half:+.3f}, {mean + half:+.3f}]" if len(values) > 1 else ""
+    same = sum(np.sign(value) == np.sign(mean) for value in values)
+    return f"{mean:+.3f}{bounds} ({same}/{len(values)})"
+
+
+# ---- Tables ------------------------------------------------------------------------------------
+def row_of(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def header(*cells):
+    print()
+    row_of(*cells)
+    print("|" + "---|" * len(cells))
+
+
+def name_of(arm, lr):
+    return LABELS.get(arm, arm) + (f", lr {lr}" if float(lr) else "")
+
+
+def end_points(runs_of):
+    """Every arm at its last checkpoint."""
+    measures = ("1", "4", "16", "64", "256", "coverage", "distinct")
+    header("arm", "seeds", "round", *(f"Pass@{k}" for k in measures[:5]), *measures[5:],
+           "train.py, s")
+    for (arm, lr), runs in runs_of.items():
+        cells = [text_of([last(points, measure) for points in runs.values()])
+                 for measure in measures]
+        seconds = np.mean([last(points, "train_s") for points in runs.values()])
+        rounds = max(max(points) for points in runs.values())
+        row_of(name_of(arm, lr), len(runs), rounds, *cells, f"{seconds:.0f}")
+
+
+def differences(runs_of, reference):
+    """Every arm minus a reference, (arm, lr): at equal rollouts, then at equal Pass@1."""
+    pairs, others = {}, runs_of[reference]
+    for key, runs in runs_of.items():
+        both = [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
+        if both and key not in (reference, ("base", "0")):
+            pairs[key] = both
+    if not pairs:
+        return
+    minus, ends = f"minus {name_of(*reference)}", ("1", "16", "64", "256", "coverage")
+    header(f"{minus}, equal rollouts", *(f"Pass@{k}" for k in ends[:4]), "coverage")
+    for key, both in pairs.items():
+        cells = [[last(a, measure) - last(b, measure) for a, b in both] for measure in ends]
+        row_of(name_of(*key), *(text_of(cell, signed=True) for cell in cells))
+    if reference[0] == "base":  # every path begins there
+        return
+    header(f"{minus}, equal Pass@1", "at Pass@1", *(f"Pass@{k}" for k in MEASURES[:3]),
+           "coverage", "gap in Pass@256")
+    for key, both in pairs.items():
+        paths = {measure: [(path_of(a, measure), path_of(b, measure)) for a, b in both]
+                 for measure in MEASURES}
+        cells = [[at_equal(*pair) for pair in paths[measure]] for measure in MEASURES]
+        cells.append([gap(*pair) for pair in paths["256"]])
+        row_of(name_of(*key), text_of([shared(*pair) for pair in paths["256"]]),
+               *(text_of(cell, signed=True) for cell in cells))
+
+
+def panels_of(paths):
+    """{(regime, split): {(arm, lr): {seed: points}}}, without empty ones; arms as in LABELS."""
+    names, panels = list(LABELS), {}
+
+    def place(item):
+        _, _, arm, lr = item[0]
+        return names.index(arm) if arm in names else len(names), arm, -float(lr)
+
+    for (regime, split, arm, lr), runs in sorted(paths.items(), key=place):
+        if runs:
+            panels.setdefault((regime, split), {})[arm, lr] = runs
+    return dict(sorted(panels.items(), reverse=True))  # weak, strong, fixed
+
+
+# ---- The figure --------------------------------------------------------------------------------
+def draw(panels, path):
+    """Pass@1 against Pass@256: an arm a path, the mean over seeds at each checkpoint; the base a
+    star; an arm's second learning rate dashed."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2),
+                                layout="constrained", squeeze=False)
+    spare = iter(plt.get_cmap("tab20").colors)
+    colours = dict(COLOURS)
+    for axis, ((regime, split), runs_of) in zip(axes[0], panels.items()):
+        rates = {}
+        for (arm, lr), runs in runs_of.items():
+            if arm not in colours:
+                colours[arm] = next(spare)
+            rounds = sorted(set.intersection(*(set(points) for points in runs.values())))
+            x, y = (np.mean([[points[r][k] for r in rounds] for points in runs.values()], 0)
+                    for k in ("1", "256"))
+            if arm == "base":
+                axis.plot(x, y, "*", color=colours[arm], markersize=15, zorder=3, label="base")
+                continue
+            style = STYLES[len(rates.setdefault(arm, [])) % len(STYLES)]
+            rates[arm].append(lr)
+            axis.plot(x, y, style, color=colours[arm], marker="o", markersize=4,
+                      label=f"{name_of(arm, lr)} ({len(runs)})")
+        axis.set(title=regime + (", its own problems" if split == "train" else ""),
+                 xlabel="Pass@1", ylabel="Pass@256")
+        axis.grid(color="#e6e6e6")
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", default=HERE,
+                        help="folder of the tables and the picture (default: experiments)")
+    args = parser.parse_args(argv)
+    panels = panels_of(with_base(load(args.tables)))
+    if not panels:
+        sys.exit(f"{args.tables}/results.csv: no run together with the base of its seed")
+    for (regime, split), runs_of in panels.items():
+        print(f"\n### {regime}, {'held-out problems' if split == 'test' else 'its own problems'}")
+        end_points(runs_of)
+        for arm in REFERENCES:
+            for reference in [key for key in runs_of if key[0] == arm]:
+                differences(runs_of, reference)
+    draw(panels, f"{args.tables}/frontier.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What the experiments share: stages in one process, runs side by side, tables written whole.
+
+A run is a process of its own on one core, with a folder runs/NAME of its own. It imports the
+stages once and calls the main functions that run.sh calls as commands, with the same flags:
+hundreds of small rounds would otherwise spend their time on importing torch. What the stages
+print stands in runs/NAME/log.txt.
+"""
+import concurrent.futures
+import contextlib
+import csv
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+# ---- Tables ------------------------------------------------------------------------------------
+def read_csv(path):
+    """The rows of a table, each a dict of texts; none where there is no such file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path, rows):
+    """Whole and at once: a killed suite leaves the old table or the new one."""
+    with open(path + ".partial", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path + ".partial", path)
+
+
+# ---- Inside a run ------------------------------------------------------------------------------
+@contextlib.contextmanager
+def inside(folder):
+    """Work in the repository's root, on one thread; what is printed goes to folder/log.txt."""
+    os.chdir(ROOT)
+    sys.path.insert(0, ROOT)
+    import torch
+    torch.set_num_threads(1)
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/log.txt", "a") as log:
+        with contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
+            yield
+
+
+def stage(name, command):
+    """Call a stage ("generate", "data.countdown") with the flags of its command line."""
+    print(f"+ {name}.py {command}", file=sys.stderr)
+    module = importlib.import_module(name)
+    module.main(module.parse_args(command.split()))
+
+
+def discard(*paths):
+    """Remove files or model folders together with their metas."""
+    for path in paths:
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        os.remove(path + ".meta.json")
+
+
+def last_round(folder):
+    """The number of the last finished round in a run's folder; 0 where there is none."""
+    rounds = [entry[6:] for entry in os.listdir(folder) if entry.startswith("round-")]
+    return max((int(number) for number in rounds if number.isdigit()), default=0)
+
+
+def model_of(folder, number, base):
+    """The model after so many rounds."""
+    return f"{folder}/round-{number:03d}" if number else base
+
+
+def sampled(stem, model, draw, sample):
+    """Draw problems, sample and score them: the path of the scored rollouts, STEM.scored.jsonl.
+    draw, sample: flags of data/countdown.py and generate.py."""
+    kinds = ("prompts", "rollouts", "scored")
+    prompts, rollouts, scored = (f"{stem}.{kind}.jsonl" for kind in kinds)
+    if not os.path.exists(scored):
+        stage("data.countdown", f"--out {prompts} {draw}")
+        stage("generate", f"--model {model} --prompts {prompts} --out {rollouts} {sample}")
+        stage("score", f"{rollouts} --out {scored}")
+        discard(prompts, rollouts)
+    return scored
+
+
+def evaluated(stem, model, draw, sample):
+    """The same, and evaluate.py: one run of eval.json (a dict)."""
+    scored, report = sampled(stem, model, draw, sample), f"{stem}.eval.json"
+    stage("evaluate", f"{scored} --out {report}")
+    with open(report) as file:
+        return json.load(file)["runs"][0]
+
+
+# ---- Runs side by side -------------------------------------------------------------------------
+def attempt(one_run, label, arguments):
+    """one_run(name, ...), with a stage's refusal, which is told in the run's log, as an error."""
+    try:
+        return one_run(*arguments)
+    except SystemExit as error:
+        log = f"runs/{arguments[0]}/log.txt"
+        raise RuntimeError(f"{label}: a stage ended with {error}; see {log}") from error
+
+
+def run(one_run, todo, keep, jobs):
+    """one_run(*arguments) for every (label, arguments) of todo, `jobs` at a time, a fresh process
+    each; arguments[0] names the run's folder. keep(label, result) stores results as they come."""
+    began = time.monotonic()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
+        futures = {pool.submit(attempt, one_run, label, arguments): (label, arguments[0])
+                   for label, arguments in todo}
+        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            label, name = futures[future]
+            keep(label, future.result())
+            shutil.rmtree(os.path.join(ROOT, "runs", name))  # its figures are kept
+            left = (time.monotonic() - began) / done * (len(todo) - done)
+            print(f"{time.strftime('%H:%M')} {done}/{len(todo)} {name}: "
+                  f"about {left / 3600:.1f} h left here", flush=True)
