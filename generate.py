@@ -79,7 +79,7 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"],
         help="auto: cuda if there is one")
     add("--rank-timeout", type=float, default=1800,
-        help="seconds that ranks wait for rank 0 to begin, and it for the next chunk of another one "
+        help="seconds that ranks wait for rank 0 to begin, and it for the next chunk of another "
              "(default %(default)s)")
     add("--trust-remote-code", action="store_true",
         help="run Python code that the model's folder brings along")
@@ -115,7 +115,8 @@ from data.models import (OF_TRAINING, check_model, device_and_dtype, load, load_
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
-from shared_prompt import choose_attention, pad_left, shared_attention, spread
+from shared_prompt import (attention_of, choose_attention, pad_left, shared_attention, spread,
+                           with_cache)
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
@@ -298,12 +299,12 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
     device = model.device
     ids, padding, mask, positions = pad_left(prompts, device)
     shared_attention.cache = cache = DynamicCache(config=model.config)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    logits = with_cache(model, cache, input_ids=ids, attention_mask=mask, position_ids=positions,
+                        logits_to_keep=1).logits[:, -1]
 
     # 2. Its cache and last logits once per sample.
     owner = torch.as_tensor(owner, device=device)
-    shared = model.config._attn_implementation == "shared"
+    shared = attention_of(model) == "shared"
     spread(cache, owner, padding, args.max_new_tokens - 1, shared)
     logits, positions = logits[owner], positions[owner, -1:]
     mask = None if mask is None or shared else mask[owner]
@@ -350,8 +351,8 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
         # 7. The logits of the next token.
         positions = positions + 1
         mask = mask if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=positions,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = with_cache(model, cache, input_ids=token[:, None], attention_mask=mask,
+                            position_ids=positions, logits_to_keep=1).logits[:, -1]
     return tokens.cpu(), logprobs.cpu(), lengths.tolist(), stops.tolist()
 
 
@@ -450,7 +451,7 @@ def main(args):
     lengths = [len(ids) for ids in encoded]
     chunks = chunks_of(lengths, args.n, args.max_new_tokens, args.max_batch_tokens)
     if rank == 0:
-        meta.update(attention=model.config._attn_implementation, end_ids=ends, chunks=len(chunks),
+        meta.update(attention=attention_of(model), end_ids=ends, chunks=len(chunks),
                     overlong=lengths.count(0))
         tell(args, meta, encoded, turn_end(tokenizer))
 

@@ -408,7 +408,7 @@ def bench_generate(bench, name):
     batch = max(speed, key=speed.get)
     peer = lambda *args: huggingface(batch, *args)
     arms = {"generate.py": ours, f"model.generate, batch {batch}": peer, "generate_batch": continuous}
-    if model.config._attn_implementation == "shared":
+    if generate.attention_of(model) == "shared":
         arms["generate.py --attention model"] = lambda *args: ours(*args, other)
     if bench.device == "cpu" and bench.args.threads > 1:
         arms[f"generate.py, {bench.args.threads} processes"] = processes

@@ -20,6 +20,8 @@ completion's first token stands there. Rows are samples; `owner` (rows,) is the 
 prompt.
 """
 import copy
+import functools
+import inspect
 import math
 
 import numpy as np
@@ -45,6 +47,42 @@ def pad_left(prompts, device):
     place = torch.arange(longest, device=device)
     mask = (place >= padding[:, None]).long() if padding.any() else None
     return ids, padding, mask, (place - padding[:, None]).clamp(min=0)
+
+
+# ---- What is transformers' own -------------------------------------------------------------------
+# Names that are no part of its documented interface, or change within it, stand here and nowhere
+# else: the keyword of the cache, the attention that a config carries, and the class of a cache's
+# layer. requirements.txt names the versions for which they were tried.
+@functools.cache
+def cache_keyword(kind):
+    """How the forward of a class of models calls its cache: `cache`, once past_key_values."""
+    names = inspect.signature(kind.forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in names:
+            return name
+    raise ValueError(f"unsupported architecture: {kind.__name__}.forward takes no key-value cache")
+
+
+def with_cache(model, cache, **inputs):
+    """model(**inputs) on a cache, which it extends. model: a language model, or its decoder."""
+    return model(**inputs, **{cache_keyword(type(model)): cache}, use_cache=True)
+
+
+def attention_of(model):
+    """The name of the attention that transformers picked, or that was set: "sdpa", "shared", ..."""
+    name = getattr(model.config, "_attn_implementation", None)
+    if name is None:
+        raise ValueError("this version of transformers does not say which attention it picked; "
+                         "requirements.txt names those that do")
+    return name
+
+
+def become(layer, kind):
+    """Make a DynamicLayer, which holds keys and values, one of a class that is derived from it."""
+    if not (torch.is_tensor(layer.keys) and torch.is_tensor(layer.values)):
+        raise ValueError("this version of transformers keeps keys and values elsewhere; "
+                         "requirements.txt names those that do not")
+    layer.__class__ = kind
 
 
 # ---- The sampler: cache layers -------------------------------------------------------------------
@@ -165,7 +203,7 @@ def spread(cache, owner, padding, spare, shared):
     """Turn the cache of a pass over the prompts into that of their samples (see RoomyLayer)."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
-            layer.__class__ = SharedLayer if shared else RoomyLayer
+            become(layer, SharedLayer if shared else RoomyLayer)
             layer.spread(owner, padding, spare)
         else:  # a sliding window is short: transformers' own way
             layer.batch_select_indices(owner)
@@ -207,7 +245,7 @@ def choose_attention(model, attention):
                          f"repeated for the samples of a prompt")
     if attention not in ("shared", "cpu"):
         return
-    possible = set(layers) == {DynamicLayer} and model.config._attn_implementation == "sdpa"
+    possible = set(layers) == {DynamicLayer} and attention_of(model) == "sdpa"
     if possible and not attends_to_its_cache(model):
         model.set_attn_implementation("sdpa")
         possible = False
@@ -226,7 +264,7 @@ def attends_to_its_cache(model):
     shared_attention.plain = 0
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.inference_mode():
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        with_cache(model, cache, input_ids=token)
     return shared_attention.plain == len(cache.layers)
 
 
@@ -259,8 +297,7 @@ def shared_hidden(model, prompts, completions):
     owner = torch.tensor([index[id(prompt)] for prompt in prompts], device=device)
     ids, padding, mask, positions = pad_left(distinct.values(), device)
     cache = DynamicCache(config=model.config)
-    output = decoder(input_ids=ids, attention_mask=mask, position_ids=positions,
-                     past_key_values=cache, use_cache=True)
+    output = with_cache(decoder, cache, input_ids=ids, attention_mask=mask, position_ids=positions)
     hidden = [output.last_hidden_state[owner, -1]]
     starts = np.cumsum([0] + [len(completion) for completion in completions])
     places = [starts[:-1]]  # in the result, of each hidden state
@@ -276,9 +313,9 @@ def shared_hidden(model, prompts, completions):
         of = owner[torch.tensor(block, device=device)]  # (block's rows,)
         both = None if mask is None else torch.cat([mask[of], mask.new_ones(ids.shape)], 1)
         lengths = positions[of, -1:] + 1  # of the prompts
-        output = decoder(input_ids=ids.to(device), attention_mask=both,
-                         position_ids=lengths + torch.arange(width, device=device),
-                         past_key_values=repeated_cache(cache, of), use_cache=True)
+        output = with_cache(decoder, repeated_cache(cache, of), input_ids=ids.to(device),
+                            attention_mask=both,
+                            position_ids=lengths + torch.arange(width, device=device))
         hidden.append(output.last_hidden_state[wanted.to(device)])
         places += [np.arange(starts[row] + 1, starts[row + 1]) for row in block]
 

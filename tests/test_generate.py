@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 import data.chunks
 import generate
 from data.files import claim
-from shared_prompt import RoomyLayer, SharedLayer, shared_attention
+from shared_prompt import RoomyLayer, SharedLayer, cache_keyword, shared_attention, with_cache
 
 ROOT = os.path.dirname(os.path.abspath(generate.__file__))
 
@@ -389,7 +390,7 @@ def test_pitfall_08_the_caches_equal_the_plain_one(tiny_model, kind):
         shared_attention.cache = cache = DynamicCache(config=model.config)
         logits, rows, positions = torch.zeros(60, 12, 22), torch.arange(12), (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.inference_mode():
-            model(input_ids=prompt, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            with_cache(model, cache, input_ids=prompt, attention_mask=mask, position_ids=positions)
             for layer in cache.layers:
                 assert type(layer) is DynamicLayer
                 layer.__class__ = layers
@@ -402,11 +403,37 @@ def test_pitfall_08_the_caches_equal_the_plain_one(tiny_model, kind):
                     rows, seen, position = rows[keep], seen[keep], position[keep]
                     cache.batch_select_indices(keep)
                 position, seen = position + 1, torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
-                logits[step, rows] = model(input_ids=tokens[rows, step:step + 1], position_ids=position, past_key_values=cache,
-                                           attention_mask=None if layers is SharedLayer else seen).logits[:, -1]
+                logits[step, rows] = with_cache(model, cache, input_ids=tokens[rows, step:step + 1], position_ids=position,
+                                                attention_mask=None if layers is SharedLayer else seen).logits[:, -1]
         results.append(logits)
     assert (results[0] - results[1]).abs().max() < 1e-5
     assert (results[1].abs().sum(-1) > 0).sum() == 1 * 12 + 4 * 10 + 25 * 8 + 20 * 6 + 10 * 4
+
+
+def test_the_keyword_of_the_cache_is_the_models(tiny_model):
+    """It changed its name within transformers 5; a model without a cache is refused."""
+    class Old:
+        def forward(self, input_ids, past_key_values=None):
+            pass
+
+    class New:
+        def forward(self, input_ids, cache=None, past_key_values=None):
+            pass
+
+    class Without:
+        def forward(self, input_ids):
+            pass
+
+    assert cache_keyword(Old) == "past_key_values" and cache_keyword(New) == "cache"
+    with pytest.raises(ValueError, match="Without.forward takes no key-value cache"):
+        cache_keyword(Without)
+    model = reload(tiny_model)
+    for module in (model, model.get_decoder()):
+        cache = DynamicCache(config=model.config)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error")
+            with_cache(module, cache, input_ids=torch.tensor([[3, 4, 5]]))
+        assert cache.get_seq_length() == 3
 
 
 def test_both_attentions_sample_the_same(tiny_model, prompts, tmp_path, capfd):
