@@ -115,7 +115,7 @@ def answer(connection, modules):
             if request["fault"]:
                 inject(**request["fault"])
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            stage.run(stage.main, args)
+            importlib.import_module("data.files").run(stage.main, args)
             code = 0
         except SystemExit as end:
             code = end.code or 0

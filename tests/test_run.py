@@ -239,7 +239,8 @@ def test_prompts_of_a_file_are_taken_in_turn_shuffled_anew_each_pass(loop):
 
 
 def test_a_line_a_round_on_stdout(loop):
-    assert loop(*TINY, "--keep", "2")[0] == 0
+    code, err = loop(*TINY, "--keep", "2")
+    assert code == 0, err
     head, one, two, *table = loop.out.splitlines()
     assert head.split() == "round Pass@1 entropy length truncated sample verify update".split()
     updates = loop.files()["round-002/metrics.jsonl"]
@@ -249,7 +250,8 @@ def test_a_line_a_round_on_stdout(loop):
         assert told[1:5] == [f"{mean('pass@1'):.3f}", f"{mean('entropy'):.3f}",
                              f"{mean('completion_len'):.1f}", f"{mean('truncated_frac'):.3f}"]
     assert table[0].startswith("6 problems, n 4") and not any("no_answer" in line for line in table)
-    assert loop(*TINY, "--keep", "2")[0] == 0
+    code, err = loop(*TINY, "--keep", "2")
+    assert code == 0, err
     assert loop.out.splitlines() == table  # nothing is told of rounds that were there
 
 
