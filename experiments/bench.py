@@ -1,39 +1,47 @@
-"""Speed and memory of the stages beside what one would use instead, measured in one process tree, A and B in turns.
+"""Speed and memory of the stages beside what one would use instead, A and B in turns.
 
-    python experiments/bench.py --out experiments/bench_cpu.json                       # everything; some 15 minutes of one core
+    python experiments/bench.py --out experiments/bench_cpu.json    # everything; some 15 minutes
     python experiments/bench.py --sizes tiny --only generate step --rounds 5
     python experiments/bench.py --only scale --plot experiments/scale.png
 
-    generate  generate.py against `model.generate` (the best of three batch sizes), `generate_batch` (continuous
-              batching) and itself with --attention model; with --threads N on a CPU also N processes of one thread
-              each, as torchrun starts them
-    update    train.py's update against a plain one: prompt and completion in padded rows, full logits
-    step      generate.py, score.py and train.py against a step of TRL's GRPOTrainer at equal settings, if TRL is there
+    generate  generate.py against `model.generate` (the best of three batch sizes),
+              `generate_batch` (continuous batching) and itself with --attention model; with
+              --threads N on a CPU also N processes of one thread each, as torchrun starts them
+    update    train.py's update against a plain one: prompt and completion in padded rows, full
+              logits
+    step      generate.py, score.py and train.py against a step of TRL's GRPOTrainer at equal
+              settings, if TRL is there
     scale     each stage as a process of its own at growing numbers of rows: time and peak memory
     fixed     what a round costs before it does anything: process start, imports, loading, saving
 
-Sizes: `tiny` is the embedded model with its own prompts and its end-of-text token, a quarter of a round of the suite,
-`tiny-64` the same with 150 prompts x 64 samples of 18 tokens at most; the others are random Qwen2 models which never
-stop early: 25m, and the shapes of Qwen2.5-0.5B and 1.5B with their vocabulary of 151,936. On a GPU the same arms run in
-bf16 (fp32 masters in the updates); there --sizes 0.5b 1.5b is what makes sense, and 1.5b-2048, a round of the recipe
-for Qwen2.5-Math-1.5B: 32 x 8 rollouts of 2048 tokens.
+Sizes: `tiny` is the embedded model with its own prompts and its end-of-text token, a quarter of a
+round of the suite, `tiny-64` the same with 150 prompts x 64 samples of 18 tokens at most. The
+others are random Qwen2 models which never stop early: 25m, and the shapes of Qwen2.5-0.5B and 1.5B
+with their vocabulary of 151,936. On a GPU the same arms run in bf16 (fp32 masters in the updates);
+there --sizes 0.5b 1.5b is what makes sense, and 1.5b-2048, a round of the recipe for
+Qwen2.5-Math-1.5B: 32 x 8 rollouts of 2048 tokens.
 
-How it is measured. Each round runs a matrix product, a matrix-vector product and all arms once; a ratio is taken
-within a round, and the table shows medians and the range. Before the first round each arm runs once, sampling with a
-quarter of the new tokens. On a CPU with one thread (the default) times are CPU seconds of the process, so that
-neighbours on the machine disturb little; otherwise wall seconds. Both stand in the JSON. Loading of models and digests
-of files are left out of all arms and reported under `fixed`. Tokens are completion tokens.
-    roofline  the time that the *needed* work (each prompt once, no padding) takes at the measured rates, as a share of
-              the time that it took: products at the rate of the matrix product, or the reading of weights and cache at
-              the rate of the matrix-vector product, whichever is longer
-    extra     the peak of memory beyond what is held before: weights and optimizer, and in `update` the gradients, too
-Writes --out as JSON; the entries of an existing file that this call does not measure stay as they are.
+How it is measured. Each round runs a matrix product, a matrix-vector product and all arms once; a
+ratio is taken within a round, and the table shows medians and the range. Before the first round
+each arm runs once, sampling with a quarter of the new tokens. On a CPU with one thread (the
+default) times are CPU seconds of the process, so that neighbours on the machine disturb little;
+otherwise wall seconds. Both stand in the JSON. Loading of models and digests of files are left out
+of all arms and reported under `fixed`. Tokens are completion tokens.
+    roofline  the time that the *needed* work (each prompt once, no padding) takes at the measured
+              rates, as a share of the time that it took: products at the rate of the matrix
+              product, or the reading of weights and cache at the rate of the matrix-vector
+              product, whichever is longer
+    extra     the peak of memory beyond what is held before: weights and optimizer, and in `update`
+              the gradients, too
+Writes --out as JSON; the entries of an existing file that this call does not measure stay as they
+are.
 """
 import argparse
 import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -58,12 +66,13 @@ class Size:
     new_tokens: int
     batches: tuple              # batch sizes that model.generate may choose from
     config: dict | None = None  # of a random Qwen2; None: the embedded model
-    update_n: int | None = None  # samples a prompt in `update`, where all of them do not fit into memory the plain way
+    update_n: int | None = None  # samples a prompt in `update`, where all do not fit the plain way
 
 
 def qwen2(vocab, hidden, layers, heads, kv_heads, intermediate):
-    return {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "tie_word_embeddings": True,
+    return {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "intermediate_size": intermediate, "tie_word_embeddings": True,
             "bos_token_id": None, "eos_token_id": None, "pad_token_id": 1}
 
 
@@ -74,18 +83,21 @@ SIZES = {
     "25m": Size(4, 16, 64, 32, (16, 32, 64), qwen2(4096, 512, 8, 8, 2, 1408)),
     "0.5b": Size(1, 16, 128, 64, (4, 8, 16), qwen2(151936, 896, 24, 14, 2, 4864), update_n=12),
     "1.5b": Size(16, 16, 128, 64, (64, 128, 256), qwen2(151936, 1536, 28, 12, 2, 8960)),
-    "1.5b-2048": Size(32, 8, 128, 2048, (64, 128, 256), qwen2(151936, 1536, 28, 12, 2, 8960)),  # a round of the recipe
+    # A round of the recipe for Qwen2.5-Math-1.5B.
+    "1.5b-2048": Size(32, 8, 128, 2048, (64, 128, 256), qwen2(151936, 1536, 28, 12, 2, 8960)),
 }
 PARTS = ("generate", "update", "step", "scale", "fixed")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     # what is measured
     parser.add_argument("--sizes", nargs="+", default=["tiny", "25m", "0.5b"], choices=SIZES,
                         help="default: %(default)s")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds after the warm-up (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3,
+                        help="rounds after the warm-up (default %(default)s)")
     parser.add_argument("--rows", nargs="+", type=int, default=[10**4, 10**5, 10**6],
                         help="scale: rows of score.py and evaluate.py (default %(default)s)")
     parser.add_argument("--rollouts", nargs="+", type=int, default=[10**3, 10**4],
@@ -94,7 +106,8 @@ def parse_args(argv=None):
     parser.add_argument("--embedded", default=os.path.join(ROOT, "data", "tiny-countdown"),
                         help="the embedded model's folder (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda if there is one")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
+                        help="auto: cuda if there is one")
     # where it goes
     parser.add_argument("--out", help="JSON file of all figures (default: the table alone)")
     parser.add_argument("--plot", help="PNG file of `scale` (default: none)")
@@ -109,26 +122,27 @@ import numpy as np
 import torch
 import transformers
 
-sys.path[:0] = [ROOT, os.path.join(ROOT, "data")]
-import countdown
+sys.path.insert(0, ROOT)
 import generate
-import make_tiny
 import score
 import train
+from data import countdown, make_tiny
+from data.report import COLOURS, new_figure
+from experiments.bench_files import write_rollouts
 
 
-# ---- Measuring ------------------------------------------------------------------------------------------------------
+# ---- Measuring -----------------------------------------------------------------------------------
 LIBC = ctypes.CDLL(None)
 
 
 def proc_status(field):
-    """Bytes of a line of /proc/self/status: VmRSS is the memory now, VmHWM its peak since the last reset."""
+    """Bytes of a line of /proc/self/status: VmRSS is the memory now, VmHWM its peak."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 class Meter:
-    """Seconds (wall and CPU) and the peak of extra memory of what runs between start() and stop()."""
+    """Seconds (wall, CPU) and the peak of extra memory of what runs between start() and stop()."""
 
     def __init__(self, device):
         self.cuda, self.base, self.extra, self.wall, self.cpu = device != "cpu", None, 0, 0.0, 0.0
@@ -169,10 +183,11 @@ class Meter:
 
 
 def rates(bench):
-    """FLOP/s of a square matrix product, bytes/s of a matrix-vector product: what the machine gives at the moment."""
+    """FLOP/s of a square matrix product and bytes/s of a matrix-vector product, at this moment."""
     side, repeats = (8192, 10) if bench.device != "cpu" else (1536, 1)
     square = torch.randn(side, side, dtype=bench.dtype, device=bench.device)
-    wide = torch.randn(8192, 2**16 if bench.device != "cpu" else 2**13, dtype=bench.dtype, device=bench.device)
+    columns = 2**16 if bench.device != "cpu" else 2**13
+    wide = torch.randn(8192, columns, dtype=bench.dtype, device=bench.device)
     vector, best = wide[0].clone(), []
     for work, function in ((2 * side**3, lambda: square @ square),
                            (wide.numel() * wide.element_size(), lambda: wide @ vector)):
@@ -190,22 +205,26 @@ def rates(bench):
 
 
 def needed(config, rows, element_size, training):
-    """(FLOP, bytes) that a batch needs. rows: [(prompt length, completion lengths of its samples)]; each prompt counts
-    once, a completion's last token goes through no layer, and the head sees one hidden state a completion token.
-    Training: three times the products; its bytes are left out."""
+    """(FLOP, bytes) that a batch needs. rows: [(prompt length, completion lengths of its samples)].
+
+    Each prompt counts once, a completion's last token goes through no layer, and the head sees one
+    hidden state a completion token. Training: three times the products; its bytes are left out.
+    """
     head_dim = config.hidden_size // config.num_attention_heads
     kv_width = config.num_key_value_heads * head_dim
-    linear = config.hidden_size * (2 * config.hidden_size + 2 * kv_width + 3 * config.intermediate_size)
+    width, layers = config.hidden_size, config.num_hidden_layers
+    linear = width * (2 * width + 2 * kv_width + 3 * config.intermediate_size)
     tokens = contexts = completion = 0
     for prompt, lengths in rows:
-        spans = [(1, prompt + 1)] + [(prompt + 1, prompt + length) for length in lengths]  # first context, last + 1
+        spans = [(1, prompt + 1)]  # first context, last + 1
+        spans += [(prompt + 1, prompt + length) for length in lengths]
         tokens += sum(last - first for first, last in spans)
         contexts += sum((first + last - 1) * (last - first) // 2 for first, last in spans)
         completion += sum(lengths)
-    head = config.vocab_size * config.hidden_size
-    flop = config.num_hidden_layers * (2 * linear * tokens + 4 * config.hidden_size * contexts) + 2 * head * completion
+    head = config.vocab_size * width
+    flop = layers * (2 * linear * tokens + 4 * width * contexts) + 2 * head * completion
     steps = max(max(lengths) for _, lengths in rows)
-    read = steps * (config.num_hidden_layers * linear + head) + 2 * config.num_hidden_layers * kv_width * contexts
+    read = steps * (layers * linear + head) + 2 * layers * kv_width * contexts
     return (3 * flop, 0) if training else (flop, read * element_size)
 
 
@@ -228,8 +247,11 @@ class Bench:
         return os.path.join(self.folder, f"{self.count}-{name}")
 
     def add(self, part, size, arms, work, machine, **more):
-        """Keep the rounds of an entry. arms: {name: [result a round] or the reason why there is none}, ours first;
-        work: [(FLOP, bytes) a round] of the first arm; for others it grows with their tokens."""
+        """Keep the rounds of an entry.
+
+        arms: {name: [result a round], or the reason why there is none}, ours first.
+        work: [(FLOP, bytes) a round] of the first arm; for others it grows with their tokens.
+        """
         ours, entry = next(iter(arms)), {}
         for name, results in arms.items():
             if isinstance(results, str):
@@ -242,15 +264,16 @@ class Bench:
             speeds = [result["tokens"] / self.seconds(result) for result in results]
             ratios = [base["tokens"] / self.seconds(base) * self.seconds(result) / result["tokens"]
                       for result, base in zip(results, arms[ours])]
-            entry[name] = {"tokens_per_s": statistics.median(speeds), "roofline": statistics.median(shares),
-                           "extra_bytes": max(result["extra_bytes"] for result in results), "rounds": results,
-                           "ours_is_faster": [statistics.median(ratios), min(ratios), max(ratios)]}
+            entry[name] = {
+                "tokens_per_s": statistics.median(speeds), "roofline": statistics.median(shares),
+                "extra_bytes": max(result["extra_bytes"] for result in results), "rounds": results,
+                "ours_is_faster": [statistics.median(ratios), min(ratios), max(ratios)]}
         self.entries[f"{part}/{size}"] = {
-            "arms": entry, "machine": machine, "clock": self.clock, "threads": self.args.threads, "device": self.device,
-            "dtype": str(self.dtype).removeprefix("torch."), **more}
+            "arms": entry, "machine": machine, "clock": self.clock, "threads": self.args.threads,
+            "device": self.device, "dtype": str(self.dtype).removeprefix("torch."), **more}
 
 
-# ---- The models and their prompts -----------------------------------------------------------------------------------
+# ---- The models and their prompts ----------------------------------------------------------------
 def make_folder(bench, name):
     """A model folder and a prompt file of this size."""
     size, folder = SIZES[name], bench.args.embedded
@@ -259,7 +282,8 @@ def make_folder(bench, name):
         if not os.path.exists(folder):
             torch.manual_seed(0)
             # Larger than 0.02, so that a model of random weights prefers some tokens over others.
-            model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**size.config, initializer_range=0.05))
+            config = transformers.Qwen2Config(**size.config, initializer_range=0.05)
+            model = transformers.Qwen2ForCausalLM(config)
             model.save_pretrained(folder)
             make_tiny.make_tokenizer().save_pretrained(folder)
     prompts = os.path.join(bench.folder, f"{name}.jsonl")
@@ -273,21 +297,23 @@ def write_prompts(path, count, tokens=None):
     flags = countdown.parse_args(["--out", path, "--n", str(count)])
     with open(path, "w") as file:
         for problem in countdown.problems(flags):
-            prompt = countdown.TEMPLATES["plain"].format(numbers=" ".join(map(str, problem["numbers"])),
-                                                         target=problem["target"])
+            numbers = " ".join(map(str, problem["numbers"]))
+            prompt = countdown.TEMPLATES["plain"].format(numbers=numbers, target=problem["target"])
             problem["prompt"] = (prompt * -(-tokens // len(prompt)))[-tokens:] if tokens else prompt
             file.write(json.dumps(problem) + "\n")
 
 
 def generate_flags(size, folder, prompts, out, **more):
-    flags = {"model": folder, "prompts": prompts, "out": out, "n": size.n, "max-new-tokens": size.new_tokens, **more}
+    flags = {"model": folder, "prompts": prompts, "out": out, "n": size.n,
+             "max-new-tokens": size.new_tokens, **more}
     flags = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
     return flags + ["--ignore-eos"] * bool(size.config)
 
 
 def lengths_of(completions, prompts):
-    """[(prompt length, completion lengths)] as `needed` wants them. completions: [(problem, ids)]."""
-    return [(len(ids), [len(own) for problem, own in completions if problem == i]) for i, ids in enumerate(prompts)]
+    """[(prompt length, completion lengths)], as `needed` wants them, of [(problem, ids)]."""
+    return [(len(ids), [len(own) for problem, own in completions if problem == i])
+            for i, ids in enumerate(prompts)]
 
 
 def groups_of(rows, n):
@@ -296,13 +322,17 @@ def groups_of(rows, n):
             for i in range(0, len(rows), n)]
 
 
-# ---- generate: against model.generate and generate_batch ------------------------------------------------------------
+# ---- generate: against model.generate and generate_batch -----------------------------------------
 def same_tokens(one, other, prompts, resamples=999):
-    """p-value of a permutation test: do two samplers' completions hold the same tokens? Rows change sides within their
-    prompt. Statistic: chi-square of the counts (in 64 classes of ids). one, other: [(problem, ids)]."""
+    """p-value of a permutation test: do two samplers' completions hold the same tokens?
+
+    Rows change sides within their prompt. Statistic: chi-square of the counts (in 64 classes of
+    ids). one, other: [(problem, ids)].
+    """
     owner = np.array([problem for problem, _ in one + other])
     counts = np.array([np.bincount(np.asarray(ids) % 64, minlength=64) for _, ids in one + other])
-    side, rng, found = np.repeat([1, -1], [len(one), len(other)]), np.random.default_rng(0), []
+    side = np.repeat([1, -1], [len(one), len(other)])
+    rng, found = np.random.default_rng(0), []
     for resample in range(resamples + 1):
         if resample:
             for problem in range(prompts):
@@ -311,46 +341,68 @@ def same_tokens(one, other, prompts, resamples=999):
     return float(np.mean(np.array(found) >= found[0] - 1e-9))
 
 
-def bench_generate(bench, name):
-    size, (folder, path) = SIZES[name], make_folder(bench, name)
-    options = generate.check_model(folder)
-    tokenizer = generate.load_tokenizer(folder, options)
-    model = generate.load_model(folder, bench.dtype, bench.device, options)
-    generate.choose_attention(model, bench.device)
-    other = generate.load_model(folder, bench.dtype, bench.device, options)  # with transformers' own attention
-    problems, ends = generate.load_problems(path), [] if size.config else generate.end_ids(model, tokenizer)
-    prompts = generate.encode(problems, tokenizer, model.config, size.new_tokens)
-    rows = [i for i in range(len(prompts)) for _ in range(size.n)]
+class Samplers:
+    """The arms of `generate` on one model and one file of prompts.
 
-    def cut(ids):
+    An arm is called with (new_tokens, seed) and returns a function that gives its completions,
+    [(problem, ids)]: turning them into lists is not measured.
+    """
+
+    def __init__(self, bench, name):
+        self.bench, self.size, (self.folder, self.path) = bench, SIZES[name], make_folder(bench,
+                                                                                          name)
+        options = generate.check_model(self.folder)
+        self.tokenizer = generate.load_tokenizer(self.folder, options)
+        load = (self.folder, bench.dtype, bench.device, options)
+        self.model, self.other = generate.load_model(*load), generate.load_model(*load)
+        generate.choose_attention(self.model, bench.device)  # the other keeps transformers' own
+        self.problems = generate.load_problems(self.path)
+        self.ends = [] if self.size.config else generate.end_ids(self.model, self.tokenizer)
+        self.prompts = generate.encode(self.problems, self.tokenizer, self.model.config,
+                                       self.size.new_tokens)
+        self.longest = max(map(len, self.prompts))
+        self.rows = [i for i in range(len(self.prompts)) for _ in range(self.size.n)]
+
+    def cut(self, ids):
         """A completion up to its end-of-text token."""
-        last = [k for k, one in enumerate(ids) if one in ends][:1]
+        last = [k for k, one in enumerate(ids) if one in self.ends][:1]
         return ids[:last[0] + 1] if last else ids
 
-    def flags_of(new_tokens, seed):
+    def chunks(self, new_tokens, seed, budget=None):
+        """generate.py's flags and its chunks of at most `budget` tokens (default: the flag's)."""
         more = {"max-new-tokens": new_tokens, "seed": seed}
-        return generate.parse_args(generate_flags(size, folder, path, "-", **more))
+        args = generate.parse_args(generate_flags(self.size, self.folder, self.path, "-", **more))
+        lengths = [len(ids) for ids in self.prompts]
+        budget = budget or args.max_batch_tokens
+        return args, generate.chunks_of(lengths, self.size.n, new_tokens, budget)
 
-    def ours(new_tokens, seed, model=model):
-        args = flags_of(new_tokens, seed)
-        chunks = generate.chunks_of([len(ids) for ids in prompts], size.n, new_tokens, args.max_batch_tokens)
-        lines = [generate.run_chunk(chunk, problems, prompts, model, tokenizer, ends, args) for chunk in chunks]
-        return lambda: [(problem, json.loads(line)["completion_ids"]) for chunk, part in zip(chunks, lines)
+    def run_chunk(self, chunk, model, args):
+        return generate.run_chunk(chunk, self.problems, self.prompts, model, self.tokenizer,
+                                  self.ends, args)
+
+    def ours(self, new_tokens, seed, model=None):
+        args, chunks = self.chunks(new_tokens, seed)
+        lines = [self.run_chunk(chunk, model or self.model, args) for chunk in chunks]
+        return lambda: [(problem, json.loads(line)["completion_ids"])
+                        for chunk, part in zip(chunks, lines)
                         for (problem, _), line in zip(chunk, part)]
 
-    def processes(new_tokens, seed):
-        """The same from one process a core, as torchrun starts them: here forked, because loading is not measured."""
-        budget = -(-len(rows) // bench.args.threads) * (max(map(len, prompts)) + new_tokens)  # a chunk a process
-        args = flags_of(new_tokens, seed)
-        chunks = generate.chunks_of([len(ids) for ids in prompts], size.n, new_tokens, budget)
-        children, out = [], bench.fresh("chunk")
-        for rank in range(bench.args.threads):
+    def with_their_attention(self, new_tokens, seed):
+        return self.ours(new_tokens, seed, self.other)
+
+    def processes(self, new_tokens, seed):
+        """One process a core, as torchrun starts them: here forked, since loading is not measured.
+        """
+        ranks, children, out = self.bench.args.threads, [], self.bench.fresh("chunk")
+        budget = -(-len(self.rows) // ranks) * (self.longest + new_tokens)  # a chunk a process
+        args, chunks = self.chunks(new_tokens, seed, budget)
+        for rank in range(ranks):
             children.append(os.fork())
             if not children[-1]:
                 torch.set_num_threads(1)
-                for number, chunk in list(enumerate(chunks))[rank::bench.args.threads]:
+                for number in range(rank, len(chunks), ranks):
                     with open(f"{out}-{number}", "w") as file:
-                        file.writelines(generate.run_chunk(chunk, problems, prompts, model, tokenizer, ends, args))
+                        file.writelines(self.run_chunk(chunks[number], self.model, args))
                 os._exit(0)
         for child in children:
             os.waitpid(child, 0)
@@ -362,80 +414,107 @@ def bench_generate(bench, name):
 
         return lambda: list(read())
 
-    def settings(new_tokens):
-        return transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=1,
-                                             max_new_tokens=new_tokens, eos_token_id=ends or None)
+    def settings(self, new_tokens):
+        return transformers.GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=1,
+            max_new_tokens=new_tokens, eos_token_id=self.ends or None)
 
-    def huggingface(batch, new_tokens, seed):
+    def huggingface(self, new_tokens, seed, batch):
+        """`model.generate` on padded batches."""
         torch.manual_seed(seed)
-        found = []
-        for start in range(0, len(rows), batch):
-            part = [prompts[i] for i in rows[start:start + batch]]
+        found, device = [], self.bench.device
+        for start in range(0, len(self.rows), batch):
+            part = [self.prompts[i] for i in self.rows[start:start + batch]]
             longest = max(map(len, part))
-            ids = torch.tensor([[1] * (longest - len(one)) + one for one in part], device=bench.device)
-            mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in part], device=bench.device)
-            whole = other.generate(input_ids=ids, attention_mask=mask, generation_config=settings(new_tokens))
-            found += whole[:, longest:].tolist()
-        return lambda: [(problem, cut(ids)) for problem, ids in zip(rows, found)]
+            ids = [[1] * (longest - len(one)) + one for one in part]
+            mask = [[0] * (longest - len(one)) + [1] * len(one) for one in part]
+            sampled = self.other.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=self.settings(new_tokens))
+            found += sampled[:, longest:].tolist()
+        return lambda: [(problem, self.cut(ids)) for problem, ids in zip(self.rows, found)]
 
-    def continuous(new_tokens, seed):
+    def continuous(self, new_tokens, seed):
+        """`generate_batch`."""
         torch.manual_seed(seed)
         config = transformers.ContinuousBatchingConfig(return_logprobs=False)
-        if bench.device == "cpu":  # by itself it would size its cache by the memory of a GPU
-            pages = -(-(max(map(len, prompts)) + new_tokens) // 256)
-            config.num_blocks, config.max_batch_tokens = pages * len(rows) + 8, max(256, len(rows))
-        found = other.generate_batch([prompts[i] for i in rows], generation_config=settings(new_tokens),
-                                     continuous_batching_config=config, progress_bar=False)
-        if len(found) < len(rows):
-            raise RuntimeError(f"{len(rows) - len(found)} of {len(rows)} rows did not come back")
+        if self.bench.device == "cpu":  # by itself it would size its cache by a GPU's memory
+            pages = -(-(self.longest + new_tokens) // 256)
+            config.num_blocks = pages * len(self.rows) + 8
+            config.max_batch_tokens = max(256, len(self.rows))
+        found = self.other.generate_batch(
+            [self.prompts[i] for i in self.rows], generation_config=self.settings(new_tokens),
+            continuous_batching_config=config, progress_bar=False)
+        if len(found) < len(self.rows):
+            raise RuntimeError(f"{len(self.rows) - len(found)} of {len(self.rows)} rows did not "
+                               "come back")
         return lambda: [(0, one.generated_tokens) for one in found.values()]
 
-    def timed(function, *args):
-        meter = Meter(bench.device)
-        meter.start()
-        read = function(*args)
-        meter.stop()
-        completions = read()
-        return completions, meter.result(sum(len(ids) for _, ids in completions))
 
+def timed(bench, arm, *args):
+    """(completions, result) of an arm."""
+    meter = Meter(bench.device)
+    meter.start()
+    read = arm(*args)
+    meter.stop()
+    completions = read()
+    return completions, meter.result(sum(len(ids) for _, ids in completions))
+
+
+def best_batch(bench, samplers, new_tokens):
+    """The batch size at which model.generate is fastest."""
+    speed = {}
+    for batch in samplers.size.batches:
+        _, result = timed(bench, samplers.huggingface, new_tokens, 0, batch)
+        speed[batch] = result["tokens"] / bench.seconds(result)
+    return max(speed, key=speed.get)
+
+
+def bench_generate(bench, name):
+    samplers = Samplers(bench, name)
+    size, model, prompts = samplers.size, samplers.model, samplers.prompts
     # 1. Warm-up, in which model.generate's batch size is chosen.
     warm = max(1, size.new_tokens // 4)
-    timed(ours, warm, 0)
-    speed = {}
-    for batch in size.batches:
-        _, result = timed(huggingface, batch, warm, 0)
-        speed[batch] = result["tokens"] / bench.seconds(result)
-    batch = max(speed, key=speed.get)
-    peer = lambda *args: huggingface(batch, *args)
-    arms = {"generate.py": ours, f"model.generate, batch {batch}": peer, "generate_batch": continuous}
+    timed(bench, samplers.ours, warm, 0)
+    batch = best_batch(bench, samplers, warm)
+    peer = functools.partial(samplers.huggingface, batch=batch)
+    arms = {"generate.py": samplers.ours, f"model.generate, batch {batch}": peer,
+            "generate_batch": samplers.continuous}
     if generate.attention_of(model) == "shared":
-        arms["generate.py --attention model"] = lambda *args: ours(*args, other)
+        arms["generate.py --attention model"] = samplers.with_their_attention
     if bench.device == "cpu" and bench.args.threads > 1:
-        arms[f"generate.py, {bench.args.threads} processes"] = processes
+        arms[f"generate.py, {bench.args.threads} processes"] = samplers.processes
     found = {arm: [] for arm in arms}
     try:
-        timed(continuous, warm, 0)
+        timed(bench, samplers.continuous, warm, 0)
     except Exception as error:  # it is made for GPUs; whatever it raises belongs into the table
         found["generate_batch"] = f"{type(error).__name__}: {error}"[:200]
     # 2. The rounds.
-    work, machine, pooled = [], [], [[], []]
+    work, machine, pooled = [], [], {"generate.py": [], f"model.generate, batch {batch}": []}
     for seed in range(1, bench.args.rounds + 1):
         machine.append(rates(bench))
-        for arm, function in arms.items():
-            if not isinstance(found[arm], str):
-                completions, result = timed(function, size.new_tokens, seed)
-                found[arm].append(result)
-                if function is ours:
-                    work.append(needed(model.config, lengths_of(completions, prompts), model.dtype.itemsize, False))
-                if function in (ours, peer):
-                    pooled[function is peer] += completions
-    bench.add("generate", name, found, work, machine, same_tokens_p=same_tokens(*pooled, len(prompts)))
+        for arm, sampler in arms.items():
+            if isinstance(found[arm], str):
+                continue
+            completions, result = timed(bench, sampler, size.new_tokens, seed)
+            found[arm].append(result)
+            if arm == "generate.py":
+                lengths = lengths_of(completions, prompts)
+                work.append(needed(model.config, lengths, model.dtype.itemsize, False))
+            if arm in pooled:
+                pooled[arm] += completions
+    p = same_tokens(*pooled.values(), len(prompts))
+    bench.add("generate", name, found, work, machine, same_tokens_p=p)
 
 
-# ---- update: against a plain one ------------------------------------------------------------------------------------
+# ---- update: against a plain one -----------------------------------------------------------------
 def plain_update(model, optimizer, rows, budget):
-    """A GRPO update as one writes it first. rows: dicts with prompt, completion (ids) and advantage. Micro-batches of
-    at most `budget` tokens, padding included, as in train.py."""
+    """A GRPO update as one writes it first.
+
+    rows: dicts with prompt, completion (ids) and advantage. Micro-batches of at most `budget`
+    tokens, padding included, as in train.py.
+    """
     device, tokens = model.device, sum(len(row["completion"]) for row in rows)
     per = max(1, budget // max(len(row["prompt"]) + len(row["completion"]) for row in rows))
     for start in range(0, len(rows), per):
@@ -463,65 +542,82 @@ def plain_update(model, optimizer, rows, budget):
 
 
 def at_rest(optimizer, gradients):
-    """Give all weights the moments of a first step and, if wanted, gradients of zero: the state between two updates."""
+    """The state between two updates: moments of a first step and, if wanted, gradients of zero."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             weight.grad = torch.zeros_like(weight) if gradients else None
-            optimizer.state[weight] = {"step": torch.ones((), device=weight.device),
-                                       "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+            optimizer.state[weight] = {
+                "step": torch.ones((), device=weight.device),
+                "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
 
 
 def run_train(bench, meter, folder, model, tokenizer, rollouts, gradients, **more):
-    """train.py on a model that is loaded already and is not saved; the running `meter` leaves out what is replaced."""
+    """train.py on a model that is loaded already and is not saved.
+
+    The running `meter` leaves out what is replaced.
+    """
     def begin(optimizer, policy, folder):
         at_rest(optimizer, gradients)
         meter.base, meter.extra = None, 0
         return 1
 
-    replaced = {"load_model": lambda *_: model, "load_tokenizer": lambda *_: tokenizer, "load_optimizer": begin,
-                "save_round": lambda *_: None, "publish": lambda *_: None, "describe": train.describe, **more}
-    flags = ["--model", folder, "--rollouts", rollouts, "--out", bench.fresh("round"), "--temperature", "1",
-             "--device", bench.device.split(":")[0]]
-    with mock.patch.multiple(train, **{name: meter.outside(function) for name, function in replaced.items()}), \
-            mock.patch.object(train.Policy, "check", meter.outside(lambda *_: None)), \
-            contextlib.redirect_stderr(io.StringIO()):
-        train.main(train.parse_args(flags))
+    replaced = {"load_model": lambda *_: model, "load_tokenizer": lambda *_: tokenizer,
+                "load_optimizer": begin, "save_round": lambda *_: None,
+                "publish": lambda *_: None, "describe": train.describe, **more}
+    replaced = {name: meter.outside(function) for name, function in replaced.items()}
+    unchecked = mock.patch.object(train.Policy, "check", meter.outside(lambda *_: None))
+    flags = ["--model", folder, "--rollouts", rollouts, "--out", bench.fresh("round"),
+             "--temperature", "1", "--device", bench.device.split(":")[0]]
+    with mock.patch.multiple(train, **replaced), unchecked:
+        with contextlib.redirect_stderr(io.StringIO()):
+            train.main(train.parse_args(flags))
     model.zero_grad(set_to_none=True)
 
 
 def load_learner(bench, folder):
     """The policy as train.py starts from it, and its tokenizer."""
     options = train.check_model(folder)
-    return train.load_model(folder, torch.float32, bench.device, options), train.load_tokenizer(folder, options)
+    model = train.load_model(folder, torch.float32, bench.device, options)
+    return model, train.load_tokenizer(folder, options)
+
+
+def random_rollouts(problems, tokenizer, vocab, size):
+    """Scored rows with random completions, every second one right."""
+    rng, rows = random.Random(0), []
+    for problem in problems:
+        prompt = tokenizer(problem["prompt"])["input_ids"]
+        for k in range(size.update_n or size.n):
+            # The embedded model's answers have 7 to 19 tokens; a random model's fill all room.
+            length = size.new_tokens if size.config else rng.randint(7, 19)
+            completion = [rng.randrange(vocab) for _ in range(length)]
+            rows.append({
+                "id": problem["id"], "sample": k, "prompt_ids": prompt,
+                "completion_ids": completion, "logprobs": [-1.0] * length,
+                "finish_reason": "stop", "correct": k % 2 == 0, "reward": float(k % 2 == 0)})
+    return rows
 
 
 def bench_update(bench, name):
     size, (folder, path) = SIZES[name], make_folder(bench, name)
     model, tokenizer = load_learner(bench, folder)
-    problems, rng = [row for *_, row in generate.read_rows(path)], random.Random(0)
-    rows, n = [], size.update_n or size.n
-    for problem in problems:
-        prompt = tokenizer(problem["prompt"])["input_ids"]
-        for k in range(n):
-            # The embedded model's answers have 7 to 19 tokens; a random model's fill all room.
-            length = size.new_tokens if size.config else rng.randint(7, 19)
-            completion = [rng.randrange(model.config.vocab_size) for _ in range(length)]
-            rows.append({"id": problem["id"], "sample": k, "prompt_ids": prompt, "completion_ids": completion,
-                         "logprobs": [-1.0] * length, "finish_reason": "stop", "correct": k % 2 == 0,
-                         "reward": float(k % 2 == 0)})
+    problems = [row for *_, row in generate.read_rows(path)]
+    rows = random_rollouts(problems, tokenizer, model.config.vocab_size, size)
     rollouts = bench.fresh("scored.jsonl")
     with open(rollouts, "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    plain = [{"prompt": row["prompt_ids"], "completion": row["completion_ids"], "advantage": 2 * row["reward"] - 1}
-             for row in rows]
-    tokens, work = sum(len(row["completion_ids"]) for row in rows), needed(model.config, groups_of(rows, n), 4, True)
-    budget = train.parse_args(["--model", folder, "--rollouts", rollouts, "--out", "-"]).micro_batch_tokens  # the same for both
+    plain = [{"prompt": row["prompt_ids"], "completion": row["completion_ids"],
+              "advantage": 2 * row["reward"] - 1} for row in rows]
+    tokens = sum(len(row["completion_ids"]) for row in rows)
+    work = needed(model.config, groups_of(rows, size.update_n or size.n), 4, True)
+    flags = ["--model", folder, "--rollouts", rollouts, "--out", "-"]
+    budget = train.parse_args(flags).micro_batch_tokens  # the same for both
     arms, machine = {"train.py": [], "plain PyTorch": []}, []
-    for count in range(bench.args.rounds + 1):
+    for _ in range(bench.args.rounds + 1):
         machine.append(rates(bench))
         meter = Meter(bench.device)
         meter.start()
-        run_train(bench, meter, folder, model, tokenizer, rollouts, True, load_rollouts=train.load_rollouts)
+        run_train(bench, meter, folder, model, tokenizer, rollouts, True,
+                  load_rollouts=train.load_rollouts)
         meter.stop()
         arms["train.py"].append(meter.result(tokens))
 
@@ -538,15 +634,17 @@ def bench_update(bench, name):
     bench.add("update", name, arms, [work] * bench.args.rounds, machine[1:])
 
 
-# ---- step: against TRL ----------------------------------------------------------------------------------------------
+# ---- step: against TRL ---------------------------------------------------------------------------
 def our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed):
     """generate.py, score.py and train.py with their files, on loaded models. The rollouts."""
     rollouts, scored = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         with mock.patch.multiple(generate, load_model=meter.outside(lambda *_: sampler),
-                                 load_tokenizer=meter.outside(lambda *_: tokenizer), describe=meter.outside(generate.describe)):
+                                 load_tokenizer=meter.outside(lambda *_: tokenizer),
+                                 describe=meter.outside(generate.describe)):
             meter.start()
-            generate.main(generate.parse_args(generate_flags(size, folder, path, rollouts, seed=seed)))
+            flags = generate_flags(size, folder, path, rollouts, seed=seed)
+            generate.main(generate.parse_args(flags))
         with mock.patch.object(score, "describe", meter.outside(score.describe)):
             score.main(score.parse_args([rollouts, "--out", scored]))
     run_train(bench, meter, folder, learner, tokenizer, scored, False)
@@ -564,30 +662,35 @@ def bench_step(bench, name):
     def ours(seed):
         meter = Meter(bench.device)
         rows = our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed)
-        arms["generate.py + score.py + train.py"].append(meter.result(sum(len(row["completion_ids"]) for row in rows)))
-        (flop, read), (trained, _) = (needed(learner.config, groups_of(rows, size.n), sampler.dtype.itemsize, training)
-                                      for training in (False, True))
+        tokens = sum(len(row["completion_ids"]) for row in rows)
+        arms["generate.py + score.py + train.py"].append(meter.result(tokens))
+        sizes = learner.config, groups_of(rows, size.n), sampler.dtype.itemsize
+        (flop, read), (trained, _) = needed(*sizes, False), needed(*sizes, True)
         rate = machine[-1]
         # As products, the reading that the sampling waits for included.
         work.append((trained + max(flop, read * rate["flop_per_s"] / rate["bytes_per_s"]), 0))
 
     try:
-        from datasets import Dataset
-        from trl import GRPOConfig, GRPOTrainer
+        import datasets
+        import trl
     except ImportError as error:
         for seed in range(bench.args.rounds + 1):
             machine.append(rates(bench))
             ours(seed)
         arms["TRL"] = f"not installed ({error})"
     else:
-        arms["TRL"] = trl_rounds(bench, size, path, learner, tokenizer, machine, ours, Dataset, GRPOConfig, GRPOTrainer)
-    arms = {arm: results if isinstance(results, str) else results[1:] for arm, results in arms.items()}
+        problems = [row for *_, row in generate.read_rows(path)]
+        data = datasets.Dataset.from_list(
+            [{key: row[key] for key in ("prompt", "numbers", "target")} for row in problems])
+        arms["TRL"] = trl_rounds(bench, size, data, learner, tokenizer, machine, ours, trl)
+    arms = {arm: results if isinstance(results, str) else results[1:]
+            for arm, results in arms.items()}
     bench.add("step", name, arms, work[1:], machine[1:])
 
 
-def trl_rounds(bench, size, path, learner, tokenizer, machine, ours, Dataset, GRPOConfig, GRPOTrainer):
-    """Steps of GRPOTrainer on a copy of the model, each followed by one of ours; the results of its steps."""
-    problems, results, tokens = [row for *_, row in generate.read_rows(path)], [], []
+def trl_rounds(bench, size, data, learner, tokenizer, machine, ours, trl):
+    """The results of GRPOTrainer's steps on a copy of the model, each followed by one of ours."""
+    results, tokens = [], []
 
     def reward(completions, completion_ids, numbers, target, **_):
         tokens.append(sum(map(len, completion_ids)))
@@ -606,36 +709,42 @@ def trl_rounds(bench, size, path, learner, tokenizer, machine, ours, Dataset, GR
             results.append(self.meter.result(tokens.pop()))
             ours(state.global_step)
 
-    config = GRPOConfig(
+    config = trl.GRPOConfig(
         # the algorithm, as in train.py --method grpo
-        learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.01, num_iterations=1, beta=0.0, epsilon=0.2,
-        epsilon_high=0.25, loss_type="dapo", scale_rewards="group", temperature=1.0, top_p=1.0, top_k=0,
+        learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.01, num_iterations=1,
+        beta=0.0, epsilon=0.2, epsilon_high=0.25, loss_type="dapo", scale_rewards="group",
+        temperature=1.0, top_p=1.0, top_k=0,
         # the work, all rows of a step at once
-        per_device_train_batch_size=size.prompts * size.n, gradient_accumulation_steps=1, num_generations=size.n,
-        max_completion_length=size.new_tokens, max_steps=bench.args.rounds + 1, gradient_checkpointing=False,
+        per_device_train_batch_size=size.prompts * size.n, gradient_accumulation_steps=1,
+        num_generations=size.n, max_completion_length=size.new_tokens,
+        max_steps=bench.args.rounds + 1, gradient_checkpointing=False,
         # the machine
         bf16=bench.device != "cpu", use_cpu=bench.device == "cpu", dataloader_pin_memory=False,
-        output_dir=bench.fresh("trl"), report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True)
-    data = Dataset.from_list([{key: row[key] for key in ("prompt", "numbers", "target")} for row in problems])
+        output_dir=bench.fresh("trl"), report_to="none", logging_strategy="no",
+        save_strategy="no", disable_tqdm=True)
+    trainer = trl.GRPOTrainer(model=copy.deepcopy(learner), reward_funcs=reward, args=config,
+                              processing_class=tokenizer, callbacks=[InTurns()],
+                              train_dataset=data)
     with contextlib.redirect_stdout(io.StringIO()):
-        GRPOTrainer(model=copy.deepcopy(learner), reward_funcs=reward, args=config, processing_class=tokenizer,
-                    callbacks=[InTurns()], train_dataset=data).train()
+        trainer.train()
     return results
 
 
-# ---- scale and fixed: the stages as processes -----------------------------------------------------------------------
-# A process starts with the peak memory of the one that starts it: hence a small one in between, which reports as JSON.
+# ---- scale and fixed: the stages as processes ----------------------------------------------------
+# A process starts with the peak memory of the one that starts it: hence a small one in between,
+# which reports as JSON.
 STARTER = """import json, resource, subprocess, sys, time
 began = time.perf_counter()
 done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps([done.returncode, done.stderr[-500:], time.perf_counter() - began, used.ru_utime + used.ru_stime,
-                  used.ru_maxrss * 1024]))"""
+print(json.dumps([done.returncode, done.stderr[-500:], time.perf_counter() - began,
+                  used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))"""
 
 
 def usage(*command):
     """Wall and CPU seconds and the peak memory of a Python process of its own."""
-    said = subprocess.run([sys.executable, "-c", STARTER, sys.executable, *command], stdout=subprocess.PIPE, check=True)
+    said = subprocess.run([sys.executable, "-c", STARTER, sys.executable, *command],
+                          stdout=subprocess.PIPE, check=True)
     code, errors, wall, cpu, peak = json.loads(said.stdout)
     if code:
         raise RuntimeError(f"{' '.join(command)}: {errors}")
@@ -646,24 +755,6 @@ def stage(name):
     return os.path.join(ROOT, name)
 
 
-def write_rollouts(path, rows, n=50):
-    """Countdown rollouts, n a problem, whose answers are random expressions over the problem's numbers: hardly one
-    stands twice, so that score.py gains nothing from having judged it before."""
-    rng = random.Random(0)
-    with open(path, "w") as file:
-        for first in range(0, rows, n):
-            numbers = [rng.randint(1, 12) for _ in range(4)]
-            head = json.dumps({"id": f"problem-{first // n}", "task": "countdown", "prompt": "3 4 5 6=24:",
-                               "numbers": numbers, "target": 24, "n_solutions": 2})[:-1]
-            ids = ", ".join(str(rng.randint(3, 20)) for _ in range(12))
-            logprobs = ", ".join(repr(-rng.random()) for _ in range(12))
-            for sample in range(min(n, rows - first)):
-                (a, b, c, d), (p, q, r) = rng.sample(numbers, 4), rng.choices("+-*/", k=3)
-                text = f"({a}{p}{b}){q}{c}{r}{d}" if sample % 2 else f"{a}{p}({b}{q}{c}){r}{d}"
-                file.write(f'{head}, "sample": {sample}, "completion": "{text}", "prompt_ids": [{ids}], '
-                           f'"completion_ids": [{ids}], "logprobs": [{logprobs}], "finish_reason": "stop"}}\n')
-
-
 def bench_scale(bench):
     found = {name: [] for name in ("generate.py", "score.py", "train.py", "evaluate.py")}
 
@@ -672,17 +763,20 @@ def bench_scale(bench):
 
     for rows in bench.args.rows:
         rollouts, scored = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
-        write_rollouts(rollouts, rows)
+        write_rollouts(rollouts, rows, repeat=False)
         measure("score.py", rows, rollouts, "--out", scored)
         os.remove(rollouts)
         measure("evaluate.py", rows, scored, "--out", bench.fresh("eval.json"))
         os.remove(scored)
     for rows in bench.args.rollouts:
-        prompts, rollouts, scored = (bench.fresh(f"{name}.jsonl") for name in ("prompts", "rollouts", "scored"))
+        kinds = ("prompts", "rollouts", "scored")
+        prompts, rollouts, scored = (bench.fresh(f"{kind}.jsonl") for kind in kinds)
         write_prompts(prompts, -(-rows // 16))
-        measure("generate.py", rows, *generate_flags(SIZES["tiny"], bench.args.embedded, prompts, rollouts))
+        model = bench.args.embedded
+        measure("generate.py", rows, *generate_flags(SIZES["tiny"], model, prompts, rollouts))
         usage(stage("score.py"), rollouts, "--out", scored)
-        measure("train.py", rows, "--model", bench.args.embedded, "--rollouts", scored, "--out", bench.fresh("round"))
+        measure("train.py", rows, "--model", model, "--rollouts", scored,
+                "--out", bench.fresh("round"))
     bench.entries["scale"] = {"stages": found, "threads": bench.args.threads}
 
 
@@ -690,16 +784,21 @@ def bench_fixed(bench):
     prompts, found = bench.fresh("prompts.jsonl"), {}
     write_prompts(prompts, 1)
     for _ in range(bench.args.rounds):
-        rollouts, scored, out = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl"), bench.fresh("round")
-        for label, command in {
-                "python -c pass": ["-c", "pass"], "import torch": ["-c", "import torch"],
-                "import torch, transformers": ["-c", "import torch, transformers"],
-                "train.py --help": [stage("train.py"), "--help"], "score.py --help": [stage("score.py"), "--help"],
-                "generate.py": [stage("generate.py"), "--model", bench.args.embedded, "--prompts", prompts,
-                                "--out", rollouts, "--n", "2", "--max-new-tokens", "2"],
-                "score.py": [stage("score.py"), rollouts, "--out", scored],
-                "train.py": [stage("train.py"), "--model", bench.args.embedded, "--rollouts", scored, "--out", out],
-                "evaluate.py": [stage("evaluate.py"), scored, "--out", bench.fresh("eval.json")]}.items():
+        rollouts, scored = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
+        model = ["--model", bench.args.embedded]
+        commands = {
+            "python -c pass": ["-c", "pass"],
+            "import torch": ["-c", "import torch"],
+            "import torch, transformers": ["-c", "import torch, transformers"],
+            "train.py --help": [stage("train.py"), "--help"],
+            "score.py --help": [stage("score.py"), "--help"],
+            "generate.py": [stage("generate.py"), *model, "--prompts", prompts, "--out", rollouts,
+                            "--n", "2", "--max-new-tokens", "2"],
+            "score.py": [stage("score.py"), rollouts, "--out", scored],
+            "train.py": [stage("train.py"), *model, "--rollouts", scored,
+                         "--out", bench.fresh("round")],
+            "evaluate.py": [stage("evaluate.py"), scored, "--out", bench.fresh("eval.json")]}
+        for label, command in commands.items():
             found.setdefault(label, []).append(usage(*command))
     middle = {label: {key: statistics.median(one[key] for one in results) for key in results[0]}
               for label, results in found.items()}
@@ -708,18 +807,11 @@ def bench_fixed(bench):
 
 def plot_scale(entry, path):
     """Left CPU time, right peak memory, against rows."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-                                "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6",
-                                "legend.frameon": False})
-    figure = Figure(figsize=(9.4, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    looks = zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "os^D")  # Okabe-Ito, colour-blind safe
-    for (name, results), (colour, marker) in zip(entry["stages"].items(), looks):
+    figure, axes = new_figure(1, 2, 9.4, 3.6)
+    for (name, results), colour, marker in zip(entry["stages"].items(), COLOURS[1:], "os^D"):
         for axis, key, unit in zip(axes, ("cpu_s", "peak_bytes"), (1, 2**20)):
-            axis.plot([one["rows"] for one in results], [one[key] / unit for one in results], color=colour,
-                      marker=marker, markersize=4.5, label=name)
+            axis.plot([one["rows"] for one in results], [one[key] / unit for one in results],
+                      color=colour, marker=marker, markersize=4.5, label=name)
     axes[0].set(title="CPU time of the process (s), start included", xscale="log", yscale="log")
     axes[1].set(title="Peak memory of the process (MiB)", xscale="log", ylim=(0, None))
     axes[0].legend()
@@ -727,9 +819,10 @@ def plot_scale(entry, path):
     figure.savefig(path, dpi=200)
 
 
-# ---- The report -----------------------------------------------------------------------------------------------------
+# ---- The report ----------------------------------------------------------------------------------
 def told(one):
-    return f"{one['cpu_s']:8.2f} s CPU {one['wall_s']:8.2f} s wall {one['peak_bytes'] / 2**20:8,.0f} MiB"
+    peak = one["peak_bytes"] / 2**20
+    return f"{one['cpu_s']:8.2f} s CPU {one['wall_s']:8.2f} s wall {peak:8,.0f} MiB"
 
 
 def print_table(entries):
@@ -740,12 +833,15 @@ def print_table(entries):
                 grid.append([key, arm, "-", "-", "-", one["missing"]])
                 continue
             middle, low, high = one["ours_is_faster"]
-            ratio = "" if arm == next(iter(entry["arms"])) else f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+            ratio = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+            if arm == next(iter(entry["arms"])):
+                ratio = ""
             grid.append([key, arm, f"{one['tokens_per_s']:,.0f}", f"{one['roofline']:.1%}",
                          f"{one['extra_bytes'] / 2**20:,.0f}", ratio])
     widths = [max(map(len, column)) for column in zip(*grid)][:-1]
     for line in grid if len(grid) > 1 else ():
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, (*widths, 0))) + " |")
+        cells = (cell.ljust(width) for cell, width in zip(line, (*widths, 0)))
+        print(f"| {' | '.join(cells)} |")
     for name, results in entries.get("scale", {"stages": {}})["stages"].items():
         for one in results:
             print(f"{name:12} {one['rows']:>9,} rows: {told(one)}")
@@ -764,10 +860,11 @@ def save(args, entries):
     if args.out and os.path.exists(args.out):
         with open(args.out) as file:
             report = json.load(file)
-    report["machine"] = {"processor": processor(), "cores": os.cpu_count(),
-                         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-                         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-                         "torch": torch.__version__, "transformers": transformers.__version__}
+    report["machine"] = {
+        "processor": processor(), "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__, "transformers": transformers.__version__}
     report["entries"].update(entries)
     if args.out:
         with open(args.out + ".partial", "w") as file:

@@ -41,7 +41,7 @@ def write_rollouts(path, rows, repeat, n=50):
             numbers = [rng.randint(1, 12) for _ in range(4)]
             head = json.dumps({"id": f"problem-{first // n}", "task": "countdown",
                                "prompt": "3 4 5 6=24:", "numbers": numbers, "target": 24,
-                               "n_solutions": 2})[:-1]
+                               "n_solutions": n})[:-1]
             ids = ", ".join(str(rng.randint(3, 20)) for _ in range(12))
             logprobs = ", ".join(repr(-rng.random()) for _ in range(12))
             for sample in range(min(n, rows - first)):

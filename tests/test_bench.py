@@ -1,14 +1,12 @@
 """experiments/bench.py at toy size: its arms run, its counts of work are right, its report holds what the README quotes.
 No test looks at a time."""
 import json
-import os
 import sys
 
-sys.path.append(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "experiments"))
-
-import bench
 import pytest
 import torch
+
+from experiments import bench
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +118,7 @@ def test_meter_sees_the_peak_and_not_what_is_outside():
 
 def test_random_rollouts_are_judged(tmp_path):
     path, out = str(tmp_path / "rollouts.jsonl"), str(tmp_path / "scored.jsonl")
-    bench.write_rollouts(path, 100)
+    bench.write_rollouts(path, 100, repeat=False)
     bench.score.main(bench.score.parse_args([path, "--out", out]))
     with open(out) as file:
         rows = [json.loads(line) for line in file]
