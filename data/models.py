@@ -67,6 +67,11 @@ def device_and_dtype(args):
     return device, dtype if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
+def autocast(device, dtype):
+    """The context of a forward pass in `dtype` over fp32 weights."""
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def load(kind, name, options, **more):
     """kind.from_pretrained(name) from a folder or a Hub id."""
     try:
@@ -172,3 +177,11 @@ def moment_of(moments, name, weight):
         distribute = torch.distributed.tensor.distribute_tensor
         moment = distribute(moment, weight.device_mesh, weight.placements)
     return moment
+
+
+def earlier_metrics(folder):
+    """The lines of metrics.jsonl of an earlier round; [] where `folder` is none."""
+    if not os.path.exists(f"{folder}/metrics.jsonl"):
+        return []
+    with open(f"{folder}/metrics.jsonl", encoding="utf-8", errors="replace") as file:
+        return file.readlines()

@@ -25,7 +25,7 @@ RANKS = f"""
     sys.path[:0] = [{ROOT!r}, {os.path.join(ROOT, "tests")!r}]
     stage = __import__(sys.argv[1])
     kind, rank, call = os.environ.get("FAULT", "none,-1,0").split(",")  # what happens to a rank in the middle of its work
-    name, calls, wide = {{"train": "policy_loss", "generate": "run_chunk"}}[sys.argv[1]], 0, False
+    name, calls, wide = {{"train": "token_losses", "generate": "run_chunk"}}[sys.argv[1]], 0, False
     original = getattr(stage, name)
 
     def faulty(*args, **options):

@@ -23,8 +23,14 @@ from safetensors.torch import load_file, save_file
 from transformers.models.qwen2 import modeling_qwen2
 
 import train
+from data import files
+from data.plan import plan_update
+from data.rollouts import Row, load_rollouts
+from experiments import arms
+from shared_prompt import length_blocks
 
 torch.set_num_threads(1)
+RIVALS = arms.__file__
 VOCAB, T = 13, 0.7
 TIMINGS = {"tokens_per_s", "peak_mem_bytes"}
 
@@ -118,16 +124,14 @@ def arguments(model, rollouts, out, *flags):
 
 def run(model, rollouts, out, *flags):
     train.main(arguments(model, rollouts, out, *flags))
-    os.close(train.claim.lock)
+    os.close(files.claim.lock)
     return Round(out)
 
 
 def use_fp64(setattr=setattr):
     """Put train.py in fp64: the model, its norms (which transformers computes in fp32), the rewards and all that follows from them."""
-    original = train.load_model
-
     def load_double(name, *args):
-        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64).eval(), original(name, *args)[1]
+        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64).eval()
 
     setattr(train, "load_model", load_double)
     setattr(modeling_qwen2.Qwen2RMSNorm, "forward",
@@ -179,15 +183,15 @@ def advantages(args, rewards, corrects, old):
     """The advantage of every token of one group. old: a list of log-probs a row -> a list of advantages a row."""
     n = len(rewards)
     means = [mean_of(logps) if logps else 0.0 for logps in old]
-    if args.method == "passk":  # all groups of k that can be made of the n answers
-        subsets = list(itertools.combinations(range(n), args.pass_k))
+    if args.method.endswith(":passk"):  # all groups of k that can be made of the n answers
+        subsets = list(itertools.combinations(range(n), args.arm["k"]))
         best = [float(any(corrects[i] for i in subset)) for subset in subsets]
         scores = [0.0] * n
         if std_of(best) > 0:
             for i in range(n):
                 scores[i] = mean_of([(r - mean_of(best)) / std_of(best) for r, subset in zip(best, subsets) if i in subset])
-    elif args.method == "w-reinforce":
-        scores = [args.positive_weight if correct else -1.0 for correct in corrects]
+    elif args.method.endswith(":w_reinforce"):
+        scores = [args.arm["positive_weight"] if correct else -1.0 for correct in corrects]
     elif args.smooth_level == "reward":
         shaped = [r - args.gamma_p * m if correct else r + args.gamma_n * m for r, correct, m in zip(rewards, corrects, means)]
         scores = [r - mean_of(shaped) for r in shaped]
@@ -256,7 +260,7 @@ class Oracle:
                     old, adv = row["old"][t], advantages_of_row[t]
                     rho = (logp - old).exp()
                     low, high = rho.item() < 1 - args.clip_low, rho.item() > 1 + args.clip_high
-                    if args.method == "cispo":
+                    if args.method.endswith(":cispo"):
                         loss = -min(rho.item(), 1 + args.clip_high) * adv * logp
                         low = False
                     else:
@@ -325,11 +329,11 @@ ARMS = {
     "ds-grpo without std": ["--adv-norm", "none"],
     "grpo": ["--method", "grpo"],
     "grpo without std": ["--method", "grpo", "--adv-norm", "none"],
-    "passk 1": ["--method", "passk", "--pass-k", 1],
-    "passk 2": ["--method", "passk", "--pass-k", 2],
-    "passk 3": ["--method", "passk", "--pass-k", 3],
-    "cispo": ["--method", "cispo"],
-    "w-reinforce": ["--method", "w-reinforce", "--positive-weight", 0.2],
+    "passk 1": ["--method", f"{RIVALS}:passk", "--arm", "k=1"],
+    "passk 2": ["--method", f"{RIVALS}:passk", "--arm", "k=2"],
+    "passk 3": ["--method", f"{RIVALS}:passk", "--arm", "k=3"],
+    "cispo": ["--method", f"{RIVALS}:cispo"],
+    "w-reinforce": ["--method", f"{RIVALS}:w_reinforce", "--arm", "positive_weight=0.2"],
     "entropy bonus": ["--method", "grpo", "--entropy-coef", 0.3],
     "entropy penalty": ["--method", "grpo", "--entropy-coef", -0.3],
     "differential entropy": ["--method", "grpo", "--entropy-coef-correct", 0.5, "--entropy-coef-wrong", -0.2],
@@ -381,12 +385,19 @@ def test_oracle_in_fp32(model, rollouts, tmp_path):
 
 
 # ---- The pure functions -------------------------------------------------------------------------------------------------
-def advantage(rewards, corrects, lengths=None, logp=-1.0, **options):
-    """train.advantage of one group in fp64, with `lengths` tokens a row (1), as a list a token."""
+def batch_of(reward, correct, old, row):
+    """A train.Batch that holds whole rollouts, their mean log-probs taken from its own tokens."""
+    length = torch.bincount(row, minlength=reward.numel())
+    means = torch.zeros_like(reward.flatten()).index_add(0, row, old.to(reward.dtype)) / length.clamp(min=1)
+    return train.Batch(reward, correct, length.view_as(reward), old, row, means.view_as(reward))
+
+
+def advantage(rewards, corrects, lengths=None, logp=-1.0, method=train.grpo, **options):
+    """The advantage of one group in fp64, with `lengths` tokens a row (1), as a list a token."""
     lengths = lengths or [1] * len(rewards)
     row = torch.arange(len(rewards)).repeat_interleave(torch.tensor(lengths))
     old = torch.full((len(row),), logp, dtype=torch.float64) if isinstance(logp, float) else torch.tensor(logp, dtype=torch.float64)
-    return train.advantage(torch.tensor([rewards], dtype=torch.float64), torch.tensor([corrects]), old, row, **options).tolist()
+    return method(batch_of(torch.tensor([rewards], dtype=torch.float64), torch.tensor([corrects]), old, row), **options).tolist()
 
 
 def test_pitfall_17_population_std_by_hand():
@@ -394,16 +405,18 @@ def test_pitfall_17_population_std_by_hand():
     assert advantage([1.0, 0.0], [True, False], adv_norm="none") == [0.5, -0.5]
 
 
-@pytest.mark.parametrize("options", [{}, {"adv_norm": "none"}, {"method": "cispo"}, {"method": "passk", "pass_k": 1}])
-def test_pitfall_17_one_sample_or_equal_rewards_give_exactly_zero(options):
+@pytest.mark.parametrize("method, options", [(train.grpo, {}), (train.grpo, {"adv_norm": "none"}), (arms.cispo, {}), (arms.passk, {"k": 1})])
+def test_pitfall_17_one_sample_or_equal_rewards_give_exactly_zero(method, options):
     for reward, n in itertools.product([0.0, 0.1, 1 / 3, 1.0, -7.7], [1, 2, 3, 7, 8, 12]):
+        if method == arms.passk and n == 1:
+            continue  # refused: below
         row = torch.arange(n)
-        found = train.advantage(torch.full((1, n), reward), torch.full((1, n), True), torch.full((n,), -1.0), row, **options)  # fp32
+        found = method(batch_of(torch.full((1, n), reward), torch.full((1, n), True), torch.full((n,), -1.0), row), **options)  # fp32
         assert (found == 0).all(), (reward, n)
 
 
 def test_pitfalls_11_18_the_sign_comes_from_correct_and_dead_groups_are_smoothed():
-    options = {"method": "ds-grpo", "gamma_p": 0.5, "gamma_n": 0.25}
+    options = {"method": train.ds_grpo, "gamma_p": 0.5, "gamma_n": 0.25}
     assert advantage([0.1, 0.1], [False, False], logp=-2.0, **options) == [-0.5, -0.5]  # a format reward does not make it correct
     assert advantage([0.0, 0.0], [True, True], logp=-2.0, **options) == [1.0, 1.0]
     assert advantage([1.0, 1.0], [True, True], [1, 2], logp=[-2.0, -1.0, -3.0], **options) == [1.0, 0.5, 1.5]
@@ -417,19 +430,23 @@ def test_pass_at_k_advantage_against_all_subsets():
     for n in range(1, 9):
         for k, wrong in itertools.product(range(1, n + 1), range(n + 1)):
             corrects = [i >= wrong for i in range(n)]
-            args = train.parse_args(["--model", "m", "--rollouts", "r", "--out", "o", "--method", "passk", "--pass-k", str(k)])
+            if k == n:  # one subset: nothing to differ within
+                with pytest.raises(ValueError, match=f"k = {k}"):
+                    advantage([float(c) for c in corrects], corrects, method=arms.passk, k=k)
+                continue
+            args = arguments("m", "r", "o", "--method", f"{RIVALS}:passk", "--arm", f"k={k}")
             expected = sum(advantages(args, [float(c) for c in corrects], corrects, [[-1.0]] * n), [])
-            found = advantage([float(c) for c in corrects], corrects, method="passk", pass_k=k)
+            found = advantage([float(c) for c in corrects], corrects, method=arms.passk, k=k)
             assert found == pytest.approx(expected, abs=1e-9), (n, k, wrong)
 
 
 def test_w_reinforce_and_cispo_by_their_papers():
     """arXiv 2506.01347: lambda on correct, -1 on wrong answers, no baseline. arXiv 2506.13585: the cut ratio is a constant weight of
     log pi; no token loses its gradient; no lower cut."""
-    assert advantage([1.0, 0.0, 1.0], [True, False, True], method="w-reinforce", positive_weight=0.1) == pytest.approx([0.1, -1.0, 0.1])
+    assert advantage([1.0, 0.0, 1.0], [True, False, True], method=arms.w_reinforce, positive_weight=0.1) == pytest.approx([0.1, -1.0, 0.1])
     logp = torch.tensor([-1.0, -1.0, -1.0, -1.0], dtype=torch.float64, requires_grad=True)
     old, adv = logp.detach() - torch.tensor([2.0, 2.0, 0.5, 0.01]).log(), torch.tensor([1.0, -1.0, -1.0, 1.0])
-    loss, low, high = train.policy_loss(logp, old, adv, 0.2, 0.25, "cispo")
+    loss, low, high = arms.cispo_loss(logp, train.Batch(None, None, None, old), adv, 0.25)
     assert loss.tolist() == pytest.approx([1.25, -1.25, -0.5, 0.01]) and not low.any() and high.tolist() == [True, True, False, False]
     loss.sum().backward()
     assert logp.grad.tolist() == pytest.approx([-1.25, 1.25, 0.5, -0.01])
@@ -440,7 +457,7 @@ def test_clipping_on_both_sides_and_at_its_edges():
     cases = [(1.5, 1, 1.25, 0), (1.5, -1, -1.5, -1.5), (0.5, 1, 0.5, 0.5), (0.5, -1, -0.8, 0), (1.0, 1, 1.0, 1.0), (1.0, -1, -1.0, -1.0)]
     for ratio, adv, objective, slope in cases:
         logp = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-        loss, low, high = train.policy_loss(logp, torch.zeros(1), torch.tensor([float(adv)]), 0.2, 0.25)
+        loss, low, high = train.clipped_loss(logp, train.Batch(None, None, None, torch.zeros(1)), torch.tensor([float(adv)]), 0.2, 0.25)
         loss.sum().backward()
         assert (-loss.item(), -logp.grad.item()) == pytest.approx((objective, slope))
         assert (low.item(), high.item()) == (ratio == 0.5 and adv < 0, ratio == 1.5 and adv > 0)
@@ -449,11 +466,12 @@ def test_clipping_on_both_sides_and_at_its_edges():
 def test_numerics_log_probs_of_minus_ten_thousand():
     """A ratio beyond fp32 must not turn a cut token's gradient into 0 * inf, nor a metric into infinity."""
     values = [-1e4, -9.9e3, -100.0, -1e-7, 0.0]
-    for (new, old), adv, method in itertools.product(itertools.product(values, values), (-1.0, 0.0, 1.0), ("grpo", "cispo")):
-        logp = torch.tensor([new], requires_grad=True)
-        loss, _, _ = train.policy_loss(logp, torch.tensor([old]), torch.tensor([adv]), 0.2, 0.25, method)
+    for (new, old), adv, cispo in itertools.product(itertools.product(values, values), (-1.0, 0.0, 1.0), (False, True)):
+        logp, batch = torch.tensor([new], requires_grad=True), train.Batch(None, None, None, torch.tensor([old]))
+        adv = torch.tensor([adv])
+        loss, _, _ = arms.cispo_loss(logp, batch, adv, 0.25) if cispo else train.clipped_loss(logp, batch, adv, 0.2, 0.25)
         (loss + train.k3(logp, torch.tensor([old]))).sum().backward()
-        assert torch.isfinite(loss).all() and torch.isfinite(logp.grad).all(), (new, old, adv, method)
+        assert torch.isfinite(loss).all() and torch.isfinite(logp.grad).all(), (new, old, adv, cispo)
 
 
 @settings(max_examples=200, deadline=None)
@@ -476,18 +494,26 @@ def test_fuzz_advantage(data):
     correct = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=groups, max_size=groups)))
     row = torch.tensor(data.draw(st.lists(st.integers(0, groups * n - 1), max_size=20)), dtype=torch.long)
     old = torch.tensor(data.draw(st.lists(st.floats(-1e4, 0, width=32), min_size=len(row), max_size=len(row))))
-    options = {"method": data.draw(st.sampled_from(["ds-grpo", "grpo", "passk", "cispo", "w-reinforce"])),
-               "adv_norm": data.draw(st.sampled_from(["std", "none"])), "gamma_p": data.draw(st.sampled_from([None, 0, 10, -1, 0.01])),
-               "gamma_n": data.draw(st.sampled_from([None, 0, 10, -1, 0.01])),
-               "smooth_level": data.draw(st.sampled_from(["token", "sequence", "reward"])),
-               "pass_k": data.draw(st.integers(1, n)), "positive_weight": 0.1}
-    found = train.advantage(reward, correct, old, row, **options)
+    gammas = st.sampled_from([0, 10, -1, 0.01])
+    smoothing = st.fixed_dictionaries({"gamma_p": gammas, "gamma_n": gammas, "smooth_level": st.sampled_from(["token", "sequence", "reward"]),
+                                       "adv_norm": st.sampled_from(["std", "none"])})
+    method, options = data.draw(st.one_of(
+        st.tuples(st.just(train.ds_grpo), smoothing), st.tuples(st.just(arms.cispo), st.just({})),
+        st.tuples(st.just(train.grpo), st.fixed_dictionaries({"adv_norm": st.sampled_from(["std", "none"])})),
+        st.tuples(st.just(arms.w_reinforce), st.just({"positive_weight": 0.1})),
+        *[st.tuples(st.just(arms.passk), st.fixed_dictionaries({"k": st.integers(1, n - 1)}))] * (n > 1)))
+    found = method(batch_of(reward, correct, old, row), **options)
     assert found.shape == row.shape and torch.isfinite(found).all()
     shuffle = torch.randperm(len(row), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(train.advantage(reward, correct, old[shuffle], row[shuffle], **options), found[shuffle], rtol=1e-4, atol=1e-3)
-    if options["method"] in ("grpo", "cispo", "passk"):
-        each = train.advantage(reward, correct, torch.zeros(groups * n), torch.arange(groups * n), **options).view(groups, n)
+    torch.testing.assert_close(method(batch_of(reward, correct, old[shuffle], row[shuffle]), **options), found[shuffle], rtol=1e-4, atol=1e-3)
+    if method in (train.grpo, arms.cispo, arms.passk):
+        each = method(batch_of(reward, correct, torch.zeros(groups * n), torch.arange(groups * n)), **options).view(groups, n)
         assert (each.mean(1).abs() <= 1e-4 * (1 + reward.abs().max())).all()
+
+
+def row_of(prompt, completion, group=0, used=True):
+    return Row(where="rows.jsonl:1", id=str(group), sample=0, group=group, prompt=prompt, completion=np.array(completion, np.int64),
+               logprobs=np.zeros(len(completion), np.float32), correct=True, reward=1.0, cut=False, used=used, fields={})
 
 
 # ---- The plan: who computes what ----------------------------------------------------------------------------------------
@@ -498,28 +524,27 @@ def test_pitfalls_16_20_the_plan_covers_every_row_once(data):
     micro-batch above its budget unless it is a single row."""
     n, shapes = data.draw(st.integers(1, 4)), data.draw(st.lists(st.tuples(st.integers(1, 30), st.lists(st.tuples(
         st.integers(0, 30), st.booleans()), min_size=4, max_size=4)), min_size=1, max_size=6))
-    rows = [{"prompt": [2] * prompt, "completion": np.zeros(length, np.int64), "keep": keep, "group": g, "n": n}
-            for g, (prompt, samples) in enumerate(shapes) for length, keep in samples[:n]]
+    rows = [row_of([2] * prompt, [0] * length, group=g, used=used) for g, (prompt, samples) in enumerate(shapes) for length, used in samples[:n]]
     world, share = data.draw(st.integers(1, 5)), data.draw(st.booleans())
-    args = arguments("m", "r", "o", "--micro-batch-tokens", data.draw(st.integers(1, 100)), "--share-prompts" if share else "--no-share-prompts")
-    for masked in (False, True):
-        plans = [train.plan_update(rows, list(range(len(rows))), rank, world, args, masked=masked) for rank in range(world)]
-        wanted = [i for i, row in enumerate(rows) if len(row["completion"]) and (masked or row["keep"])]
+    budget = data.draw(st.integers(1, 100))
+    for unused in (False, True):
+        plans = [plan_update(rows, list(range(len(rows))), rank, world, budget, share, unused) for rank in range(world)]
+        wanted = [i for i, row in enumerate(rows) if len(row.completion) and (unused or row.used)]
         assert sorted(i for plan in plans for batch in plan for i in batch) == wanted
         assert len({len(plan) for plan in plans}) == 1 and len(plans[0]) >= 1
         for batch in itertools.chain(*plans):
-            lengths = [(len(rows[i]["prompt"]), len(rows[i]["completion"])) for i in batch]
+            lengths = [(len(rows[i].prompt), len(rows[i].completion)) for i in batch]
             if share:
-                cost = len({rows[i]["group"] for i in batch}) * max([p for p, _ in lengths], default=0) + sum(c for _, c in lengths)
+                cost = len({rows[i].group for i in batch}) * max([p for p, _ in lengths], default=0) + sum(c for _, c in lengths)
             else:
                 cost = len(batch) * max([p + c for p, c in lengths], default=0)
-            assert cost <= args.micro_batch_tokens or len(batch) == 1
+            assert cost <= budget or len(batch) == 1
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 200), max_size=150))
 def test_blocks_of_similar_lengths_hold_every_row_once(lengths):
-    blocks = train.length_blocks(lengths)
+    blocks = length_blocks(lengths)
     assert sorted(i for block in blocks for i in block) == [i for i, length in enumerate(lengths) if length]
     for block in blocks:
         assert len(block) <= 32 or sum(lengths[i] for i in block) >= 0.85 * len(block) * max(lengths[i] for i in block)
@@ -529,7 +554,7 @@ def test_groups_are_dealt_into_updates_whose_sizes_differ_by_at_most_one(model, 
     deals, original = [], train.plan_update
 
     def watched(rows, members, *args, **options):
-        deals.append([rows[i]["id"] for i in members])
+        deals.append([rows[i].id for i in members])
         return original(rows, members, *args, **options)
 
     monkeypatch.setattr(train, "plan_update", watched)
@@ -565,9 +590,8 @@ def test_pitfalls_15_19_ratio_is_one_in_bf16_autocast(model, rollouts, tmp_path)
     for line in found.metrics:  # with lr 0 the second update, whose pi_old is another pass, is on policy, too
         assert line["ratio_max"] == pytest.approx(1, abs=1e-5) and line["clip_low_frac"] == line["clip_high_frac"] == 0
         assert 1e-4 < line["logprob_gap"] < 0.5
-    policy = train.Policy(train.load_model(model, "cpu", {})[0], T, True)
-    row = {"prompt": [2, 3], "completion": np.array([4, 5, 6])}
-    logp, entropy, _ = train.forward(policy, [row], [0], "cpu", torch.bfloat16)
+    policy = train.Policy(train.load_model(model, torch.float32, "cpu", {}), T, True)
+    logp, entropy, _ = train.forward(policy, [row_of([2, 3], [4, 5, 6])], [0], "cpu", torch.bfloat16)
     assert logp.dtype == entropy.dtype == torch.float32
     assert (logp.bfloat16().float() != logp).any()
 
@@ -656,7 +680,8 @@ def test_numerics_the_only_correct_answer_was_truncated(model, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--gamma-p", 0, "--gamma-n", 0], ["--gamma-p", 10, "--gamma-n", 10], ["--gamma-p", -1, "--gamma-n", -1],
                                    ["--gamma-p", 10, "--gamma-n", -10, "--smooth-level", "reward", "--lr", 0.1, "--updates", 3],
-                                   ["--method", "passk", "--pass-k", 2], ["--method", "w-reinforce"], ["--method", "cispo", "--updates", 7, "--lr", 0.1]])
+                                   ["--method", f"{RIVALS}:passk", "--arm", "k=2"], ["--method", f"{RIVALS}:w_reinforce"],
+                                   ["--method", f"{RIVALS}:cispo", "--updates", 7, "--lr", 0.1]])
 @pytest.mark.parametrize("kind", ["sampler at -1e4", "policy at -1e4", "one sample", "equal rewards"])
 def test_numerics_stay_finite(kind, flags, model, tmp_path):
     rows, folder = make_rows(model), model
@@ -667,7 +692,7 @@ def test_numerics_stay_finite(kind, flags, model, tmp_path):
             row["reward"] = 0.1
     if kind == "one sample":
         rows = [row for row in rows if row["sample"] == 0]
-        flags = ["--method", "grpo"] if "passk" in flags else flags
+        flags = ["--method", "grpo"] if "k=2" in flags else flags
     if kind == "policy at -1e4":
         folder = str(tmp_path / "sharp")
         shutil.copytree(model, folder)
@@ -697,7 +722,7 @@ def test_pitfall_24_a_step_that_is_not_finite_is_refused(model, rollouts, tmp_pa
     for _ in range(2):
         with pytest.raises(SystemExit) as error:
             run(model, rollouts, out, *flags)
-        os.close(train.claim.lock)
+        os.close(files.claim.lock)
         last = capsys.readouterr().err.splitlines()[-1]
         assert error.value.code == 3 and f"{out}.refused.jsonl" in last and "step 2" in last and last.startswith("train.py: error: ")
         assert not out.exists() and sorted(os.listdir(tmp_path)) == ["out.partial", "out.refused.jsonl"]
@@ -918,7 +943,7 @@ def test_wrong_files_and_flags(model, rollouts, tmp_path, capsys):
             (model, text("torn", b"".join(lines)[:-30]), ["--temperature", 1], ":28: not a valid JSON row"),
             (model, text("ragged", b"".join(lines[:-1])), ["--temperature", 1], "a group is not whole"),
             (model, rollouts, ["--updates", 8], "7 groups cannot be dealt"),
-            (model, rollouts, ["--method", "passk", "--pass-k", 4], "--pass-k 4"),
+            (model, rollouts, ["--method", f"{RIVALS}:passk"], "k = 4: must be at least 1, and less than the 4 samples of a group"),
             (str(tmp_path / "absent"), rollouts, [], "no such model folder"),
             (str(tmp_path), rollouts, [], "no config.json"),
             (copy("pickle", model__safetensors=None), rollouts, [], "no *.safetensors"),
@@ -944,7 +969,7 @@ def test_wrong_files_and_flags(model, rollouts, tmp_path, capsys):
     assert "made with other gamma_p" in capsys.readouterr().err
     for flags in (["--gamma-p", "nan"], ["--method", "grpo", "--gamma-p", 1], ["--method", "grpo", "--smooth-level", "token"], ["--lr", -1],
                   ["--updates", 0], ["--temperature", 0], ["--kl-coef", 1], ["--ref-model", "x"], ["--max-grad-norm", 0], ["--clip-low", -1],
-                  ["--lr", "inf"], ["--pass-k", 2], ["--method", "passk", "--pass-k", 0], ["--micro-batch-tokens", 0], ["--unknown"]):
+                  ["--lr", "inf"], ["--arm", "k=2"], ["--method", f"{RIVALS}:passk", "--arm", "k"], ["--micro-batch-tokens", 0], ["--unknown"]):
         with pytest.raises(SystemExit) as error:
             arguments(model, rollouts, out, *flags)
         assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1, flags
@@ -966,11 +991,11 @@ def test_fuzz_load_rollouts(tmp_path_factory, rows, truncated):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with contextlib.redirect_stderr(None):
         try:
-            groups, n = train.load_rollouts(str(path), truncated)
+            groups, n = load_rollouts(str(path), truncated)
         except SystemExit as error:
             assert error.code == 2
             return
     assert sum(map(len, groups)) == len(rows) and all(len(group) == n for group in groups)
     for row in sum(groups, []):
-        assert len(row["completion"]) == len(row["logprobs"]) and np.isfinite(row["logprobs"]).all()
-        assert not (row["cut"] and truncated == "wrong" and (row["correct"] or row["reward"]))
+        assert len(row.completion) == len(row.logprobs) and np.isfinite(row.logprobs).all()
+        assert not (row.cut and truncated == "wrong" and (row.correct or row.reward))

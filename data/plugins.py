@@ -1,0 +1,104 @@
+"""Objectives from a file of the user's, `--method FILE.py:NAME`: found, given settings, checked.
+
+NAME(batch, **settings) returns the advantage of every completion token, (tokens,). If NAME_loss
+stands beside it, NAME_loss(logp, batch, advantage, clip_low, clip_high, **settings) returns the
+loss of every token in place of the clipped surrogate, or that with two bool tensors (tokens,):
+where it cut a token from below and from above. NAME.fields names the row fields that the batch
+holds. Both functions take, of the settings and the clip range, what they name as arguments.
+
+A file is imported, that is, run, when its user names it on the command line, and never else. What
+is wrong with it is told in one line, like any bad input.
+"""
+import argparse
+import contextlib
+import functools
+import importlib.util
+import inspect
+import math
+import os
+
+from data.files import fail
+
+
+def setting(text):
+    """KEY=VALUE of the command line as (key, int, float or text)."""
+    key, _, value = text.partition("=")
+    if not key.isidentifier() or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            value = kind(value)
+            break
+    if isinstance(value, float) and not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r}: a number must be finite")
+    return key, value
+
+
+def split_name(text):
+    """(path, name) of FILE.py:NAME; ValueError if it is no such text, or there is no such file."""
+    path, _, name = text.rpartition(":")
+    if not path.endswith(".py") or not name.isidentifier():
+        raise ValueError("neither ds-grpo nor grpo nor FILE.py:NAME")
+    if not os.path.isfile(path):
+        raise ValueError(f"no such file {path}")
+    return path, name
+
+
+def load_arm(text, settings, clip):
+    """FILE.py:NAME as advantage(batch); loss(logp, batch, advantage), or None; and NAME.fields.
+
+    settings: {argument: value}, each of which one of the two functions must have; clip: the same,
+    for those that want it. The loss returns a triple, whatever NAME_loss does.
+    """
+    path, name = split_name(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        fail(f"{path}: cannot be imported: {type(error).__name__}: {error}")
+    own, own_loss = getattr(module, name, None), getattr(module, f"{name}_loss", None)
+    if not callable(own):
+        fail(f"{path}: no function {name} in this file")
+    for key in settings:
+        if not takes(own, key) and not (own_loss and takes(own_loss, key)):
+            fail(f"{text}: has no setting {key!r}")
+
+    def advantage(batch):
+        return checked(text, with_settings(own, settings), [batch], batch.old_logp)
+
+    def loss(logp, batch, advantage):
+        function = with_settings(own_loss, {**clip, **settings})
+        found = checked(f"{text}_loss", function, [logp, batch, advantage], logp)
+        uncut = batch.row.new_zeros(len(batch.row), dtype=bool)
+        return found if isinstance(found, tuple) else (found, uncut, uncut)
+
+    return advantage, loss if own_loss else None, tuple(getattr(own, "fields", ()))
+
+
+def takes(function, key):
+    parameters = inspect.signature(function).parameters
+    return key in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+
+def with_settings(function, settings):
+    named = {key: value for key, value in settings.items() if takes(function, key)}
+    return functools.partial(function, **named)
+
+
+def checked(name, function, given, like):
+    """function(*given), whose result, or the first of its results, must be a finite tensor of the
+    shape and dtype of `like`."""
+    try:
+        found = function(*given)
+    except Exception as error:
+        fail(f"{name}: {type(error).__name__}: {error}")
+    first = found[0] if isinstance(found, tuple) else found
+    is_tensor = isinstance(first, type(like))
+    what = f"{first.dtype} of shape {tuple(first.shape)}" if is_tensor else type(first).__name__
+    wanted = f"{like.dtype} of shape {tuple(like.shape)}"
+    if what != wanted:
+        fail(f"{name} must return a tensor, {wanted}, not {what}")
+    if not first.isfinite().all():
+        fail(f"{name} returns numbers that are not finite")
+    return found

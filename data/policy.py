@@ -1,0 +1,129 @@
+"""The policy as the update calls it: a causal language model whose head is computed by the kernel.
+
+A model that this would get wrong is refused: `Policy.check`.
+"""
+import os
+import sys
+
+import numpy as np
+import torch
+
+from data.files import fail
+from data.models import autocast
+
+# By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
+# installed.
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(os.path.join(ROOT, "kernels"))
+from fused_linear_entropy import CHUNK, fused_linear_entropy
+from shared_prompt import repeated_hidden, shared_hidden
+
+
+class Policy(torch.nn.Module):
+    """What DDP wraps: ids in, log-prob and entropy of every completion token out.
+
+    The head runs inside, under DDP's hooks.
+    """
+
+    def __init__(self, model, temperature, share_prompts):
+        super().__init__()
+        self.model, self.temperature, self.share = model, temperature, share_prompts
+        self.head, config = model.get_output_embeddings(), model.config.get_text_config()
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        scaling = getattr(config, "logits_scaling", None) or 1
+        self.scale = getattr(config, "logit_scale", None) or 1 / scaling
+
+    def forward(self, prompts, completions):
+        """prompts, completions: ids, a row each -> logp, entropy (tokens,) fp32, row after row."""
+        hidden_of = shared_hidden if self.share else repeated_hidden
+        hidden = hidden_of(self.model, prompts, completions)
+        targets = torch.as_tensor(np.concatenate(completions), device=hidden.device)
+        logp, entropy, _ = fused_linear_entropy(
+            hidden, self.head.weight, targets, self.temperature, bias=self.head.bias,
+            softcap=self.cap, scale=self.scale)
+        return logp, entropy
+
+    @torch.no_grad()
+    def check(self, name, rows=()):
+        """Refuse a model that this class would get wrong, and rows with ids that it lacks: the
+        logits must be its own, also after a prompt that is shared through its cache."""
+        if not isinstance(self.head, torch.nn.Linear):
+            fail(f"{name}: unsupported head: not a linear layer but {type(self.head).__name__}")
+        decoder = self.model.get_decoder()
+        used = {id(weight) for part in (decoder, self.head) for weight in part.parameters()}
+        for key, weight in self.model.named_parameters():
+            if id(weight) not in used:
+                fail(f"{name}: unsupported architecture: {key} belongs neither to the text decoder "
+                     f"nor to its head")
+        ids = torch.arange(4, device=self.head.weight.device)[None]
+        expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+        logits = self.head(hidden).float() * self.scale
+        logits = self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+        if not torch.allclose(logits, expected, atol=1e-3, rtol=1e-3):
+            fail(f"{name}: unsupported head: its logits are not a (soft-capped, scaled) linear map "
+                 f"of the last hidden states")
+        if self.share and not self.shares_prompts():
+            fail(f"{name}: a prompt cannot be shared through the cache of this architecture; give "
+                 f"--no-share-prompts")
+        vocabulary = len(self.head.weight)
+        for row in rows:
+            if max(max(row.prompt), row.completion.max(initial=0)) >= vocabulary:
+                fail(f"{row.where}: a token id beyond the vocabulary of {vocabulary} of {name}: "
+                     f"rollouts of another model?")
+
+    def shares_prompts(self):
+        short, long = [1, 2, 3], [3, 2, 1, 0, 1]
+        completions = [np.array([1, 2]), np.array([1, 2, 3]), np.array([3, 1, 2])]
+        try:
+            expected = repeated_hidden(self.model, [long, short, long], completions)
+            hidden = shared_hidden(self.model, [long, short, long], completions)
+        except Exception:  # a cache of another kind: each raises something else
+            return False
+        return bool((hidden - expected).norm() < 1e-2 * expected.norm())
+
+
+def checkpoint_activations(model):
+    """Recompute activations in the backward pass.
+
+    transformers asks for training mode of the layers that do; dropout and noise stay off, so that
+    rho starts at 1.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        module.training = hasattr(module, "gradient_checkpointing")
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def memory_estimate(policy, device, dtype, tokens, ranks=1):
+    """(bytes of fp32 weights, gradients and both Adam moments, bytes of a micro-batch besides).
+
+    The first is counted, 16 bytes a weight over `ranks` shards. The second is what autograd saves
+    in two small forward passes, carried on in proportion to the tokens, so that it holds for any
+    architecture, with autocast and with activation checkpointing; and the head's chunk of logits
+    with its share of the weight's gradient.
+    """
+    own = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
+
+    def saved(count):
+        sizes = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, autocast(device, dtype):
+            out = policy([[0]], [np.zeros(count, np.int64)])
+        total = sum(size for pointer, size in sizes.items() if pointer not in own)
+        del out  # held until here, so that no storage is used twice
+        return total
+
+    few, many = saved(64), saved(192)
+    head = policy.head.weight
+    logits = 4 * (min(CHUNK[device.split(":")[0]], tokens * len(head)) + head.numel())
+    weights = sum(weight.numel() for weight in policy.parameters())
+    return weights * 16 // ranks, int(few + (many - few) / 128 * max(tokens - 64, 0)) + logits

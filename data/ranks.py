@@ -1,0 +1,97 @@
+"""Several processes that share the updates of a round, under torchrun.
+
+Rank 0 checks the input, claims the output, complains and writes; the others wait for its claim.
+"""
+import contextlib
+import datetime
+import os
+import re
+import shutil
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data.files import claim, fail
+
+
+def rank_and_world():
+    """As torchrun tells them: (0, 1) where it does not."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait_for_rank_0(out, timeout):
+    """Return when rank 0 has claimed `out`, after `timeout` seconds at most; False if `out` is
+    complete."""
+    began = time.monotonic()
+    while not os.path.isdir(out + ".partial"):
+        if os.path.exists(out):
+            return False
+        if time.monotonic() - began > timeout:
+            fail(f"rank {os.environ['RANK']}: rank 0 did not start to write {out} in "
+                 f"{timeout:.0f} s: no shared file system?", 4)
+        time.sleep(0.1)
+    return True
+
+
+def claim_empty(out, meta, ignore):
+    """Claim the folder `out`, without what a killed run left: a round starts from its input files
+    alone. False if `out` is complete."""
+    partial = claim(out, meta, ignore=ignore, folder=True)
+    for name in os.listdir(partial) if partial else ():
+        path = f"{partial}/{name}"
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    return partial is not None
+
+
+def start_ranks(device, world, timeout):
+    """The processes meet, if they are several. timeout: seconds that one waits for another."""
+    if world > 1:
+        if device != "cpu":
+            torch.cuda.set_device(device)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl",
+                                timeout=datetime.timedelta(seconds=timeout))
+
+
+def spread(policy, device, world, shard):
+    """(the module to call, a context in which backward passes keep a rank's gradients to itself).
+
+    DDP: a copy of the policy on every rank. shard: FSDP2, every decoder layer, then the rest, in
+    shards over all ranks.
+    """
+    if world == 1:
+        return policy, contextlib.nullcontext
+    if not shard:
+        copies = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+        return copies, copies.no_sync
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.split(":")[0], (world,))
+    for layer in policy.model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+
+    @contextlib.contextmanager
+    def no_sync():
+        policy.set_requires_gradient_sync(False)
+        yield
+        policy.set_requires_gradient_sync(True)
+
+    return policy, no_sync
+
+
+@contextlib.contextmanager
+def lost_ranks_told(timeout):
+    """Where another rank ends or hangs, this one says so in one line."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's errors have no class of their own
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, in the middle of the exit
+        what = re.sub(r"^\[\S*\] | This is typically.*", "", str(error))
+        fail(f"rank {os.environ['RANK']}: another rank ended, or did not answer in {timeout:.0f} s "
+             f"({what}); the same command does this round again", 4)

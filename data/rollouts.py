@@ -1,0 +1,104 @@
+"""The rows of a scored file as the update needs them, in groups, and how they were sampled."""
+import dataclasses
+import json
+import math
+import os
+import typing
+
+import msgspec
+import numpy as np
+
+from data import files
+from data.files import Scored, fail, read_rows
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Row:
+    """A scored rollout as the update needs it."""
+    where: str  # file:line, for messages
+    id: str
+    sample: int
+    group: int  # an index
+    prompt: list  # ids; the rows of a group share one list
+    completion: np.ndarray  # ids
+    logprobs: np.ndarray  # the sampler's, fp32
+    correct: bool
+    reward: float
+    cut: bool  # at the length limit
+    used: bool  # False where --truncated mask leaves it out of the loss
+    fields: dict  # that the objective asks for
+
+
+def load_rollouts(path, truncated="wrong", fields=()):
+    """The rows of a scored file by `id`, in the order of `sample`: a list of groups of n, and n."""
+    known = {field.name for field in msgspec.structs.fields(Scored)}
+    asked = [(name, typing.Any) for name in fields if name not in known]
+    groups = {}
+    kind = msgspec.defstruct("Scored", asked, bases=(Scored,), kw_only=True)
+    for where, _, scored in read_rows(path, kind):
+        ids, logprobs = scored.completion_ids, scored.logprobs
+        if len(logprobs) != len(ids):
+            fail(f"{where}: {len(logprobs)} logprobs for {len(ids)} completion_ids")
+        group = groups.setdefault(scored.id, {})
+        if scored.sample in group:
+            fail(f"{where}: duplicate sample {scored.sample} of id {scored.id!r}")
+        cut = scored.finish_reason == "length"
+        wrong = cut and truncated == "wrong"
+        group[scored.sample] = Row(
+            where=where, id=scored.id, sample=scored.sample, group=len(groups) - 1,
+            prompt=scored.prompt_ids, completion=np.array(ids, np.int64),
+            logprobs=np.array(logprobs, np.float32), correct=scored.correct and not wrong,
+            reward=0.0 if wrong else scored.reward, cut=cut,
+            used=not (cut and truncated == "mask"),
+            fields={name: getattr(scored, name) for name in fields})
+    n = len(next(iter(groups.values())))
+    for group in groups.values():
+        first = next(iter(group.values()))
+        if len(group) != n:
+            fail(f"{first.where}: id {first.id!r} has {len(group)} samples, others have {n}: a "
+                 f"group is not whole")
+        for row in group.values():
+            if row.prompt != first.prompt:
+                fail(f"{row.where}: prompt_ids differ from those of the other samples of id "
+                     f"{row.id!r}")
+            row.prompt = first.prompt
+    return [[group[sample] for sample in sorted(group)] for group in groups.values()], n
+
+
+def write_rollouts(path, rows):
+    """Write rows as a scored file that load_rollouts reads again."""
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({
+                "id": row.id, "sample": row.sample, "where": row.where, "prompt_ids": row.prompt,
+                "completion_ids": row.completion.tolist(), "logprobs": row.logprobs.tolist(),
+                "correct": row.correct, "reward": row.reward,
+                "finish_reason": "length" if row.cut else "stop"}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def sampling_of(args):
+    """The sampling settings of the rollouts' meta; without a meta --temperature stands for them."""
+    path, sampling = args.rollouts, files.sampling_of(args.rollouts)
+    if sampling is None:
+        if args.temperature is None:
+            fail(f"{path}: no meta beside it says how it was sampled; give --temperature")
+        return {"temperature": args.temperature}
+    temperature = sampling.get("temperature") if isinstance(sampling, dict) else None
+    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
+        fail(f"{path}.meta.json: not a valid meta (temperature {temperature}); delete it and give "
+             f"--temperature")
+    if args.temperature not in (None, temperature):
+        fail(f"{path}: sampled at temperature {temperature}, not at --temperature "
+             f"{args.temperature}")
+    if temperature == 0:
+        fail(f"{path}: greedy rollouts have no distribution to learn from; sample at a temperature "
+             f"above 0")
+    off = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    changed = [f"{key} {sampling[key]}" for key in off if sampling.get(key, off[key]) != off[key]]
+    if changed and not args.allow_off_policy:
+        fail(f"{path}: sampled with {', '.join(changed)}: the log-probs are not those of the "
+             f"policy; sample without, or give --allow-off-policy")
+    return sampling
