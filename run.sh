@@ -100,7 +100,7 @@ check_flags() {  # everything that can be wrong with them, before the first roun
     [ "${!key}" -ge 1 ] || die "--${key//_/-} must be at least 1"
   done
   [[ "$name" =~ ^[^/]+$ && "$name" != .* ]] || die "--name is a folder's name in runs/, not '$name'"
-  [[ "$method" =~ ^(ds-grpo|grpo|passk|cispo|w-reinforce|.+\.py:.+)$ ]] ||
+  [[ "$method" =~ ^(ds-grpo|grpo|.+\.py:.+)$ ]] ||
     die "no --method '$method' (see --help)"
   for key in prompts eval_prompts; do
     [ -z "${!key}" ] || [ -f "${!key}" ] || die "--${key//_/-}: no file ${!key}"

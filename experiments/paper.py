@@ -47,9 +47,9 @@ CANDIDATES = {
     "entropy-bonus": [f"--method grpo --entropy-coef {c}" for c in (0.02, 0.05, 0.1, 0.2)],
     "entropy-penalty": [f"--method grpo --entropy-coef {c}" for c in (-0.01, -0.03, -0.1)],
     "ds-entropy": [f"--method grpo --entropy-coef-correct {c} --entropy-coef-wrong {d}" for c, d in ((0.3, -0.03), (0.3, 0.03), (0.2, 0.0), (0.6, 0.0))],
-    "passk": [f"--method passk --pass-k {k}" for k in (2, 4, 8)],
-    "cispo": ["--method cispo"],
-    "w-reinforce": [f"--method w-reinforce --positive-weight {w}" for w in (0.1, 0.3, 1.0)],
+    "passk": [f"--method experiments/arms.py:passk --arm k={k}" for k in (2, 4, 8)],
+    "cispo": ["--method experiments/arms.py:cispo"],
+    "w-reinforce": [f"--method experiments/arms.py:w_reinforce --arm positive_weight={w}" for w in (0.1, 0.3, 1.0)],
 }
 ROUNDS = 20
 LEARNING_RATES = ("1e-4", "2e-4", "4e-4")

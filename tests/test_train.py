@@ -999,3 +999,128 @@ def test_fuzz_load_rollouts(tmp_path_factory, rows, truncated):
     for row in sum(groups, []):
         assert len(row.completion) == len(row.logprobs) and np.isfinite(row.logprobs).all()
         assert not (row.cut and truncated == "wrong" and (row.correct or row.reward))
+
+
+# ---- Objectives from files ----------------------------------------------------------------------------------------------
+OWN = '''def concise(batch, penalty=0.1):
+    """Dr. GRPO's advantage, of r - penalty * (length / the longest of the group)."""
+    longest = batch.length.max(1, keepdim=True).values.clamp(min=1)
+    reward = batch.reward - penalty * batch.length / longest
+    advantage = reward - reward.mean(1, keepdim=True)
+    return advantage.flatten()[batch.row]
+'''
+
+
+def gradient_of(model, rows, advantages_of, loss_of):
+    """The gradient of one update of an objective in plain loops, as Round.gradient holds it."""
+    policy, groups, total = load(model), {}, 0
+    for row in rows:
+        groups.setdefault(row["id"], []).append(row)
+    for group in groups.values():
+        tokens = [tokens_of(policy, row["prompt_ids"], row["completion_ids"]) for row in group]
+        old = [[logp.item() for logp, _ in of_row] for of_row in tokens]
+        for i, advantages_of_row in enumerate(advantages_of(group, old)):
+            for t, adv in enumerate(advantages_of_row):
+                total = total + loss_of(tokens[i][t][0], old[i][t], adv)
+    (total / sum(len(row["completion_ids"]) for row in rows)).backward()
+    return {f"{name}.exp_avg": weight.grad for name, weight in policy.named_parameters()}
+
+
+def file_of(tmp_path, text, name="mine.py"):
+    (tmp_path / name).write_text(text)
+    return str(tmp_path / name)
+
+
+def test_your_own_objective_of_eight_lines(model, tmp_path, fp64, capsys):
+    """As README.md shows it: a file, a function, a setting; the gradient is that of its formula in loops."""
+    rows = make_rows(model, cut=())
+    path, mine = write(tmp_path / "rows.jsonl", rows), file_of(tmp_path, OWN)
+    found = run(model, path, tmp_path / "out", "--method", f"{mine}:concise", "--arm", "penalty=0.5", "--max-grad-norm", 1e9)
+
+    def advantages_of(group, old):
+        longest = max(1, *(len(row["completion_ids"]) for row in group))
+        rewards = [row["reward"] - 0.5 * len(row["completion_ids"]) / longest for row in group]
+        return [[reward - mean_of(rewards)] * len(of_row) for reward, of_row in zip(rewards, old)]
+
+    assert distance(found.gradient, gradient_of(model, rows, advantages_of, lambda logp, old, adv: -(logp - old).exp() * adv)) < 1e-9
+    with open(tmp_path / "out.meta.json", encoding="utf-8") as file:
+        meta = json.load(file)
+    assert meta["flags"]["arm"] == {"penalty": 0.5} and list(meta["inputs"])[-1] == mine
+    # Its settings and the file itself belong to the command.
+    for flags, differs in (["--arm", "penalty=0.25"], "arm"), ([], "arm"):
+        with pytest.raises(SystemExit):
+            train.main(arguments(model, path, tmp_path / "out", "--method", f"{mine}:concise", "--max-grad-norm", 1e9, *flags))
+        assert f"made with other {differs};" in capsys.readouterr().err
+    file_of(tmp_path, OWN.replace("0.1", "0.12"))
+    with pytest.raises(SystemExit):
+        train.main(arguments(model, path, tmp_path / "out", "--method", f"{mine}:concise", "--arm", "penalty=0.5", "--max-grad-norm", 1e9))
+    assert "made with other inputs" in capsys.readouterr().err
+
+
+def test_an_objective_sees_means_of_whole_groups_and_row_fields_and_may_bring_a_loss(model, tmp_path, fp64, monkeypatch):
+    """mean_logp of all rollouts, whatever the micro-batches; fields of the rows; a loss of one's own, with the clip range it names."""
+    mine = file_of(tmp_path, """
+import torch
+
+def mine(batch, scale, label):
+    assert label == "x" and batch.id[1][0] == "p/1"
+    bonus = torch.tensor([[len(text or "") for text in group] for group in batch.solution])
+    score = bonus + scale * (batch.mean_logp - batch.mean_logp.mean(1, keepdim=True))
+    return score.flatten()[batch.row].to(batch.reward.dtype)
+
+def mine_loss(logp, batch, advantage, clip_high, scale):
+    return -(logp - batch.old_logp).clamp(max=clip_high) * advantage * scale
+
+mine.fields = ("solution", "id")
+""")
+    rows = make_rows(model, cut=())
+    for i, row in enumerate(rows):
+        row["solution"] = "ab"[:i % 3] or None
+    calls, original = [], train.forward
+    monkeypatch.setattr(train, "forward", lambda *args: calls.append(torch.is_grad_enabled()) or original(*args))
+    found = run(model, write(tmp_path / "rows.jsonl", rows), tmp_path / "out", "--method", f"{mine}:mine", "--arm", "scale=2", "--arm", "label=x",
+                "--max-grad-norm", 1e9, "--micro-batch-tokens", 25)
+    assert calls.count(False) == calls.count(True) > 2  # the means cost a pass of their own
+
+    def advantages_of(group, old):
+        means = [mean_of(of_row) if of_row else 0.0 for of_row in old]
+        return [[len(row["solution"] or "") + 2 * (mean - mean_of(means))] * len(of_row) for row, mean, of_row in zip(group, means, old)]
+
+    assert distance(found.gradient, gradient_of(model, rows, advantages_of, lambda logp, old, adv: -(logp - old) * adv * 2)) < 1e-9
+    assert found.metrics[0]["clip_high_frac"] == 0
+
+
+WRONG_ARMS = [  # the file, flags, and what the line says
+    ("def other(batch): ...", [], "no function mine in this file"),
+    ("def mine(batch: ...", [], "cannot be imported: SyntaxError"),
+    ("import absent_module", [], "cannot be imported: ModuleNotFoundError"),
+    ("def mine(batch, k): ...", [], "missing 1 required positional argument: 'k'"),
+    ("def mine(batch, k): ...", ["--arm", "j=1"], "has no setting 'j'"),
+    ("def mine(batch): return batch.reward", [], "must return a tensor, torch.float32 of shape ("),
+    ("def mine(batch): return batch.old_logp.double()", [], "not torch.float64 of shape ("),
+    ("def mine(batch): return None", [], "not NoneType"),
+    ("def mine(batch): return batch.old_logp / 0", [], "not finite"),
+    ("def mine(batch): return batch.solution", [], "a batch has no 'solution'"),
+    ("def mine(batch): return batch.old_logp\nmine.fields = ('solution',)", [], "rows.jsonl:1: missing field 'solution'"),
+    ("def mine(batch): return batch.old_logp\ndef mine_loss(logp, batch, advantage): return logp.sum()", [], "mine_loss must return"),
+    ("def mine(batch): return batch.old_logp\ndef mine_loss(logp, batch, advantage): return logp / 0", [], "mine_loss returns numbers"),
+]
+
+
+@pytest.mark.parametrize("text, flags, message", WRONG_ARMS)
+def test_a_wrong_objective_is_told_before_a_model_is_loaded(text, flags, message, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)
+    path = write(tmp_path / "rows.jsonl", make_rows(model, VERDICTS[:1], LENGTHS[:1]))
+    assert message in refused(capsys, model, path, tmp_path / "out", "--method", f"{file_of(tmp_path, text)}:mine", *flags)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--method", "ppo"], "neither ds-grpo nor grpo nor FILE.py:NAME"), (["--method", "absent.py:x"], "no such file absent.py"),
+    (["--method", "absent.py"], "neither"), (["--method", f"{RIVALS}:a-b"], "neither"), (["--method", f"{RIVALS}:passk", "--arm", "k"], "KEY=VALUE"),
+    (["--method", f"{RIVALS}:passk", "--arm", "k=1", "--arm", "k=2"], "given twice"), (["--method", f"{RIVALS}:passk", "--arm", "k=nan"], "finite"),
+    (["--method", f"{RIVALS}:passk", "--gamma-p", 1], "--gamma-p belongs to --method ds-grpo"), (["--arm", "k=1"], "--arm belongs to --method FILE.py:NAME")])
+def test_wrong_flags_of_an_objective(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        arguments("m", "r", "o", *flags)
+    lines = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and len(lines) == 1 and message in lines[0]
