@@ -116,6 +116,16 @@ def test_ids_are_stable_texts(tmp_path):
                                             "two.jsonl.meta.json"]
 
 
+def test_long_problems_are_left_out_counted_and_told(tmp_path, capsys):
+    rows = [{"id": i, "problem": "p" * i, "answer": i} for i in (1, 5, 6, 100)]
+    source = write(tmp_path / "in.jsonl", *rows)
+    assert [row["answer"] for row in convert(source, tmp_path / "out.jsonl", "--max-chars", "5")] == ["1", "5"]
+    assert "2 problems; 2 longer ones left out" in capsys.readouterr().out
+    source = write(tmp_path / "long.jsonl", rows[3])
+    assert "no problem has at most 5 characters" in refused(capsys, source, tmp_path / "none.jsonl", "--max-chars", "5")
+    assert "--max-chars must be" in refused(capsys, source, tmp_path / "none.jsonl", "--max-chars", "0")
+
+
 def test_duplicates_are_errors_unless_the_first_is_kept(tmp_path, capsys):
     rows = [{"id": 1, "problem": "p", "answer": 1}, {"id": 2, "problem": "q", "answer": 2},
             {"id": 1, "problem": "r", "answer": 3}]

@@ -245,7 +245,8 @@ def test_the_fuzz_campaign_finds_planted_bugs(monkeypatch):
     (r"\boxed{\boxed{5}}", [r"\boxed{5}", "5"]), (r"\boxed{\{1,2\}}", [r"\{1,2\}"]),
     (r"\boxed{\left\{x\right.}", [r"\left\{x\right."]),
     (r"\boxed{1", []), (r"\boxed5", []), ("}}} {{ \\boxed{4} {", ["4"]), (r"\\boxed{6}", []), ("", []),
-    (r"\boxed{}", [""])])
+    (r"\boxed{}", [""]), (r"$\boxed 7$.", ["7"]), (r"so \boxed 7, or \fbox{8}", ["7", "8"]), (r"\(\boxed 7\)", ["7"]),
+    (r"$\boxed \frac{1}{2}$", [r"\frac{1}{2}"]), (r"{\boxed 7} \boxed{8}", ["7", "8"]), (r"\boxed \boxed{9}", ["9"])])
 def test_pitfall_12_boxes_by_matched_braces(text, found):
     assert [text[start:end] for start, end in maths.boxes(text)] == found
 
@@ -256,7 +257,7 @@ def test_pitfall_12_boxes_by_matched_braces(text, found):
     (r"\boxed{1}", 2, "1"), ("42", 1, None), (r"\boxed{}", 1, None), (r"\boxed{5", 1, None),
     (r"\boxed{(1,2)}, \boxed{(3,4)}", 2, "(1,2), (3,4)")])
 def test_which_answer_is_read(completion, parts, answer):
-    assert maths.extract_maths(completion, parts) == answer
+    assert maths.extract(completion, parts) == answer
 
 
 @pytest.mark.parametrize("text, parts", [
@@ -269,7 +270,7 @@ def test_parts(text, parts):
 
 def test_boxes_take_linear_room():
     text = r"\boxed{" * 20_000 + "5" + "}" * 20_000
-    assert maths.extract_maths(text, 1) == "5" and maths.extract_maths(r"\boxed{" * 20_000, 1) is None
+    assert maths.extract(text, 1) == "5" and maths.extract(r"\boxed{" * 20_000, 1) is None
 
 
 PAIRS = [json.loads(line) for line in open(ROOT / "tests/maths_pairs.jsonl", encoding="utf-8")]
@@ -290,7 +291,15 @@ def test_pitfall_12_gold_and_answer_pairs(judged_pairs):
     wrong = [(pair, new["reason"]) for pair, new in zip(PAIRS, judged_pairs, strict=True)
              if new["correct"] != pair["right"]]
     right = sum(pair["right"] for pair in PAIRS)
-    assert wrong == [] and right >= 80 and len(PAIRS) - right >= 60
+    assert wrong == [] and right >= 300 and len(PAIRS) - right >= 300
+
+
+def test_every_gold_is_a_right_answer_to_itself(tmp_path):
+    """Golds in the styles of MATH: units, lists, intervals, matrices, words, equations, bases, money, mixed numbers."""
+    golds = [json.loads(line) for line in open(ROOT / "tests/maths_golds.jsonl", encoding="utf-8")]
+    rows = [maths_row(gold, f"It is $\\boxed{{{gold}}}$.", id=str(i)) for i, gold in enumerate(golds)]
+    new = run(write(tmp_path / "r.jsonl", rows), tmp_path / "s.jsonl", "--timeout", "60", "--workers", "2")
+    assert [one["answer"] for one in new if not one["correct"]] == [] and len(golds) >= 150
 
 
 def test_maths_reasons(judged_pairs):
@@ -298,7 +307,7 @@ def test_maths_reasons(judged_pairs):
     assert all("solution" not in new and new["reward"] == float(new["correct"]) for new in judged_pairs)
 
 
-BOMBS = [r"9^{9^{9^{9^9}}}", "100000000!", r"\sum_{i=1}^{10^9} i!", r"\binom{10^9}{5\cdot 10^8}",
+BOMBS = [r"9^{9^{9^{9^9}}}", r"2^{63^5}", "100000000!", r"\sum_{i=1}^{10^9} i!", r"\binom{10^9}{5\cdot 10^8}",
          r"\operatorname{ones}(20000,20000)",
          r"(x+y+z+w+1)^{500}", r"\gcd(10^{100000},3^{100000})", r"\Gamma(10^{8})", r"10^{-999999999}"]
 
@@ -413,10 +422,10 @@ def test_golds_of_every_type():
     def gold(**fields):
         return maths.gold_of(maths.Row("m", 0, "", "stop", **fields))
 
-    assert gold(answer=33) == (["33"], [""], [None])
-    assert [gold(answer=answer)[0] for answer in (27.0, 1e-05, "1, 2", "10,080", "(1,2)", ",")] == [
-        ["27.0"], ["0.00001"], ["1", "2"], ["10080"], ["(1,2)"], [","]]
-    assert gold(answer=["a", 2], unit=r"\text{ meters}", error=["1e-1", None]) == (["a", "2"], ["m", "m"], [0.1, None])
+    assert gold(answer=33) == [("33", "", None)]
+    assert [[one for one, *_ in gold(answer=answer)] for answer in (27.0, 1e-05, "1, 2", "10,080", "(1,2)", ",", "6, 120", r"0, \pm 3")] == [
+        ["27.0"], ["0.00001"], ["1", "2"], ["10080"], ["(1,2)"], [","], ["6", "120"], ["0", "+3", "-3"]]
+    assert gold(answer=["a", 2], unit=r"\text{ meters}", error=["1e-1", None]) == [("a", "m", 0.1), ("2", "m", None)]
 
 
 def test_cut_maths_completions(tmp_path):
