@@ -1,0 +1,99 @@
+"""Every command of experiments/recipes.md, as it stands there, with toy numbers and a random model."""
+import json
+import os
+import re
+import subprocess
+
+import pytest
+
+import crash
+from test_models import make_folder
+from test_run import Loop, warm  # noqa: F401  the fixture
+
+TOY = {  # flag: its value in the dry run; all others stay as they are
+    "--prompts-per-round": "4", "--n": "4", "--max-new-tokens": "8", "--eval-problems": "3",
+    "--eval-n": "2", "--nproc": "2", "--model": "model"}
+
+
+def recipes():
+    """[(heading, text of its bash blocks)] of the file."""
+    with open(os.path.join(crash.ROOT, "experiments", "recipes.md"), encoding="utf-8") as file:
+        parts = re.split(r"^## ", file.read(), flags=re.M)[1:]
+    return [(part.partition("\n")[0], "".join(re.findall(r"```bash\n(.*?)```", part, re.S)))
+            for part in parts]
+
+
+def toy(commands):
+    for flag, value in TOY.items():
+        commands = re.sub(rf"({flag}) \S+", rf"\1 {value}", commands)
+    commands = commands.replace("--rounds 75", "--rounds 1").replace("--rounds 150", "--rounds 2")
+    return commands.replace("trained-075", "trained-001")
+
+
+def test_toy_changes_values_alone_and_every_recipe_has_commands():
+    found = recipes()
+    assert len(found) == 4 and all("run.sh" in commands for _, commands in found)
+    for _, commands in found:
+        flags = re.compile(r"(?<!\S)\"?(--[a-z-]+)")
+        assert flags.findall(toy(commands)) == flags.findall(commands)
+        assert max(map(len, commands.splitlines())) <= 100
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory, warm):  # noqa: F811
+    """A folder with the scripts, the files that the recipes start from and a random model."""
+    loop = Loop(tmp_path_factory.mktemp("recipes"), warm)
+    stub = (loop.bin / "python3").read_text()
+    (loop.bin / "python").write_text(stub)
+    (loop.bin / "python").chmod(0o755)
+    (loop.folder / "model").mkdir()
+    make_folder("qwen2", loop.folder / "model", max_position_embeddings=1024)
+    problems = [{"problem": f"What is {i} + 1?", "answer": str(i + 1), "id": i} for i in range(6)]
+    long = {"problem": "What is 1 + 1? " * 200, "answer": "2", "id": 9}
+    for name, rows in (("math_train", problems), ("math500", [*problems[:2], long])):
+        (loop.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return loop
+
+
+def run(loop, commands):
+    environment = {**os.environ, "PATH": f"{loop.bin}:{os.environ['PATH']}", "KILL": ""}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=loop.folder,
+                          env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def report(loop, name):
+    with open(loop.folder / "runs" / name, encoding="utf-8") as file:
+        return json.load(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(4), ids=[heading for heading, _ in recipes()])
+def test_the_recipe_runs(loop, number):
+    """In their order: the last one goes on with what the one before it has made."""
+    commands = toy(recipes()[number][1])
+    if number == 3:
+        run(loop, toy(recipes()[2][1]))  # leaves alone what is there
+    run(loop, commands)
+    if number == 0:
+        runs = report(loop, "math-1.5b/eval-001.json")["runs"]
+        assert [one["problems"] for one in runs] == [2, 2] and runs[0]["n"] == 2
+        meta = report(loop, "math-1.5b/rollouts-001.jsonl.meta.json")
+        assert meta["flags"]["stop"] == ["<|im_end|>", "<|endoftext|>"]
+        assert meta["flags"]["overlong"] == "skip"
+        assert meta["flags"]["max_batch_tokens"] == 1048576
+        assert report(loop, "math-1.5b/round-001.meta.json")["flags"]["smooth_level"] == "sequence"
+        assert report(loop, "math-1.5b-grpo/round-001.meta.json")["flags"]["method"] == "grpo"
+        assert (loop.folder / "passk.png").exists()
+    elif number == 1:
+        meta = report(loop, "math-7b/round-001.meta.json")
+        assert meta["world_size"] == 2 and meta["flags"]["shard"]
+    elif number == 2:
+        assert report(loop, "cd/eval-001.json")["runs"][0]["problems"] == 3
+        assert report(loop, "cd/rollouts-001.jsonl.meta.json")["flags"]["stop"] == [
+            "</answer>", "Problem:"]
+    else:
+        assert report(loop, "cd/eval-002.json")["runs"][0]["n"] == 2
+        assert (loop.folder / "runs/cd/round-002").is_dir()
+        assert (loop.folder / "training.png").exists()
