@@ -39,7 +39,7 @@ def suite(tmp_path, monkeypatch):
     def start(*flags, limit=10**6, run=fake):
         done = []
 
-        def sequential(todo, keep, jobs):
+        def sequential(one_run, todo, keep, jobs):
             for label, arguments in todo:
                 if len(done) == limit:
                     raise KeyboardInterrupt
@@ -66,7 +66,7 @@ def test_the_suite_chooses_by_its_rule_and_reports_every_arm(suite, tmp_path):
     assert settings["ds-positive", "main", 1][1] == f"{DS} sequence --gamma-p 1.0 --gamma-n 0"
     assert settings["ds-negative", "main", 1][1] == f"{DS} sequence --gamma-p 0 --gamma-n 0.1"
     assert settings["entropy-bonus", "main", 1][1] != "--method grpo --entropy-coef 0.2"  # best at large k, but not within 0.01 of GRPO's Pass@1
-    table = rows(tmp_path, "results.csv")
+    table = rows(tmp_path, "endpoints.csv")
     assert list(table[0]) == ["arm", "distribution", "seed", "k", "pass_at_k"]
     seeds = {}
     for row in table:
@@ -87,7 +87,7 @@ def test_the_suite_chooses_by_its_rule_and_reports_every_arm(suite, tmp_path):
 
 def test_the_suite_carries_on_where_it_was_stopped(suite, tmp_path):
     whole = [label for label, _ in suite()]
-    tables = {name: (tmp_path / name).read_text() for name in ("tuning.csv", "results.csv", "counts.jsonl", "curves.csv", "gamma.csv")}
+    tables = {name: (tmp_path / name).read_text() for name in ("tuning.csv", "endpoints.csv", "counts.jsonl", "curves.csv", "gamma.csv")}
     assert suite() == []
     for name in tables:
         (tmp_path / name).unlink()
@@ -109,7 +109,7 @@ def test_the_suite_lists_adds_a_seed_and_checks(suite, tmp_path, capsys):
     assert [label for label, _ in done] == [("grpo", "main", 7)]
     suite("--list")
     assert "core arms: 0 runs left" in capsys.readouterr().out
-    before = (tmp_path / "results.csv").read_text()
+    before = (tmp_path / "endpoints.csv").read_text()
     check = ("--arms", "grpo", "--seeds", "3", "--distributions", "main", "--check")
     with pytest.raises(SystemExit) as end:
         suite(*check)
@@ -117,7 +117,7 @@ def test_the_suite_lists_adds_a_seed_and_checks(suite, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         suite(*check, run=lambda *arguments: {**fake(*arguments), "pass_at_k": {"1": 0.25}})
     assert end.value.code == 1 and "differs by up to 0.05" in capsys.readouterr().out
-    assert (tmp_path / "results.csv").read_text() == before
+    assert (tmp_path / "endpoints.csv").read_text() == before
 
 
 def test_another_experiment_has_tables_of_its_own(suite, tmp_path, monkeypatch, capsys):
@@ -132,7 +132,7 @@ def test_another_experiment_has_tables_of_its_own(suite, tmp_path, monkeypatch, 
     assert [arguments[:5] for _, arguments in done] == [("paper/long-grpo-main-1", "--method grpo", "1e-4", 60, 1), (
         "paper/long-ds-sequence-main-1", f"{DS} sequence --gamma-p 1.0 --gamma-n 0.1", "1e-4", 60, 1)]
     assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == before
-    assert {row["arm"] for row in rows(tmp_path / "long", "results.csv")} == {"grpo", "ds-sequence"}
+    assert {row["arm"] for row in rows(tmp_path / "long", "endpoints.csv")} == {"grpo", "ds-sequence"}
     monkeypatch.setattr(sys, "argv", ["figures.py", "--tables", str(tmp_path / "long")])
     figures.main()
     assert "| DS-GRPO (sequence) | 1 |" in capsys.readouterr().out and (tmp_path / "long" / "passk.png").exists()
