@@ -557,13 +557,19 @@ def train(args):
         print(f"{args.out}: step {step}; "
               + ", ".join(f"{key} {last[key]:.4g}" for key in keys.split()), file=sys.stderr)
     if world > 1:
-        dist.barrier()
+        # Were gloo's own thread the last to let go of the barrier, it would ask for the GIL, which
+        # this thread keeps while the destructor of the group, which DDP's model holds to the end
+        # of this function, waits for that thread: for ever. So the caller holds it for longer.
+        barrier = dist.barrier(async_op=True)
+        barrier.wait()
         dist.destroy_process_group()
+        return barrier
 
 
 def main(args):
     with lost_ranks_told(args.rank_timeout):
-        train(args)
+        held = train(args)
+    del held
 
 
 if __name__ == "__main__":
