@@ -74,6 +74,9 @@ def parse_args(argv=None):
     add("--attention", default="auto", choices=["auto", "model", "shared"],
         help="model: as transformers picks, on copies of the prompt's cache; shared: to one cache "
              "for all samples of a prompt; auto: shared on a CPU where possible")
+    add("--compile", action="store_true",
+        help="the step of the sampler as one compiled function, at a few fixed batch sizes, with "
+             "--attention model; its compilation takes a minute (kernels/decode_step.py)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
         help="auto: float32 on a CPU, bfloat16 on CUDA")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"],
@@ -93,6 +96,8 @@ def parse_args(argv=None):
             parser.error(f"--{name} must be a finite number of at least {low}")
     if not 0 < args.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
+    if args.compile and args.attention == "shared":
+        parser.error("--compile works with --attention model alone")
     if "" in args.stop:
         parser.error("--stop takes texts that are not empty")
     return parser.checked(args)
@@ -115,6 +120,7 @@ from data.models import (OF_TRAINING, check_model, device_and_dtype, load, load_
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
+from decode_step import Decoder
 from shared_prompt import (attention_of, choose_attention, pad_left, shared_attention, spread,
                            with_cache)
 
@@ -237,6 +243,14 @@ def chunks_of(lengths, n, max_new_tokens, budget):
     return chunks
 
 
+def fixed_chunks(lengths, n, max_new_tokens, budget):
+    """The same for --compile, whose rows all have the room of the longest: of 2^k rows each."""
+    longest = max(lengths)
+    rows = max(budget // (longest + max_new_tokens), 1)
+    room = (1 << (rows.bit_length() - 1)) * (longest + max_new_tokens)
+    return chunks_of([longest if length else 0 for length in lengths], n, max_new_tokens, room)
+
+
 # ---- Drawing a token -----------------------------------------------------------------------------
 def uniforms(seed, identity, sample, steps):
     """`steps` uniform numbers in [0, 1), from Philox keyed by (seed, id, sample) alone.
@@ -280,6 +294,11 @@ def draw(logits, uniform, temperature, top_p=1.0, top_k=0):
     return ids, logp.gather(-1, ids[:, None]).squeeze(-1)
 
 
+def tail_of(stop):
+    """So many tokens can hold one of these texts: a token is a byte at the least."""
+    return 8 + 4 * max(map(len, stop), default=0)
+
+
 # ---- Sampling a chunk ----------------------------------------------------------------------------
 @torch.inference_mode()
 def sample(model, prompts, owner, uniform, ends, stopped, args):
@@ -319,8 +338,7 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
     stops = torch.zeros(rows, dtype=torch.bool, device=device)
     alive = torch.arange(rows, device=device)  # (batch,) their places among all rows
     done = torch.zeros(rows, dtype=torch.bool, device=device)  # (batch,)
-    # So many tokens can hold a stop text: a token is a byte at the least.
-    tail = 8 + 4 * max(map(len, args.stop), default=0)
+    tail = tail_of(args.stop)
 
     for step in range(args.max_new_tokens):
         # 4. A token a row.
@@ -359,8 +377,27 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
 SAMPLED = ("sample", "completion", "prompt_ids", "completion_ids", "logprobs", "finish_reason")
 
 
-def run_chunk(chunk, problems, encoded, model, tokenizer, ends, args):
-    """The JSONL lines (str) of one chunk's items: the fields that this stage adds."""
+def prepare(model, device, ends, rows, longest, args):
+    """Set the model's attention; with --compile, the Decoder of chunks of at most `rows` rows.
+
+    longest: tokens of the longest prompt. ValueError: of an architecture that cannot be had so.
+    """
+    auto = "model" if args.compile else device
+    choose_attention(model, auto if args.attention == "auto" else args.attention)
+    if not args.compile:
+        return None
+
+    def drawn(logits, uniform):
+        return draw(logits, uniform, args.temperature, args.top_p, args.top_k)
+
+    return Decoder(model, drawn, rows, longest, args.max_new_tokens, ends)
+
+
+def run_chunk(chunk, problems, encoded, model, tokenizer, ends, args, decoder=None):
+    """The JSONL lines (str) of one chunk's items: the fields that this stage adds.
+
+    decoder: samples in place of `sample`, if given.
+    """
     wanted = list(dict.fromkeys(problem for problem, _ in chunk))
     place = {problem: i for i, problem in enumerate(wanted)}
     owner = [place[problem] for problem, _ in chunk]
@@ -372,9 +409,12 @@ def run_chunk(chunk, problems, encoded, model, tokenizer, ends, args):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         return any(stop in text for stop in args.stop)
 
-    tokens, logprobs, lengths, stops = sample(
-        model, [encoded[problem] for problem in wanted], owner, uniform, ends,
-        stopped if args.stop else None, args)
+    prompts, asked = [encoded[problem] for problem in wanted], stopped if args.stop else None
+    if decoder:
+        found = decoder.sample(prompts, owner, uniform, asked, tail_of(args.stop))
+    else:
+        found = sample(model, prompts, owner, uniform, ends, asked, args)
+    tokens, logprobs, lengths, stops = found
     if not torch.isfinite(logprobs).all():
         fail(f"{args.model}: logits that are not finite, for the prompt {identity[0]!r} or near it")
     completions = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
@@ -440,16 +480,17 @@ def main(args):
     encoded = encode(problems, tokenizer, config.get_text_config(), args.max_new_tokens,
                      args.overlong)
     model = load_model(args.model, dtype, device, options)
-    try:
-        choose_attention(model, device if args.attention == "auto" else args.attention)
-    except ValueError as error:
-        fail(f"{args.model}: {error}")
     ends = end_ids(model, tokenizer, args.stop, args.ignore_eos)
     if not (ends or args.stop or args.ignore_eos):
         fail(f"{args.model}: neither the tokenizer nor generation_config.json names an end-of-text "
              f"token; give --stop or --ignore-eos")
     lengths = [len(ids) for ids in encoded]
-    chunks = chunks_of(lengths, args.n, args.max_new_tokens, args.max_batch_tokens)
+    cut = fixed_chunks if args.compile else chunks_of
+    chunks = cut(lengths, args.n, args.max_new_tokens, args.max_batch_tokens)
+    try:
+        decoder = prepare(model, device, ends, max(map(len, chunks)), max(lengths), args)
+    except ValueError as error:
+        fail(f"{args.model}: {error}")
     if rank == 0:
         meta.update(attention=attention_of(model), end_ids=ends, chunks=len(chunks),
                     overlong=lengths.count(0))
@@ -463,7 +504,8 @@ def main(args):
         if os.path.exists(path) or os.path.exists(args.out):  # rank 0 may even have merged it
             continue
         start = time.monotonic()
-        lines = run_chunk(chunks[number], problems, encoded, model, tokenizer, ends, args)
+        lines = run_chunk(chunks[number], problems, encoded, model, tokenizer, ends, args,
+                          decoder)
         write_synced(path, lines, rank)
         busy += time.monotonic() - start
         made += sum(line.count(",", line.index('"completion_ids"'), line.index('"logprobs"'))
