@@ -27,6 +27,7 @@ an answer that was still being judged after --timeout seconds, or used up a work
 import collections
 import os
 import re
+import sys
 import time
 import typing
 from importlib import import_module
@@ -148,10 +149,18 @@ def show(row, fields):
     own = [name for name in row.__struct_fields__ if name not in Rollout.__struct_fields__]
     asked = ", ".join(f"{name} {value!r}" for name in own
                       if (value := getattr(row, name)) is not None)
-    print(f"{row.id[:80]!r} sample {row.sample}: {asked}\n"
-          f"  completion (its end) {row.completion[-300:]!r}\n"
-          f"  answer {str(fields['pred'])[:200]!r}: {fields['reason']}, "
-          f"reward {fields['reward']:g}")
+    say(f"{row.id[:80]!r} sample {row.sample}: {asked}\n"
+        f"  completion (its end) {row.completion[-300:]!r}\n"
+        f"  answer {str(fields['pred'])[:200]!r}: {fields['reason']}, "
+        f"reward {fields['reward']:g}")
+
+
+def say(text):
+    """Print, as long as somebody reads; score.py ... | head still completes its output."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(args):
@@ -179,9 +188,9 @@ def main(args):
     counts = {reason: reasons[reason] for reason in REASONS}
     publish(args.out, {**meta, "rows": total, "reasons": counts,
                        "wall_s": time.monotonic() - start})
-    print(f"{args.out}: {total} rows, {reasons['ok'] / total:.1%} correct")
+    say(f"{args.out}: {total} rows, {reasons['ok'] / total:.1%} correct")
     for reason in REASONS:
-        print(f"  {reason:10}{reasons[reason]:10}{reasons[reason] / total:8.1%}")
+        say(f"  {reason:10}{reasons[reason]:10}{reasons[reason] / total:8.1%}")
 
 
 if __name__ == "__main__":

@@ -492,6 +492,21 @@ def test_pitfall_13_the_histogram_shows_every_reason(tmp_path, capsys):
     assert json.load(open(tmp_path / "s.jsonl.meta.json"))["reasons"] == counts
 
 
+def test_nobody_need_read_what_is_shown(tmp_path):
+    """score.py ... | head: quiet, and the output is complete."""
+    source = write(tmp_path / "r.jsonl", [row(sample=i, completion="1+2" * 60) for i in range(2000)])
+    command = f"{sys.executable} score.py {source} --out {tmp_path / 's.jsonl'} --show 2000 | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "ipe" not in done.stderr
+    assert len(open(tmp_path / "s.jsonl").readlines()) == 2000
+
+
+def test_a_rows_own_solution_passes_untouched(tmp_path):
+    """Countdown's verdict says which solution was found; a worked-out solution of other tasks is the data's own."""
+    source = write(tmp_path / "r.jsonl", [maths_row("5", "no box", solution="add 2 and 3"), row(solution="stale")])
+    assert [one["solution"] for one in run(source, tmp_path / "s.jsonl")] == ["add 2 and 3", "1+2"]
+
+
 def test_what_is_shown_cannot_speak_to_the_terminal(tmp_path, capsys):
     run(write(tmp_path / "r.jsonl", [row(id="\x1b[2J", completion="\x1b]0;x\x07\u202e1+2")]), tmp_path / "s.jsonl",
         "--show", "1")
