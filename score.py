@@ -14,7 +14,7 @@ the rows in order, each with
                 null; two answers that are one solution share it
 
 What an answer is and what is right is told in the file of the task: data/countdown.py,
-data/maths.py. A task is a file that holds
+data/maths.py, data/gym.py. A task is a file that holds
 
     Row                        its rows: a Rollout with the fields that its verdict needs
     verify(completion, row)    the Verdict, or a Job for a process that can be killed
@@ -42,6 +42,7 @@ from data.workers import Job, Workers
 TASKS = {  # what stands in a row's `task`: the file that judges it
     "countdown": import_module("data.countdown"),
     "math": import_module("data.maths"),
+    "gym": import_module("data.gym"),
 }
 ROW = typing.Union[tuple(task.Row for task in TASKS.values())]
 VERIFY = {task.Row: task.verify for task in TASKS.values()}

@@ -55,7 +55,7 @@ def test_own_task_in_three_steps(checkout):
 
 @pytest.mark.parametrize("change, told", [
     ({"answer": 3}, "field 'answer': Expected str, got int"), ({"answer": None}, "field 'answer': Expected str, got null"),
-    ({"task": "revers"}, "field 'task' must be one of countdown, math, reverse")])
+    ({"task": "revers"}, "field 'task' must be one of countdown, math, gym, reverse")])
 def test_rows_that_are_none_are_told_of(checkout, change, told):
     rollouts(checkout, {"id": "a", "task": "reverse", "answer": "b", "sample": 0, "completion": "b", "finish_reason": "stop", **change})
     code, _, err = run(checkout, "score.py", "rollouts.jsonl", "--out", "scored.jsonl")
