@@ -24,11 +24,21 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import numpy as np
 
-from experiments.figures import COLOURS, LABELS, interval, plt
+from experiments import figures
+from experiments.figures import interval, plt
 from experiments.suite import read_csv
 
+LABELS = {
+    **figures.LABELS, "ds-token": "DS-GRPO", "grpo-longer": "GRPO, ten rounds more",
+    "rehearsal": "rehearsal alone", "grpo-rehearsal": "GRPO + rehearsal",
+    "ds-rehearsal": "DS-GRPO + rehearsal",
+    "ds-entropy-rehearsal": "differential entropy + rehearsal"}
+COLOURS = {  # of the arms in the figure
+    **figures.COLOURS, "rehearsal": "#999999", "grpo-rehearsal": "#8C564B",
+    "ds-rehearsal": "#56B4E9", "ds-entropy-rehearsal": "#7FC97F"}
+
 MEASURES = ("256", "64", "16", "coverage")  # Pass@k, and the share of existing solutions found
-REFERENCES = ("grpo", "entropy-bonus", "base")
+REFERENCES = ("grpo", "entropy-bonus", "rehearsal", "grpo-rehearsal", "base")
 STYLES = ("-", "--")  # of an arm's learning rates
 
 
@@ -46,12 +56,15 @@ def load(folder):
 
 
 def with_base(table):
-    """The table, with every run's path beginning at the base of its seed, if that is there."""
+    """The table, with every run's path beginning at the base of its seed, if that is there; the
+    path of grpo-longer is that of GRPO and one checkpoint more."""
     paths = {}
     for (regime, split, arm, lr), runs in table.items():
         bases = table.get((regime, split, "base", "0"), {})
+        shorter = table.get((regime, split, "grpo", lr), {}) if arm == "grpo-longer" else {}
         paths[regime, split, arm, lr] = {
-            seed: {**bases[seed], **points} for seed, points in runs.items() if seed in bases}
+            seed: {**bases[seed], **shorter.get(seed, {}), **points}
+            for seed, points in runs.items() if seed in bases}
     return paths
 
 
@@ -172,31 +185,28 @@ def panels_of(paths):
 
 # ---- The figure --------------------------------------------------------------------------------
 def draw(panels, path):
-    """Pass@1 against Pass@256: an arm a path, the mean over seeds at each checkpoint; the base a
-    star; an arm's second learning rate dashed."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2),
+    """Pass@1 against Pass@256: an arm a path, from the base, which is a star, through the mean over
+    seeds at each checkpoint; an arm's second learning rate dashed; in brackets the seeds."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 5.2),
                                 layout="constrained", squeeze=False)
-    spare = iter(plt.get_cmap("tab20").colors)
-    colours = dict(COLOURS)
     for axis, ((regime, split), runs_of) in zip(axes[0], panels.items()):
-        rates = {}
+        drawn = []
         for (arm, lr), runs in runs_of.items():
-            if arm not in colours:
-                colours[arm] = next(spare)
+            if arm not in COLOURS:
+                continue
             rounds = sorted(set.intersection(*(set(points) for points in runs.values())))
             x, y = (np.mean([[points[r][k] for r in rounds] for points in runs.values()], 0)
                     for k in ("1", "256"))
+            look = {"marker": "o", "markersize": 4, "linestyle": STYLES[drawn.count(arm)]}
             if arm == "base":
-                axis.plot(x, y, "*", color=colours[arm], markersize=15, zorder=3, label="base")
-                continue
-            style = STYLES[len(rates.setdefault(arm, [])) % len(STYLES)]
-            rates[arm].append(lr)
-            axis.plot(x, y, style, color=colours[arm], marker="o", markersize=4,
-                      label=f"{name_of(arm, lr)} ({len(runs)})")
+                look = {"marker": "*", "markersize": 15, "zorder": 3, "linestyle": ""}
+            axis.plot(x, y, color=COLOURS[arm], label=f"{name_of(arm, lr)} ({len(runs)})", **look)
+            drawn.append(arm)
         axis.set(title=regime + (", its own problems" if split == "train" else ""),
                  xlabel="Pass@1", ylabel="Pass@256")
         axis.grid(color="#e6e6e6")
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, ncol=2, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.13))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
