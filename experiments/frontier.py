@@ -346,7 +346,7 @@ def main(args):
     def check(folder, label, figures):
         differences.append(compare(folder, label, figures))
 
-    bases = dict.fromkeys(map(tuned_base, args.regimes))
+    bases = dict.fromkeys(map(tuned_base, args.regimes)) if args.arms != ["base"] else {}
     parts = {part for arm in args.arms for part in PARTS.get(arm, (arm,))}
     tuned = [arm for arm in CANDIDATES if arm in parts and len(CANDIDATES[arm]) > 1]
     phase("learning rate", tuning_jobs(args, ["grpo"], dict.fromkeys(bases, RATES)), keep_tuning)
