@@ -237,8 +237,8 @@ def bootstrap(columns, resamples, rng):
     chunk = max(1, 2**20 // problems)
     for first in range(0, resamples, chunk):
         rows = min(chunk, resamples - first)
-        drawn = rng.integers(problems, size=(rows, problems)) + problems * np.arange(rows)[:, None]
-        times_drawn = np.bincount(drawn.ravel(), minlength=rows * problems).reshape(rows, problems)
+        drawn = rng.integers(problems, size=(rows, problems), dtype=np.int32)
+        times_drawn = np.array([np.bincount(row, minlength=problems) for row in drawn])
         means.append(times_drawn @ columns / problems)
     return np.concatenate(means)
 
