@@ -59,8 +59,8 @@ def refused(capsys, *argv):
     return err
 
 
-# ---- The estimator (pitfall 27) --------------------------------------------------------------------------------------
-def test_pitfall_27_equals_the_share_of_subsets_with_a_correct_sample():
+# ---- The estimator ----------------------------------------------------------------------------------------------------
+def test_equals_the_share_of_subsets_with_a_correct_sample():
     for n in range(1, 9):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
@@ -68,12 +68,20 @@ def test_pitfall_27_equals_the_share_of_subsets_with_a_correct_sample():
 
 
 @pytest.mark.parametrize("n, k", [(256, 1), (256, 2), (256, 255), (256, 256), (1024, 100)])
-def test_pitfall_27_product_form_is_exact_at_large_n(n, k):
+def test_product_form_is_exact_at_large_n(n, k):
     exact = [float(1 - Fraction(math.comb(n - c, k), math.comb(n, k))) for c in range(n + 1)]
     np.testing.assert_allclose(evaluate.pass_at_k(n, k), exact, rtol=0, atol=1e-12)
 
 
-def test_pitfall_27_unbiased_where_the_plug_in_is_not():
+def test_equals_the_textbook_formula_for_all_counts_up_to_64():
+    """1 - C(n-c, k) / C(n, k), the estimator of Chen et al. 2021 as human-eval has it, in whole numbers."""
+    for n in range(1, 65):
+        for k in range(1, n + 1):
+            textbook = [1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)]
+            np.testing.assert_allclose(evaluate.pass_at_k(n, k), textbook, rtol=0, atol=1e-13)
+
+
+def test_unbiased_where_the_plug_in_is_not():
     n, k, p = 16, 8, 0.1
     chance = np.array([math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)])
     truth = 1 - (1 - p) ** k
@@ -81,7 +89,7 @@ def test_pitfall_27_unbiased_where_the_plug_in_is_not():
     assert chance @ (1 - (1 - np.arange(n + 1) / n) ** k) < truth - 0.05
 
 
-def test_pitfall_27_k_above_n_is_an_error(tmp_path, capsys):
+def test_k_above_n_is_an_error(tmp_path, capsys):
     with pytest.raises(ValueError, match="k = 5"):
         evaluate.pass_at_k(4, 5)
     scored = write(tmp_path / "a.jsonl", [row("p", s, True) for s in range(4)])
@@ -102,7 +110,7 @@ def test_majority_vote():
     assert evaluate.majority_at_k(votes("A", "b", None, "C"), 1) == 0.5          # maj@1 is Pass@1
 
 
-# ---- Intervals (pitfall 29) ------------------------------------------------------------------------------------------
+# ---- Intervals --------------------------------------------------------------------------------------------------------
 def test_bootstrap_equals_a_loop():
     columns = np.random.default_rng(1).random((7, 3))
     rng = np.random.default_rng(5)
@@ -128,7 +136,7 @@ def test_interval_covers_the_truth():
     assert 180 <= held <= 198
 
 
-def test_pitfall_29_differences_are_paired(tmp_path):
+def test_differences_are_paired(tmp_path):
     """Problems differ far more than runs do, so the paired interval is much narrower than the two intervals apart."""
     base, better = random_rows(1, problems=60, n=64), random_rows(2, problems=60, n=64, skill=0.1)
     first, second = write(tmp_path / "a.jsonl", base), write(tmp_path / "b.jsonl", better)
@@ -148,7 +156,7 @@ def test_pitfall_29_differences_are_paired(tmp_path):
     assert alone["low"] == pytest.approx(b["pass_at_k"]["4"]["low"], abs=1e-12)
 
 
-def test_pitfall_29_other_problems_are_refused(tmp_path, capsys):
+def test_other_problems_are_refused(tmp_path, capsys):
     a = write(tmp_path / "a.jsonl", [row("p", 0, True), row("q", 0, True)])
     b = write(tmp_path / "b.jsonl", [row("p", 0, True)])
     for files in ((a, b), (b, a)):
@@ -246,7 +254,7 @@ def test_samples_to_match(tmp_path):
     assert [run["samples_to_match"] for run in report(tmp_path, *files)["runs"]] == [4, 3, None]
 
 
-def test_pitfall_28_rewards_are_not_read(tmp_path):
+def test_rewards_are_not_read(tmp_path):
     rows = random_rows(3)
     plain = report(tmp_path, write(tmp_path / "a.jsonl", rows))
     shaped = [{**one, "reward": 0.1 if not one["correct"] else -one["reward"]} for one in rows]
@@ -303,7 +311,7 @@ def test_table(tmp_path, capsys):
     assert lines[3].count("[") == 3 and lines[3].count("+") == 3
 
 
-def test_pitfall_30_other_sampling_settings_are_told(tmp_path, capsys):
+def test_other_sampling_settings_are_told(tmp_path, capsys):
     alike = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
     a = write(tmp_path / "a.jsonl", random_rows(1), alike)
     b = write(tmp_path / "b.jsonl", random_rows(2), alike)
@@ -346,7 +354,7 @@ def png_size(path):
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
-def test_pitfall_30_figure_has_the_base_on_the_same_axes(tmp_path, monkeypatch, capsys):
+def test_figure_has_the_base_on_the_same_axes(tmp_path, monkeypatch, capsys):
     files = [write(tmp_path / f"{name}.jsonl", random_rows(len(name))) for name in ("base", "grpo", "ds-grpo")]
     kept = drawn(monkeypatch)
     main(*files, "--plot", tmp_path / "p.png")
