@@ -122,7 +122,7 @@ def ranks(request, model, files, tmp_path_factory):
     return types.SimpleNamespace(folder=folder, world=request.param, code=code, stderr=stderr)
 
 
-def test_pitfalls_16_20_21_ranks_and_shards_give_the_gradient_of_one_process(ranks, model, files, tmp_path, fp64):
+def test_ranks_and_shards_give_the_gradient_of_one_process(ranks, model, files, tmp_path, fp64):
     """Also where a rank has fewer rows than the others, or none: gradient, weights, moments and metrics, plain and sharded."""
     for name, (rows, flags) in CASES.items():
         one = run(model, files[rows], tmp_path / name, *flags)

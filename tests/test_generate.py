@@ -118,7 +118,7 @@ def base(tiny_model, prompts, tmp_path_factory):
 
 
 # ---- What is sampled ----------------------------------------------------------------------------------------------------
-def test_pitfall_01_a_hostile_generation_config_changes_nothing(tiny_model, prompts, base, tmp_path):
+def test_a_hostile_generation_config_changes_nothing(tiny_model, prompts, base, tmp_path):
     hostile = copy_of(tiny_model, tmp_path / "hostile", generation_config={
         "do_sample": True, "temperature": 0.01, "top_p": 0.1, "top_k": 1, "min_p": 0.5, "typical_p": 0.2, "repetition_penalty": 5.0,
         "no_repeat_ngram_size": 2, "max_new_tokens": 1, "min_new_tokens": 20, "num_beams": 4, "suppress_tokens": [3, 4, 5], "max_length": 3,
@@ -138,7 +138,7 @@ def test_the_embedded_tokenizer_is_read_as_it_was_made(tiny_model):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
-def test_pitfall_02_04_logprobs_equal_a_plain_pass_with_padded_prompts(temperature, tiny_model, prompts, tmp_path):
+def test_logprobs_equal_a_plain_pass_with_padded_prompts(temperature, tiny_model, prompts, tmp_path):
     rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", temperature, "--n", 2)
     assert len({len(row["prompt_ids"]) for row in rows}) > 3  # so prompts were padded
     assert gap(reload(tiny_model), rows, temperature) < 1e-5
@@ -146,7 +146,7 @@ def test_pitfall_02_04_logprobs_equal_a_plain_pass_with_padded_prompts(temperatu
     assert np.std([x for row in rows for x in row["logprobs"]]) > 0.3  # a uniform policy would prove little
 
 
-def test_pitfall_03_ends_are_part_of_the_action(base):
+def test_ends_are_part_of_the_action(base):
     stopped = [row for row in base[1] if row["finish_reason"] == "stop"]
     assert 5 < len(stopped) < len(base[1])
     for row in base[1]:
@@ -157,7 +157,7 @@ def test_pitfall_03_ends_are_part_of_the_action(base):
         assert "<|" not in row["completion"].replace("<|unk|>", "").replace("<|pad|>", "")
 
 
-def test_pitfall_03_pad_may_be_eos_and_pad_may_be_sampled(tiny_model, prompts, base, tmp_path):
+def test_pad_may_be_eos_and_pad_may_be_sampled(tiny_model, prompts, base, tmp_path):
     """Masks come from lengths: another pad token, even the EOS, changes no row; a sampled pad id (1) is a token like any other."""
     model = copy_of(tiny_model, tmp_path / "model", config={"pad_token_id": 0}, generation_config={"pad_token_id": 0},
                     tokenizer_config={"pad_token": "<|endoftext|>"})
@@ -168,7 +168,7 @@ def test_pitfall_03_pad_may_be_eos_and_pad_may_be_sampled(tiny_model, prompts, b
 
 
 @pytest.mark.parametrize("config", [[0, 5, 9], [9, 5]])
-def test_pitfall_03_several_ends(config, tiny_model, prompts, base, tmp_path):
+def test_several_ends(config, tiny_model, prompts, base, tmp_path):
     """Those of generation_config.json and that of the tokenizer (0), whether or not it stands there."""
     model = copy_of(tiny_model, tmp_path / "model", generation_config={"eos_token_id": config})
     rows = run(model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
@@ -180,7 +180,7 @@ def test_pitfall_03_several_ends(config, tiny_model, prompts, base, tmp_path):
     assert {row["completion_ids"][-1] for row in rows if row["finish_reason"] == "stop"} == {0, 5, 9}
 
 
-def test_pitfall_04_ids_are_stored_without_padding(tiny_model, prompts, base):
+def test_ids_are_stored_without_padding(tiny_model, prompts, base):
     tokenizer, problems = AutoTokenizer.from_pretrained(tiny_model), read(prompts)
     assert [(row["id"], row["sample"]) for row in base[1]] == [(problem["id"], k) for problem in problems for k in range(8)]
     for row in base[1]:
@@ -188,7 +188,7 @@ def test_pitfall_04_ids_are_stored_without_padding(tiny_model, prompts, base):
         assert row["completion"] == tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
 
 
-def test_pitfall_06_no_logits_are_kept(tiny_model, prompts, tmp_path, monkeypatch):
+def test_no_logits_are_kept(tiny_model, prompts, tmp_path, monkeypatch):
     seen, draw = [], generate.draw
 
     def spy(logits, *args):
@@ -201,7 +201,7 @@ def test_pitfall_06_no_logits_are_kept(tiny_model, prompts, tmp_path, monkeypatc
     assert len(seen) == 24
 
 
-def test_pitfall_07_every_row_has_a_stream_of_its_own(tiny_model, prompts, base, tmp_path):
+def test_every_row_has_a_stream_of_its_own(tiny_model, prompts, base, tmp_path):
     """Streams depend on (seed, id, sample) alone: not on n, on the other problems, on the batch or on the length limit."""
     keys = [(seed, identity, k) for seed in (0, 1) for identity in ("a", "b", "1", "a1") for k in (0, 1, 11)]
     streams = np.stack([generate.uniforms(*key, 50) for key in keys])
@@ -217,7 +217,7 @@ def test_pitfall_07_every_row_has_a_stream_of_its_own(tiny_model, prompts, base,
 
 
 @pytest.mark.parametrize("budget, limit", [(1, 3), (300, 12), (2000, 12)])
-def test_pitfall_07_the_batch_size_changes_no_stream(budget, limit, tiny_model, prompts, base, tmp_path):
+def test_the_batch_size_changes_no_stream(budget, limit, tiny_model, prompts, base, tmp_path):
     rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7, "--max-batch-tokens", budget, "--limit", limit)
     assert json.loads((tmp_path / "out.jsonl.meta.json").read_text())["chunks"] > 1
     assert ids_of(rows) == ids_of(base[1][:8 * limit])
@@ -225,7 +225,7 @@ def test_pitfall_07_the_batch_size_changes_no_stream(budget, limit, tiny_model, 
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_pitfall_07_ranks_change_no_bit(ranks, tiny_model, prompts, tmp_path):
+def test_ranks_change_no_bit(ranks, tiny_model, prompts, tmp_path):
     """Chunks are dealt to the ranks whole, so that the rows are bitwise those of one process."""
     flags = ["--temperature", 0.7, "--max-batch-tokens", 300]
     run(tiny_model, prompts, tmp_path / "one.jsonl", *flags)
@@ -239,7 +239,7 @@ def test_pitfall_07_ranks_change_no_bit(ranks, tiny_model, prompts, tmp_path):
     assert json.loads((tmp_path / "many.jsonl.meta.json").read_text())["world_size"] == ranks
 
 
-def test_pitfall_08_prompts_are_computed_once_and_finished_rows_dropped(tiny_model, prompts, base, tmp_path, monkeypatch):
+def test_prompts_are_computed_once_and_finished_rows_dropped(tiny_model, prompts, base, tmp_path, monkeypatch):
     shapes, choose_attention = [], generate.choose_attention
 
     def spied(model, attention):
@@ -377,7 +377,7 @@ def test_a_logit_that_is_not_finite_is_refused(tiny_model, prompts, tmp_path, mo
 
 # ---- The cache ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", [RoomyLayer, SharedLayer])
-def test_pitfall_08_the_caches_equal_the_plain_one(tiny_model, kind):
+def test_the_caches_equal_the_plain_one(tiny_model, kind):
     """Over 60 steps, short and long ones for the two ways of SharedLayer, with rows dropped on the way and left-padded prompts."""
     model = reload(tiny_model)
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.join(ROOT, "kernels"))  # as train.py does (pitfall 31)
+sys.path.append(os.path.join(ROOT, "kernels"))  # as train.py does
 import fused_entropy as kernel  # noqa: E402
 from fused_entropy import fused_entropy  # noqa: E402
 
@@ -80,7 +80,7 @@ def error(got, want):
 
 @pytest.mark.parametrize("temperature", [0.1, 0.7, 1, 2.0])
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_pitfall_02_closed_form(backend, vocab, temperature):
+def test_closed_form(backend, vocab, temperature):
     x, y, upstream = draw(7, vocab)
     results = run(x, y, temperature, upstream, backend)
     for got, want in zip(results, closed_form(x, y, temperature, upstream)):
@@ -151,7 +151,7 @@ def test_peaked_rows(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_pitfall_15_half_precision(backend, dtype):
+def test_half_precision(backend, dtype):
     """fp32 inside: the ratio of two log-probs is good to 1e-6, where log_softmax in bf16 is off by per cents."""
     x, y, upstream = draw(9, 1003, dtype=dtype)
     upstream[:, 1] = 0
@@ -386,7 +386,7 @@ def test_triton_through_the_interpreter():
     assert done.returncode == 0 and passed and int(passed[1]) >= 60, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def test_pitfall_31_names(tmp_path):
+def test_names(tmp_path):
     """Hugging Face's package `kernels` wins `import kernels` where installed, and this folder serves all the same;
     where it is not, kernels.fused_entropy can be imported too. On a CPU neither import costs Triton's."""
     (tmp_path / "kernels").mkdir()

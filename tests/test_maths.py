@@ -174,7 +174,7 @@ def test_without_pyarrow_one_line_says_so(tmp_path):
     assert done.returncode == 2 and "needs pyarrow" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_pitfall_31_the_file_shadows_nothing():
+def test_the_file_shadows_nothing():
     """Scripts in data/ have that folder first on their path: a file math.py there would hide the standard library's."""
     assert not {path.stem for path in (ROOT / "data").glob("*.py")} & set(sys.stdlib_module_names)
 

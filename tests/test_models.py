@@ -361,7 +361,7 @@ def __getattr__(name):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_pitfall_31_the_package_kernels_and_the_folder_kernels(installed, tiny_model, prompts, tmp_path):
+def test_the_package_kernels_and_the_folder_kernels(installed, tiny_model, prompts, tmp_path):
     """With that package in the environment every stage runs and finds both; without it transformers does not take our folder for it."""
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     if installed:

@@ -7,7 +7,7 @@ import transformers
 import train
 
 
-def test_pitfall_05_train_never_tokenises(tiny_model, tmp_path, monkeypatch):
+def test_train_never_tokenises(tiny_model, tmp_path, monkeypatch):
     def rows(text):
         return [{"id": "a", "sample": sample, "task": "countdown", "completion": text, "prompt_ids": [4, 21, 5], "completion_ids": [6, 7, 0][:2 + sample],
                  "logprobs": [-1.0] * (2 + sample), "finish_reason": "stop", "correct": bool(sample), "reward": float(sample)} for sample in (0, 1)]

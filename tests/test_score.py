@@ -1,4 +1,4 @@
-"""score.py: Countdown's exact verifier, maths in processes that can be killed, rows in and out (pitfalls 9 to 13)."""
+"""score.py: Countdown's exact verifier, maths in processes that can be killed, rows in and out."""
 import collections
 import contextlib
 import fcntl
@@ -76,7 +76,7 @@ def refused(capsys, source, out, *flags):
     ("<answer>8/\n(3-8/3)\n</answer>", [3, 3, 8, 8], 24, "ok"),
     ("<answer>1</answer> no: <answer>1+2</answer>", [1, 2], 3, "ok"),
     ("8/(3-8/3)", [3, 3, 8, 8], 24, "ok")])
-def test_pitfall_09_the_table(answer, numbers, target, reason):
+def test_the_table(answer, numbers, target, reason):
     assert judge(answer, numbers, target)["reason"] == reason
 
 
@@ -91,7 +91,7 @@ def test_pitfall_09_the_table(answer, numbers, target, reason):
     "<answer>", "<answer>1+2", "1+2</answer>", "</answer>1+2<answer>", "<answer></answer>", "<answer> </answer>",
     "<ANSWER>1+2</ANSWER>", "<answer>1+2</answer", "<answer>1+2</answer><answer>2+2</answer>",
     "<answer>1+2<b></answer>"])
-def test_pitfall_09_nothing_else_is_an_answer(answer):
+def test_nothing_else_is_an_answer(answer):
     assert not judge(answer, [1, 2], 3)["correct"]
 
 
@@ -102,13 +102,13 @@ def test_pitfall_09_nothing_else_is_an_answer(answer):
     "<answer>x<answer>1+2</answer>y</answer>",
     "<answer>1+2</answer></answer>", "(" * 98 + "1+2" + ")" * 98, "1+2" + " " * 100_000,
     "<think>" * 20_000 + "<answer>2+1</answer>"])
-def test_pitfall_09_the_same_answer_in_other_dress(answer):
+def test_the_same_answer_in_other_dress(answer):
     new = judge(answer, [1, 2], 3)
     del new["pred"]
     assert new == {"correct": True, "reason": "ok", "reward": 1.0, "solution": "1+2"}
 
 
-def test_pitfall_10_the_last_complete_answer_of_the_completion_alone(tmp_path):
+def test_the_last_complete_answer_of_the_completion_alone(tmp_path):
     assert countdown.last_answer("<answer>1</answer><answer>2</answer><answer>3") == "2"
     assert countdown.last_answer("<answer>1<answer>2</answer>3</answer>") == "2"
     assert countdown.last_answer("<answer>1</answer>2</answer>") == "1"
@@ -117,7 +117,7 @@ def test_pitfall_10_the_last_complete_answer_of_the_completion_alone(tmp_path):
     assert run(source, tmp_path / "s.jsonl")[0]["reason"] == "no_answer"
 
 
-def test_pitfall_11_a_reward_is_no_correctness(tmp_path):
+def test_a_reward_is_no_correctness(tmp_path):
     """Tags and form earn nothing; both fields are always there, of their own types."""
     source = write(tmp_path / "r.jsonl", [row(), row(sample=1, completion="<answer>2-1</answer>"),
                                           row(sample=2, completion="?")])
@@ -247,7 +247,7 @@ def test_the_fuzz_campaign_finds_planted_bugs(monkeypatch):
     (r"\boxed{1", []), (r"\boxed5", []), ("}}} {{ \\boxed{4} {", ["4"]), (r"\\boxed{6}", []), ("", []),
     (r"\boxed{}", [""]), (r"$\boxed 7$.", ["7"]), (r"so \boxed 7, or \fbox{8}", ["7", "8"]), (r"\(\boxed 7\)", ["7"]),
     (r"$\boxed \frac{1}{2}$", [r"\frac{1}{2}"]), (r"{\boxed 7} \boxed{8}", ["7", "8"]), (r"\boxed \boxed{9}", ["9"])])
-def test_pitfall_12_boxes_by_matched_braces(text, found):
+def test_boxes_by_matched_braces(text, found):
     assert [text[start:end] for start, end in maths.boxes(text)] == found
 
 
@@ -287,7 +287,7 @@ def judged_pairs(tmp_path_factory):
     return run(write(folder / "r.jsonl", rows), folder / "s.jsonl", "--timeout", "60", "--workers", "2")
 
 
-def test_pitfall_12_gold_and_answer_pairs(judged_pairs):
+def test_gold_and_answer_pairs(judged_pairs):
     wrong = [(pair, new["reason"]) for pair, new in zip(PAIRS, judged_pairs, strict=True)
              if new["correct"] != pair["right"]]
     right = sum(pair["right"] for pair in PAIRS)
@@ -320,7 +320,7 @@ def bombs(some):
 
 
 @pytest.mark.parametrize("some", [BOMBS[:3], pytest.param(BOMBS, marks=pytest.mark.slow)])
-def test_pitfall_12_bombs_end_and_leave_the_others_alone(tmp_path, capsys, some):
+def test_bombs_end_and_leave_the_others_alone(tmp_path, capsys, some):
     source = write(tmp_path / "r.jsonl", bombs(some))
     new = run(source, tmp_path / "s.jsonl", "--timeout", "5", "--workers", "2")
     assert [one["id"] for one in new] == [one["id"] for one in bombs(some)]
@@ -480,7 +480,7 @@ def test_a_scored_file_is_scored_afresh(tmp_path):
     assert (tmp_path / "t.jsonl").read_bytes() == (tmp_path / "s.jsonl").read_bytes()
 
 
-def test_pitfall_13_the_histogram_shows_every_reason(tmp_path, capsys):
+def test_the_histogram_shows_every_reason(tmp_path, capsys):
     completions = ["1+2", "", "?", "1+1", "2-1"]
     rows = [row(sample=i, completion=completion) for i, completion in enumerate(completions)]
     rows.append(row(sample=5, finish_reason="length"))

@@ -1,4 +1,4 @@
-"""train.py against an oracle written as plain loops: every method, loss, gradient, Adam step and metric; pitfalls 14 to 26.
+"""train.py against an oracle written as plain loops: every method, loss, gradient, Adam step and metric.
 
 The oracle below runs a whole round in fp64, one row, one token and one formula at a time, and shares no line with train.py.
 For the comparison train.py's model is made fp64 too, so that only wrong formulas can make a difference; a few tests then
@@ -346,7 +346,7 @@ ARMS = {
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_pitfalls_18_22_23_oracle(arm, model, reference, rollouts, tmp_path, fp64):
+def test_oracle(arm, model, reference, rollouts, tmp_path, fp64):
     """One update: loss, gradient, weights and every metric of every arm; three updates in small micro-batches: the clipped ratios,
     pi_old of all groups taken before the first, gradient clipping, warm-up and Adam's moments as well."""
     flags = ARMS[arm] + (["--ref-model", reference] if "--kl-coef" in ARMS[arm] else [])
@@ -372,7 +372,7 @@ def test_pitfalls_18_22_23_oracle(arm, model, reference, rollouts, tmp_path, fp6
         same_metrics(found, expected)
     first = three.metrics[0]
     assert first["ratio_max"] == pytest.approx(1, abs=1e-5) and first["clip_low_frac"] == first["clip_high_frac"] == 0
-    assert abs(first["entropy"] - first["nll"]) > 0.05  # pitfall 23: two different things
+    assert abs(first["entropy"] - first["nll"]) > 0.05  # two different things
 
 
 def test_oracle_in_fp32(model, rollouts, tmp_path):
@@ -400,13 +400,13 @@ def advantage(rewards, corrects, lengths=None, logp=-1.0, method=train.grpo, **o
     return method(batch_of(torch.tensor([rewards], dtype=torch.float64), torch.tensor([corrects]), old, row), **options).tolist()
 
 
-def test_pitfall_17_population_std_by_hand():
+def test_population_std_by_hand():
     assert advantage([1.0, 0.0, 0.0, 0.0], [True, False, False, False]) == pytest.approx([3 ** 0.5, *[-(3 ** -0.5)] * 3], rel=1e-5)
     assert advantage([1.0, 0.0], [True, False], adv_norm="none") == [0.5, -0.5]
 
 
 @pytest.mark.parametrize("method, options", [(train.grpo, {}), (train.grpo, {"adv_norm": "none"}), (arms.cispo, {}), (arms.passk, {"k": 1})])
-def test_pitfall_17_one_sample_or_equal_rewards_give_exactly_zero(method, options):
+def test_one_sample_or_equal_rewards_give_exactly_zero(method, options):
     for reward, n in itertools.product([0.0, 0.1, 1 / 3, 1.0, -7.7], [1, 2, 3, 7, 8, 12]):
         if method == arms.passk and n == 1:
             continue  # refused: below
@@ -415,7 +415,7 @@ def test_pitfall_17_one_sample_or_equal_rewards_give_exactly_zero(method, option
         assert (found == 0).all(), (reward, n)
 
 
-def test_pitfalls_11_18_the_sign_comes_from_correct_and_dead_groups_are_smoothed():
+def test_the_sign_comes_from_correct_and_dead_groups_are_smoothed():
     options = {"method": train.ds_grpo, "gamma_p": 0.5, "gamma_n": 0.25}
     assert advantage([0.1, 0.1], [False, False], logp=-2.0, **options) == [-0.5, -0.5]  # a format reward does not make it correct
     assert advantage([0.0, 0.0], [True, True], logp=-2.0, **options) == [1.0, 1.0]
@@ -476,7 +476,7 @@ def test_numerics_log_probs_of_minus_ten_thousand():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.floats(-50, 0, width=32), st.floats(-50, 0, width=32)), min_size=1, max_size=50))
-def test_pitfall_25_k3_is_never_negative(pairs):
+def test_k3_is_never_negative(pairs):
     logp, other = torch.tensor(pairs).unbind(1)
     assert (train.k3(logp, other) >= 0).all() and (train.k3(logp, logp) == 0).all()
     near = logp * (1 + 1e-6)  # where exp(d) - d - 1, as it is written, loses all digits in fp32
@@ -519,7 +519,7 @@ def row_of(prompt, completion, group=0, used=True):
 # ---- The plan: who computes what ----------------------------------------------------------------------------------------
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_pitfalls_16_20_the_plan_covers_every_row_once(data):
+def test_the_plan_covers_every_row_once(data):
     """Any lengths, any number of ranks: each kept row with tokens once over all ranks, as many micro-batches on each rank, and no
     micro-batch above its budget unless it is a single row."""
     n, shapes = data.draw(st.integers(1, 4)), data.draw(st.lists(st.tuples(st.integers(1, 30), st.lists(st.tuples(
@@ -567,7 +567,7 @@ def test_groups_are_dealt_into_updates_whose_sizes_differ_by_at_most_one(model, 
 
 
 # ---- Pitfalls, one by one -----------------------------------------------------------------------------------------------
-def test_pitfall_14_fp32_masters_move_where_bf16_weights_do_not(model, rollouts, tmp_path):
+def test_fp32_masters_move_where_bf16_weights_do_not(model, rollouts, tmp_path):
     torch.manual_seed(0)
     narrow = torch.nn.Parameter((0.02 * torch.randn(100_000)).bfloat16())
     before, optimizer = narrow.detach().clone(), torch.optim.AdamW([narrow], lr=1e-6, weight_decay=0.01)
@@ -584,7 +584,7 @@ def test_pitfall_14_fp32_masters_move_where_bf16_weights_do_not(model, rollouts,
         assert moved > 0.95 and in_bf16 < 0.05
 
 
-def test_pitfalls_15_19_ratio_is_one_in_bf16_autocast(model, rollouts, tmp_path):
+def test_ratio_is_one_in_bf16_autocast(model, rollouts, tmp_path):
     """pi_old and pi go through the same forward pass, whose log-softmax is fp32: no false ratio, however coarse the hidden states."""
     found = run(model, rollouts, tmp_path / "out", "--dtype", "bfloat16", "--updates", 2, "--lr", 0, "--smooth-level", "reward")
     for line in found.metrics:  # with lr 0 the second update, whose pi_old is another pass, is on policy, too
@@ -596,7 +596,7 @@ def test_pitfalls_15_19_ratio_is_one_in_bf16_autocast(model, rollouts, tmp_path)
     assert (logp.bfloat16().float() != logp).any()
 
 
-def test_pitfall_16_the_normaliser_does_not_see_micro_batches(model, tmp_path, monkeypatch):
+def test_the_normaliser_does_not_see_micro_batches(model, tmp_path, monkeypatch):
     """1 x 8 = 4 x 2 = 8 x 1, with prompts repeated and shared: the gradient to 1e-6, weights to a tenth of a step."""
     rows = make_rows(model, [[(1, 1.0), (0, 0.0), (1, 1.0), (0, 0.5)]] * 2, [[6, 2, 4, 1], [3, 5, 6, 6]], cut=())
     for row in rows:
@@ -620,21 +620,21 @@ def test_pitfall_16_the_normaliser_does_not_see_micro_batches(model, tmp_path, m
         assert (apart < 1e-6).float().mean() > 0.999 and apart.max() < 0.1 * lr
 
 
-def test_pitfall_17_groups_are_by_id_not_by_position(model, rollouts, tmp_path, fp64):
+def test_groups_are_by_id_not_by_position(model, rollouts, tmp_path, fp64):
     rows = make_rows(model)
     random.Random(1).shuffle(rows)
     shuffled = run(model, write(tmp_path / "rows.jsonl", rows), tmp_path / "shuffled", "--max-grad-norm", 1e9)
     assert distance(shuffled.gradient, run(model, rollouts, tmp_path / "straight", "--max-grad-norm", 1e9).gradient) < 1e-9
 
 
-def test_pitfall_18_dead_groups_train_under_ds_grpo_alone(model, tmp_path):
+def test_dead_groups_train_under_ds_grpo_alone(model, tmp_path):
     path = write(tmp_path / "rows.jsonl", make_rows(model, VERDICTS[1:3], LENGTHS[1:3], cut=()))
     dead = run(model, path, tmp_path / "grpo", "--method", "grpo")
     assert dead.metrics[0]["grad_norm"] == 0 and dead.metrics[0]["dead_groups"] == 1
     assert run(model, path, tmp_path / "ds", "--method", "ds-grpo").metrics[0]["grad_norm"] > 1e-3
 
 
-def test_pitfall_19_one_pass_a_row_unless_more_is_needed(model, rollouts, tmp_path, monkeypatch):
+def test_one_pass_a_row_unless_more_is_needed(model, rollouts, tmp_path, monkeypatch):
     """pi_old of the first update is its own forward pass; later ones, and all at level reward, are computed before any step."""
     calls, original = [], train.forward
     monkeypatch.setattr(train, "forward", lambda *args: calls.append(torch.is_grad_enabled()) or original(*args))
@@ -649,7 +649,7 @@ def test_pitfall_19_one_pass_a_row_unless_more_is_needed(model, rollouts, tmp_pa
 
 
 @pytest.mark.parametrize("lengths", [[[0, 0, 0, 0]], [[0, 0, 0, 1]], [[1, 1, 1, 1]], [[58, 59, 1, 0]]])
-def test_pitfall_20_empty_completions_and_the_length_limit(model, lengths, tmp_path):
+def test_empty_completions_and_the_length_limit(model, lengths, tmp_path):
     rows = make_rows(model, [VERDICTS[0]], lengths, cut=())
     for flags in [], ["--smooth-level", "sequence"], ["--smooth-level", "reward", "--updates", 1], ["--no-share-prompts"]:
         found = run(model, write(tmp_path / "rows.jsonl", rows), tmp_path / f"out{len(os.listdir(tmp_path))}", *flags)
@@ -658,7 +658,7 @@ def test_pitfall_20_empty_completions_and_the_length_limit(model, lengths, tmp_p
         assert all(torch.isfinite(weight).all() for weight in found.weights.values())
 
 
-def test_pitfall_22_all_truncated(model, tmp_path):
+def test_all_truncated(model, tmp_path):
     """A round whose answers were all cut: under `mask` nothing is learned from, under `wrong` all of it is wrong."""
     path = write(tmp_path / "rows.jsonl", make_rows(model, cut={(g, k) for g in range(7) for k in range(4)}))
     masked = run(model, path, tmp_path / "mask", "--truncated", "mask", "--weight-decay", 0)
@@ -715,7 +715,7 @@ def test_lr_zero_changes_no_bit(model, rollouts, tmp_path):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_pitfall_24_a_step_that_is_not_finite_is_refused(model, rollouts, tmp_path, capsys):
+def test_a_step_that_is_not_finite_is_refused(model, rollouts, tmp_path, capsys):
     """The second update, from weights of 1e30: exit 3, one line, its rows kept and named, nothing published; the kept rows are a
     rollout file that shows the same again."""
     flags, out = ["--lr", 1e30, "--updates", 2, "--truncated", "mask"], tmp_path / "out"
@@ -735,7 +735,7 @@ def test_pitfall_24_a_step_that_is_not_finite_is_refused(model, rollouts, tmp_pa
         len(row["completion_ids"]) for row in refused if row["finish_reason"] == "length")
 
 
-def test_pitfall_26_checkpointing_gives_the_same_gradient_and_excludes_shared_prompts(model, rollouts, tmp_path, monkeypatch, capsys):
+def test_checkpointing_gives_the_same_gradient_and_excludes_shared_prompts(model, rollouts, tmp_path, monkeypatch, capsys):
     """The dropout of the model's config stays off, though checkpointing asks for training mode."""
     folder, calls, original = str(tmp_path / "dropout"), [], modeling_qwen2.Qwen2MLP.forward
     shutil.copytree(model, folder)
@@ -756,7 +756,7 @@ def test_pitfall_26_checkpointing_gives_the_same_gradient_and_excludes_shared_pr
         assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_pitfall_26_shared_prompts_give_the_same_gradient(model, tmp_path, fp64):
+def test_shared_prompts_give_the_same_gradient(model, tmp_path, fp64):
     """Prompts of many lengths side by side in one micro-batch, so that most of them are padded."""
     rows = make_rows(model, VERDICTS, LENGTHS, seed=5)
     for row in rows:
@@ -769,7 +769,7 @@ def test_pitfall_26_shared_prompts_give_the_same_gradient(model, tmp_path, fp64)
 
 # ---- The folder and the next round --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tied", [True, False])
-def test_pitfall_26_the_folder_is_an_ordinary_model(tied, rollouts, tmp_path):
+def test_the_folder_is_an_ordinary_model(tied, rollouts, tmp_path):
     """It reloads to the same logits; fp32; a tied weight once; the original generation_config.json, byte by byte, or none."""
     folder = make_model(tmp_path / "model", 0, tie_word_embeddings=tied)
     found = run(folder, rollouts, tmp_path / "out", "--lr", 0)
