@@ -231,11 +231,10 @@ import transformers
 from tqdm import tqdm
 
 from data.metrics import Metrics
-from data.models import (autocast, check_model, device_and_dtype, earlier_metrics, load_model,
-                         load_optimizer, load_tokenizer, save_round, source_of)
+from data.models import (autocast, check_model, device_and_dtype, earlier_metrics, load_optimizer, load_tokenizer, save_round, source_of)
 from data.plan import plan_update
-from data.policy import Policy, checkpoint_activations, memory_estimate
-from data.ranks import (claim_empty, lost_ranks_told, rank_and_world, spread, start_ranks,
+from data.policy import Policy, checkpoint_activations, load_policy, memory_estimate
+from data.ranks import (claim_empty, lost_ranks_told, rank_and_world, start_ranks,
                         wait_for_rank_0)
 from data.rollouts import load_rollouts, sampling_of, write_rollouts
 
@@ -465,13 +464,6 @@ def verdicts_of(groups, fields, device):
                          for name in fields})
 
 
-def load_policy(name, options, temperature, rows, args, device):
-    model = load_model(name, torch.float32, device, options)
-    policy = Policy(model, temperature, args.share_prompts)
-    policy.check(name, rows)
-    return policy
-
-
 def announce(job, static, activations):
     """One line that says what was chosen, and the memory (bytes) that it will take."""
     args, (groups, n) = job.args, job.verdicts.reward.shape
@@ -515,14 +507,15 @@ def train(args):
     # 2. The policy, its optimizer, and the processes that share the work.
     start_ranks(device, world, args.rank_timeout)
     tokenizer, temperature = load_tokenizer(args.model, options), sampling["temperature"]
-    policy = load_policy(args.model, options, temperature, rows, args, device)
+    load = functools.partial(load_policy, temperature=temperature, rows=rows, args=args,
+                             device=device, world=world)
+    policy, module, no_sync = load(args.model, options)
     if args.ref_model:
-        reference = load_policy(args.ref_model, options, temperature, rows, args, device)
+        reference, _, _ = load(args.ref_model, options, trained=False)
     if args.checkpoint_activations:
         checkpoint_activations(policy.model)
     memory = memory_estimate(policy, device, dtype, args.micro_batch_tokens,
                              world if args.shard else 1)
-    module, no_sync = spread(policy, device, world, args.shard)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                   fused=True)
     step, lines = 0, []

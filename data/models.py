@@ -10,9 +10,9 @@ import shutil
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 from data.files import fail
+from data.shards import read_rows_of, tensor_files, write
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each weight
 # Beginnings of the names of what only train.py reads in the folder of a round.
@@ -106,30 +106,30 @@ def save_round(out, policy, tokenizer, optimizer, state, lines, source):
 
     policy: holds the `model`; state: of trainer_state.json; lines: of metrics.jsonl; source: the
     folder or Hub id that the round started from, whose generation_config.json is copied.
-    Under FSDP2 every rank takes part in gathering the shards; rank 0 keeps and writes them.
+    Under FSDP2 every rank takes part in gathering the shards, a tensor at a time; rank 0 writes.
     """
-    rank, gathered = int(os.environ.get("RANK", 0)), {}
-
-    def whole(tensor):
-        if id(tensor) not in gathered:  # tied weights stay one tensor, which is written once
-            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            gathered[id(tensor)] = None if rank else full.detach().cpu().contiguous()
-        return gathered[id(tensor)]
-
-    model = policy.model
-    weights = {name: whole(weight) for name, weight in model.state_dict(keep_vars=True).items()}
-    moments = {f"{name}.{key}": whole(optimizer.state[weight][key])
-               for name, weight in model.named_parameters() for key in MOMENTS}
-    if rank:
-        return
-    # A model's own generation config may fail its library's checks: it is copied as it is, below.
-    model.generation_config = transformers.GenerationConfig()
+    rank, model = int(os.environ.get("RANK", 0)), policy.model
+    weights, moments = {}, {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if not any(weight is other for other in weights.values()):  # tied weights are one
+            weights[name] = weight
+    for name, weight in model.named_parameters():
+        moments |= {f"{name}.{key}": optimizer.state[weight][key] for key in MOMENTS}
+    if not policy.by_rows:
+        weights = gathered(model, rank)
     try:
-        model.save_pretrained(out, state_dict=weights)
-        tokenizer.save_pretrained(out)
-        save_file(moments, f"{out}/optimizer.safetensors")
+        if rank == 0:
+            # A model's own generation config may fail the library's checks: it is copied below.
+            model.generation_config = transformers.GenerationConfig()
+            model.save_pretrained(out, state_dict={} if policy.by_rows else weights)
+            tokenizer.save_pretrained(out)
+        if policy.by_rows:
+            write(out, "model", weights, {"format": "pt"})
+        write(out, "optimizer", moments)
     except Exception as error:  # a full disk: where Rust writes, it is no OSError
         fail(f"{out}: cannot be written: {type(error).__name__}: {error}")
+    if rank:
+        return
     os.remove(f"{out}/generation_config.json")
     try:  # what loading has left in the cache of a Hub id: no network now
         original = transformers.utils.cached_file(source, "generation_config.json",
@@ -144,6 +144,19 @@ def save_round(out, policy, tokenizer, optimizer, state, lines, source):
         file.writelines(lines)
 
 
+def gathered(model, rank):
+    """{name: whole tensor} on rank 0, where save_pretrained needs all of them; tied ones are one."""
+    kept = {}
+
+    def whole(tensor):
+        if id(tensor) not in kept:
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            kept[id(tensor)] = None if rank else full.detach().cpu().contiguous()
+        return kept[id(tensor)]
+
+    return {name: whole(weight) for name, weight in model.state_dict(keep_vars=True).items()}
+
+
 def load_optimizer(optimizer, policy, folder):
     """Put the moments of an earlier round into `optimizer`.
 
@@ -156,9 +169,12 @@ def load_optimizer(optimizer, policy, folder):
             step = json.load(file)["step"]
         if type(step) is not int or step < 0:
             raise ValueError(f"step {step}")
-        moments = load_file(f"{folder}/optimizer.safetensors")
+        files = tensor_files(folder, "optimizer")
         for name, weight in policy.model.named_parameters():
-            state = {key: moment_of(moments, f"{name}.{key}", weight) for key in MOMENTS}
+            state = {}
+            for key in MOMENTS:
+                moment = read_rows_of(weight, files[f"{name}.{key}"], f"{name}.{key}")
+                state[key] = moment.to(weight.device)
             # The fused optimizer of a GPU counts its steps there.
             where = weight.device if weight.device.type == "cuda" else "cpu"
             optimizer.state[weight] = {"step": torch.tensor(float(step), device=where), **state}
@@ -166,17 +182,6 @@ def load_optimizer(optimizer, policy, folder):
         fail(f"{folder}: the optimizer cannot be carried on ({type(error).__name__}: {error}); "
              f"mend it or give --reset-optimizer")
     return step
-
-
-def moment_of(moments, name, weight):
-    """A moment as the optimizer keeps it: on the weight's device, and sharded as the weight is."""
-    moment = moments[name].to(weight.device)
-    if moment.shape != weight.shape or not torch.isfinite(moment).all():
-        raise ValueError(f"{name} does not fit the model, or is not finite")
-    if hasattr(weight, "device_mesh"):
-        distribute = torch.distributed.tensor.distribute_tensor
-        moment = distribute(moment, weight.device_mesh, weight.placements)
-    return moment
 
 
 def earlier_metrics(folder):

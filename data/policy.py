@@ -7,9 +7,12 @@ import sys
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from data.files import fail
-from data.models import autocast
+from data.models import autocast, load_model
+from data.ranks import spread
+from data.shards import fill, model_without_weights
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
@@ -19,15 +22,44 @@ from fused_linear_entropy import CHUNK, fused_linear_entropy
 from shared_prompt import repeated_hidden, shared_hidden
 
 
+def load_policy(name, options, temperature, rows, args, device, world, trained=True):
+    """(policy, the module to call, its no_sync context), on all ranks, checked with `rows`.
+
+    trained: whether it will be; a reference is not, and needs no gradients over ranks.
+
+    Under --shard no rank holds the whole model at any time, unless its files spell the weights
+    otherwise than the model does: then every rank loads all of it before it is sharded.
+    """
+    files, shard = {}, args.shard and world > 1
+    if shard:
+        model, files = model_without_weights(name, options)
+    if not files:
+        model = load_model(name, torch.float32, device, options)
+    policy = Policy(model, temperature, args.share_prompts, by_rows=bool(files))
+    module, no_sync = spread(policy, device, world if trained or shard else 1, shard)
+    if files:
+        try:
+            fill(model, files)
+        except ValueError as error:
+            fail(f"{name}: {error}")
+        model.to(device)  # its buffers
+    policy.check(name, rows)
+    if shard:
+        policy.reshard()  # a forward pass leaves what is not in a layer gathered
+    return policy, module, no_sync
+
+
 class Policy(torch.nn.Module):
     """What DDP wraps: ids in, log-prob and entropy of every completion token out.
 
-    The head runs inside, under DDP's hooks.
+    The head runs inside, under DDP's hooks. by_rows: whether it was filled by rows
+    (data/shards.py), and is to be saved by tensors.
     """
 
-    def __init__(self, model, temperature, share_prompts):
+    def __init__(self, model, temperature, share_prompts, by_rows=False):
         super().__init__()
         self.model, self.temperature, self.share = model, temperature, share_prompts
+        self.by_rows = by_rows
         self.head, config = model.get_output_embeddings(), model.config.get_text_config()
         self.cap = getattr(config, "final_logit_softcapping", None)
         scaling = getattr(config, "logits_scaling", None) or 1
@@ -105,7 +137,8 @@ def memory_estimate(policy, device, dtype, tokens, ranks=1):
     architecture, with autocast and with activation checkpointing; and the head's chunk of logits
     with its share of the weight's gradient.
     """
-    own = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
+    own = {weight.untyped_storage().data_ptr() for weight in policy.parameters()
+           if not isinstance(weight, DTensor)}
 
     def saved(count):
         sizes = {}
@@ -123,7 +156,11 @@ def memory_estimate(policy, device, dtype, tokens, ranks=1):
         return total
 
     few, many = saved(64), saved(192)
+    a_token = (many - few) / 128
+    if not own:  # sharded: what is saved holds gathered weights, too, which are freed again
+        few = 64 * a_token
+        policy.reshard()
     head = policy.head.weight
     logits = 4 * (min(CHUNK[device.split(":")[0]], tokens * len(head)) + head.numel())
     weights = sum(weight.numel() for weight in policy.parameters())
-    return weights * 16 // ranks, int(few + (many - few) / 128 * max(tokens - 64, 0)) + logits
+    return weights * 16 // ranks, int(few + a_token * max(tokens - 64, 0)) + logits

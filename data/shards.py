@@ -2,23 +2,24 @@
 
 `train.py --shard` calls these in this order, on every rank:
 
-    with without_weights():
-        model = AutoModelForCausalLM.from_config(config)      # parameters on the meta device: no memory
-    fully_shard(...)                                          # FSDP2: each rank owns a block of rows of every parameter
-    fill(model, tensor_files(folder, "model"))                # each rank reads its own rows, from one file or many
+    model, files = model_without_weights(name, options)  # parameters on the meta device: no memory
+    fully_shard(...)                                     # FSDP2: a rank owns rows of every parameter
+    fill(model, files)                                   # each rank reads its rows, whatever the files
     ...
-    write(folder, "model", dict(model.state_dict()))          # rank 0 writes, one gathered tensor at a time
+    write(folder, "model", weights)                      # rank 0 writes, a gathered tensor at a time
 
-so that a rank's memory is its shard and the largest single tensor, never the whole model. Optimizer moments likewise, in
-`optimizer*.safetensors` under the names WEIGHT.exp_avg and WEIGHT.exp_avg_sq.
+so that a rank's memory is its shard and the largest single tensor, never the whole model. Optimizer
+moments likewise, in optimizer*.safetensors under the names WEIGHT.exp_avg and WEIGHT.exp_avg_sq.
 """
 import contextlib
 import json
 import math
 import os
 
+import huggingface_hub
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
@@ -41,6 +42,25 @@ def without_weights():
         yield
     finally:
         torch.nn.Module.register_parameter = register
+
+
+def model_without_weights(name, options):
+    """(a causal language model in fp32 without weights, {weight: path of its file}).
+
+    The second is {} where the files spell the weights otherwise than the model does, which only
+    from_pretrained knows to translate. options: as data/models.py's check_model returns them."""
+    config = transformers.AutoConfig.from_pretrained(name, **options)
+    with without_weights():
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=options["trust_remote_code"])
+    if not os.path.isdir(name):
+        name = huggingface_hub.snapshot_download(
+            name, revision=options.get("revision"), allow_patterns=["*.safetensors", "*.json"])
+    files, weights = tensor_files(name, "model"), model.state_dict(keep_vars=True)
+    there = {id(weight) for key, weight in weights.items() if key in files}
+    if any(id(weight) not in there for weight in weights.values()):
+        files = {}
+    return model.eval(), files
 
 
 def tensor_files(folder, stem):
@@ -100,7 +120,7 @@ def fill(model, files):
     model.load_state_dict({name: filled[id(weight)] for name, weight in weights.items()}, assign=True)
 
 
-def write(folder, stem, tensors):
+def write(folder, stem, tensors, metadata=None):
     """Write STEM.safetensors, or STEM-00001-of-0000N.safetensors and an index where that would be above LARGEST_FILE.
 
     tensors: {name: tensor or DTensor}, the same names on every rank; all ranks take part, rank 0 writes. The bytes are those
@@ -124,12 +144,14 @@ def write(folder, stem, tensors):
                 json.dump({"metadata": {"total_size": total}, "weight_map": where}, file, indent=1)
     for path, group in zip(names, files):
         with open(f"{folder}/{path}", "wb") if rank == 0 else contextlib.nullcontext() as file:
-            write_file(file, {name: tensors[name] for name in group})
+            write_file(file, {name: tensors[name] for name in group}, metadata)
 
 
-def write_file(file, tensors):
-    """One safetensors file: 8 bytes with the header's length, the header as JSON, the tensors' bytes. file: None: only gather."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+def write_file(file, tensors, metadata):
+    """One safetensors file: the header's length in 8 bytes, the header as JSON, the tensors' bytes.
+
+    file: None on ranks that only take part in gathering."""
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),

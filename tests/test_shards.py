@@ -31,7 +31,7 @@ shards.fill(model, shards.tensor_files(folder, "model"))
 logits = model(input_ids=torch.arange(6)[None], use_cache=False).logits
 shards.LARGEST_FILE = 20_000
 shards.write(out, "model", {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight" or
-                            not model.config.tie_word_embeddings})
+                            not model.config.tie_word_embeddings}, {"format": "pt"})
 if dist.get_rank() == 0:
     from safetensors.torch import save_file
     save_file({"logits": logits.detach().contiguous()}, out + "/logits.safetensors")
@@ -61,7 +61,7 @@ def test_the_bytes_are_those_of_save_file(tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         save_file(cast, tmp_path / "theirs", metadata={"format": "pt"})
-        shards.write(str(tmp_path), "ours", cast)
+        shards.write(str(tmp_path), "ours", cast, {"format": "pt"})
         assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
