@@ -1033,6 +1033,8 @@ def file_of(tmp_path, text, name="mine.py"):
 
 def test_your_own_objective_of_eight_lines(model, tmp_path, fp64, capsys):
     """As README.md shows it: a file, a function, a setting; the gradient is that of its formula in loops."""
+    with open("README.md", encoding="utf-8") as file:
+        assert OWN in file.read()
     rows = make_rows(model, cut=())
     path, mine = write(tmp_path / "rows.jsonl", rows), file_of(tmp_path, OWN)
     found = run(model, path, tmp_path / "out", "--method", f"{mine}:concise", "--arm", "penalty=0.5", "--max-grad-norm", 1e9)
