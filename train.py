@@ -231,7 +231,8 @@ import transformers
 from tqdm import tqdm
 
 from data.metrics import Metrics
-from data.models import (autocast, check_model, device_and_dtype, earlier_metrics, load_optimizer, load_tokenizer, save_round, source_of)
+from data.models import (autocast, check_model, device_and_dtype, earlier_metrics,
+                         load_optimizer, load_tokenizer, save_round, source_of)
 from data.plan import plan_update
 from data.policy import Policy, checkpoint_activations, load_policy, memory_estimate
 from data.ranks import (claim_empty, lost_ranks_told, rank_and_world, start_ranks,

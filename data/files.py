@@ -1,6 +1,7 @@
 """The contract between the stages, in code: reading rows, claiming and publishing outputs.
 
-Whoever replaces a stage reads this file first. Every stage is `run(main, parse_args())`; its main is
+Whoever replaces a stage reads this file first. Every stage is `run(main, parse_args())`; its main
+is
 
     meta = describe(args, [args.rollouts], ...)    # what the output will be made of
     partial = claim(args.out, meta)                # OUT.partial, locked; None if OUT is complete
@@ -98,7 +99,8 @@ class Verdict(msgspec.Struct):
 
 # ---- Errors --------------------------------------------------------------------------------------
 def fail(message, code=2):
-    """End the stage with one line on stderr: `score.py: error: rows.jsonl:17: missing field 'id'`."""
+    """End the stage with one line on stderr: `score.py: error: rows.jsonl:17: missing field
+    'id'`."""
     line = " ".join(str(message).split())
     # It may quote hostile text, which must not command the terminal.
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

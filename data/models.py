@@ -145,7 +145,7 @@ def save_round(out, policy, tokenizer, optimizer, state, lines, source):
 
 
 def gathered(model, rank):
-    """{name: whole tensor} on rank 0, where save_pretrained needs all of them; tied ones are one."""
+    """{name: whole tensor} on rank 0, where save_pretrained needs all; tied ones are one."""
     kept = {}
 
     def whole(tensor):

@@ -1,12 +1,12 @@
-"""Models that no single rank could hold: built without weights, sharded, filled from the files by rows, saved by tensors.
+"""Models that no single rank could hold: built empty, sharded, filled by rows, saved by tensors.
 
 `train.py --shard` calls these in this order, on every rank:
 
-    model, files = model_without_weights(name, options)  # parameters on the meta device: no memory
-    fully_shard(...)                                     # FSDP2: a rank owns rows of every parameter
-    fill(model, files)                                   # each rank reads its rows, whatever the files
+    model, files = model_without_weights(name, options)    # parameters take no memory
+    fully_shard(...)                                       # FSDP2: a rank owns rows of each
+    fill(model, files)                                     # a rank reads its rows from the files
     ...
-    write(folder, "model", weights)                      # rank 0 writes, a gathered tensor at a time
+    write(folder, "model", weights)                        # a gathered tensor at a time
 
 so that a rank's memory is its shard and the largest single tensor, never the whole model. Optimizer
 moments likewise, in optimizer*.safetensors under the names WEIGHT.exp_avg and WEIGHT.exp_avg_sq.
@@ -24,12 +24,14 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
 LARGEST_FILE = 2 * 10**9  # bytes; more than this is written as several files with an index
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 @contextlib.contextmanager
 def without_weights():
-    """Modules that are made in here have their parameters on the meta device; buffers, which no file holds, are real."""
+    """Modules made in here have parameters on the meta device; buffers, which no file holds, are
+    real."""
     register = torch.nn.Module.register_parameter
 
     def on_meta(module, name, parameter):
@@ -44,15 +46,15 @@ def without_weights():
         torch.nn.Module.register_parameter = register
 
 
-def model_without_weights(name, options):
-    """(a causal language model in fp32 without weights, {weight: path of its file}).
+def model_without_weights(name, options, dtype=torch.float32):
+    """(a causal language model without weights, {weight: path of its file}).
 
     The second is {} where the files spell the weights otherwise than the model does, which only
     from_pretrained knows to translate. options: as data/models.py's check_model returns them."""
     config = transformers.AutoConfig.from_pretrained(name, **options)
     with without_weights():
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=options["trust_remote_code"])
+            config, dtype=dtype, trust_remote_code=options["trust_remote_code"])
     if not os.path.isdir(name):
         name = huggingface_hub.snapshot_download(
             name, revision=options.get("revision"), allow_patterns=["*.safetensors", "*.json"])
@@ -64,9 +66,10 @@ def model_without_weights(name, options):
 
 
 def tensor_files(folder, stem):
-    """{tensor name: path of the file that holds it} of STEM.safetensors, or of the files that STEM.safetensors.index.json
-    names; {} where neither exists."""
-    single, index = (os.path.join(folder, f"{stem}.safetensors{end}") for end in ("", ".index.json"))
+    """{tensor: path of its file}, of STEM.safetensors or of the files in its index; {} of
+    neither."""
+    single = os.path.join(folder, f"{stem}.safetensors")
+    index = f"{single}.index.json"
     if os.path.exists(single):
         with safe_open(single, "pt") as file:
             return dict.fromkeys(file.keys(), single)
@@ -78,9 +81,9 @@ def tensor_files(folder, stem):
 
 
 def read_rows_of(like, path, name):
-    """The tensor `name` of a safetensors file, as this rank's part of a tensor that is sharded like `like`.
+    """The tensor `name` of a safetensors file, or this rank's rows of it where `like` is sharded.
 
-    like: DTensor, sharded by rows (dimension 0) over one mesh, or an ordinary tensor, which gets all of it.
+    like: DTensor, sharded by rows (dimension 0) over one mesh, or an ordinary tensor.
     ValueError if the file's tensor has another shape, or holds what is not finite."""
     with safe_open(path, "pt") as file:  # opened for one tensor: what was read does not stay mapped
         part = file.get_slice(name)
@@ -113,18 +116,19 @@ def fill(model, files):
             own = read_rows_of(weight, files[name], name)
             if isinstance(weight, torch.nn.Parameter):
                 own = torch.nn.Parameter(own, weight.requires_grad)
-            filled[id(weight)] = own  # tied weights are one, whichever of their names the files hold
+            filled[id(weight)] = own  # tied weights are one, whichever name the files hold
     missing = sorted(name for name, weight in weights.items() if id(weight) not in filled)
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
-    model.load_state_dict({name: filled[id(weight)] for name, weight in weights.items()}, assign=True)
+    filled = {name: filled[id(weight)] for name, weight in weights.items()}
+    model.load_state_dict(filled, assign=True)
 
 
 def write(folder, stem, tensors, metadata=None):
-    """Write STEM.safetensors, or STEM-00001-of-0000N.safetensors and an index where that would be above LARGEST_FILE.
+    """Write STEM.safetensors; above LARGEST_FILE, STEM-00001-of-0000N.safetensors and an index.
 
-    tensors: {name: tensor or DTensor}, the same names on every rank; all ranks take part, rank 0 writes. The bytes are those
-    of safetensors' save_file, which would need all tensors at once."""
+    tensors: {name: tensor or DTensor}, the same names on every rank; all ranks take part, rank 0
+    writes. The bytes are those of safetensors' save_file, which would need all tensors at once."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     files, size = [[]], 0
     for name in sorted(tensors):
@@ -136,7 +140,7 @@ def write(folder, stem, tensors, metadata=None):
         size += own
     names = [f"{stem}.safetensors"]
     if len(files) > 1:
-        names = [f"{stem}-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        names = [f"{stem}-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
         if rank == 0:
             total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             where = {name: path for path, group in zip(names, files) for name in group}

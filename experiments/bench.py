@@ -127,6 +127,7 @@ import generate
 import score
 import train
 from data import countdown, make_tiny
+from data import policy as policies
 from data.report import COLOURS, new_figure
 from experiments.bench_files import write_rollouts
 
@@ -561,14 +562,15 @@ def run_train(bench, meter, folder, model, tokenizer, rollouts, gradients, **mor
         meter.base, meter.extra = None, 0
         return 1
 
-    replaced = {"load_model": lambda *_: model, "load_tokenizer": lambda *_: tokenizer,
+    replaced = {"load_tokenizer": lambda *_: tokenizer,
                 "load_optimizer": begin, "save_round": lambda *_: None,
                 "publish": lambda *_: None, "describe": train.describe, **more}
     replaced = {name: meter.outside(function) for name, function in replaced.items()}
     unchecked = mock.patch.object(train.Policy, "check", meter.outside(lambda *_: None))
+    loaded = mock.patch.object(policies, "load_model", meter.outside(lambda *_: model))
     flags = ["--model", folder, "--rollouts", rollouts, "--out", bench.fresh("round"),
              "--temperature", "1", "--device", bench.device.split(":")[0]]
-    with mock.patch.multiple(train, **replaced), unchecked:
+    with mock.patch.multiple(train, **replaced), unchecked, loaded:
         with contextlib.redirect_stderr(io.StringIO()):
             train.main(train.parse_args(flags))
     model.zero_grad(set_to_none=True)
@@ -577,7 +579,7 @@ def run_train(bench, meter, folder, model, tokenizer, rollouts, gradients, **mor
 def load_learner(bench, folder):
     """The policy as train.py starts from it, and its tokenizer."""
     options = train.check_model(folder)
-    model = train.load_model(folder, torch.float32, bench.device, options)
+    model = policies.load_model(folder, torch.float32, bench.device, options)
     return model, train.load_tokenizer(folder, options)
 
 

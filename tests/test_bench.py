@@ -66,7 +66,7 @@ def test_plain_update_is_the_update_of_train(tmp_path, tiny_model):
         "--model", tiny_model, "--rollouts", rollouts, "--out", str(tmp_path / "round"), "--method", "grpo",
         "--temperature", "1", "--lr", "1e-3"]))
     for folder in (str(tmp_path / "round"), tiny_model):
-        model = bench.train.load_model(folder, torch.float32, "cpu", bench.train.check_model(folder))
+        model = bench.policies.load_model(folder, torch.float32, "cpu", bench.train.check_model(folder))
         if folder == tiny_model:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
             plain = [{"prompt": row["prompt_ids"], "completion": row["completion_ids"],

@@ -18,6 +18,7 @@ import evaluate
 import generate
 import score
 import train
+from data import policy as policies
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
 ENDS = [0, *range(5, 15)]  # several end-of-text ids; the first is the padding too
@@ -327,7 +328,7 @@ def test_checkpointed_activations_change_nothing(name, flags, tmp_path, monkeypa
             ids = rng.integers(6, 250, int(rng.integers(2, 12))).tolist()
             file.write(json.dumps({"id": str(i // 4), "sample": i % 4, "prompt_ids": [7, 8, 9 + i // 4], "completion_ids": ids, "correct": i % 3 == 0,
                                    "logprobs": [-1.0] * len(ids), "finish_reason": "stop", "reward": float(i % 3 == 0)}) + "\n")
-    passes, lines, load_model = [], [], train.load_model
+    passes, lines, load_model = [], [], policies.load_model
 
     def counted(*args):
         model = load_model(*args)
@@ -335,7 +336,7 @@ def test_checkpointed_activations_change_nothing(name, flags, tmp_path, monkeypa
         model.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: passes.append(passes.pop() + 1))
         return model
 
-    monkeypatch.setattr(train, "load_model", counted)
+    monkeypatch.setattr(policies, "load_model", counted)
     for out, flag in ("plain", "--no-share-prompts"), ("checkpointed", "--checkpoint-activations"):
         train.main(train.parse_args(["--model", folder, "--rollouts", str(tmp_path / "scored.jsonl"), "--out", str(tmp_path / out), "--updates", "2",
                                      "--temperature", "1", "--lr", "1e-3", "--device", "cpu", flag]))

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from transformers.models.qwen2 import modeling_qwen2
 
 import train
-from data import files
+from data import files, shards
+from data import policy as policies
 from data.plan import plan_update
 from data.rollouts import Row, load_rollouts
 from experiments import arms
@@ -133,7 +134,11 @@ def use_fp64(setattr=setattr):
     def load_double(name, *args):
         return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64).eval()
 
-    setattr(train, "load_model", load_double)
+    def shell_of_doubles(name, options):
+        return shards.model_without_weights(name, options, torch.float64)
+
+    setattr(policies, "load_model", load_double)
+    setattr(policies, "model_without_weights", shell_of_doubles)
     setattr(modeling_qwen2.Qwen2RMSNorm, "forward",
             lambda self, x: self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
     torch.set_default_dtype(torch.float64)
@@ -590,7 +595,7 @@ def test_ratio_is_one_in_bf16_autocast(model, rollouts, tmp_path):
     for line in found.metrics:  # with lr 0 the second update, whose pi_old is another pass, is on policy, too
         assert line["ratio_max"] == pytest.approx(1, abs=1e-5) and line["clip_low_frac"] == line["clip_high_frac"] == 0
         assert 1e-4 < line["logprob_gap"] < 0.5
-    policy = train.Policy(train.load_model(model, torch.float32, "cpu", {}), T, True)
+    policy = train.Policy(policies.load_model(model, torch.float32, "cpu", {}), T, True)
     logp, entropy, _ = train.forward(policy, [row_of([2, 3], [4, 5, 6])], [0], "cpu", torch.bfloat16)
     assert logp.dtype == entropy.dtype == torch.float32
     assert (logp.bfloat16().float() != logp).any()
@@ -1111,7 +1116,7 @@ WRONG_ARMS = [  # the file, flags, and what the line says
 
 @pytest.mark.parametrize("text, flags, message", WRONG_ARMS)
 def test_a_wrong_objective_is_told_before_a_model_is_loaded(text, flags, message, model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(policies, "load_model", None)
     path = write(tmp_path / "rows.jsonl", make_rows(model, VERDICTS[:1], LENGTHS[:1]))
     assert message in refused(capsys, model, path, tmp_path / "out", "--method", f"{file_of(tmp_path, text)}:mine", *flags)
 
