@@ -2,10 +2,13 @@
 # Loop the stages: sample, verify, update, R times; then evaluate the base and the trained model on
 # held-out problems.
 #
-#   bash run.sh                                                  minutes on two CPU cores
+#   bash run.sh                                                  the demonstration, see below
 #   bash run.sh --name grpo --method grpo --rounds 25 --seed 1   another run, into runs/grpo/
 #   bash run.sh --name ds --train "--gamma-p 0.1 --gamma-n 0.01 --smooth-level sequence"
 #   bash run.sh --name cd --model DIR --prompts cd.jsonl --nproc 8 --generate "--stop '</answer>'"
+#
+# Without any flag it trains the embedded model with GRPO, in runs/demo-grpo, and with DS-GRPO, in
+# runs/demo, and compares both with it on the same held-out problems: minutes on two CPU cores.
 #
 # In runs/NAME/, beside this script: prompts-RRR.jsonl, rollouts-RRR.jsonl, scored-RRR.jsonl and the
 # model round-RRR/ of each round; of these the last K rounds are kept. Then test.jsonl,
@@ -36,6 +39,7 @@
 #   --eval-prompts FILE     held-out problems; without it Countdown's test split
 #   --eval-problems E       how many; 0 skips the evaluation                  (300)
 #   --eval-n N              samples a held-out problem                        (64)
+#   --against NAME          evaluate the newest round of runs/NAME along      (none)
 #   --nproc N               processes a stage, through torchrun               (1)
 #
 # Flags in quotes are split as a shell splits them: "--stop '</answer>' 'Question: '" has two texts.
@@ -56,13 +60,13 @@ read_flags() {
   name=demo model=${here}data/tiny-countdown method=ds-grpo rounds=8 seed=0 keep=2
   prompts='' prompts_per_round=192 n=16 temperature=1.0 max_new_tokens=24 attention=auto
   updates=4 lr=3e-4 generate='' train='' countdown=''
-  eval_prompts='' eval_problems=300 eval_n=64 nproc=1
+  eval_prompts='' eval_problems=300 eval_n=64 against='' nproc=1
   while [ $# -gt 0 ]; do
     case "$1" in
       -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
       --name|--model|--method|--rounds|--seed|--keep|--prompts|--prompts-per-round|--n|\
       --temperature|--max-new-tokens|--attention|--updates|--lr|--generate|--train|--countdown|\
-      --eval-prompts|--eval-problems|--eval-n|--nproc)
+      --eval-prompts|--eval-problems|--eval-n|--against|--nproc)
         [ $# -gt 1 ] || die "$1 needs a value"
         key=${1#--}
         printf -v "${key//-/_}" '%s' "$2"
@@ -105,6 +109,8 @@ check_flags() {  # everything that can be wrong with them, before the first roun
   for key in prompts eval_prompts; do
     [ -z "${!key}" ] || [ -f "${!key}" ] || die "--${key//_/-}: no file ${!key}"
   done
+  [ -z "$against" ] || [ "$(last_round "${here}runs/$against")" -gt 0 ] ||
+    die "--against: no round in ${here}runs/$against"
   command -v python3 > /dev/null || die "no python3 on the PATH"
   [ "$nproc" -eq 1 ] || command -v torchrun > /dev/null || die "--nproc: no torchrun on the PATH"
 
@@ -157,9 +163,9 @@ claim_folder() {  # a run folder belongs to one set of flags
 # ---- Rounds --------------------------------------------------------------------------------------
 round_path() { if [ "$1" -eq 0 ]; then echo "$model"; else printf '%s/round-%03d' "$dir" "$1"; fi; }
 
-last_round() {  # the last finished one
+last_round() {  # the last finished one of a run folder
   local folder id last=0
-  for folder in "$dir"/round-*/; do
+  for folder in "$1"/round-*/; do
     id=${folder%/} id=${id##*-}
     if [[ "$id" =~ ^[0-9]+$ ]] && [ "$((10#$id))" -gt "$last" ]; then last=$((10#$id)); fi
   done
@@ -226,7 +232,7 @@ set_aside() {  # an evaluation with other --eval-* flags keeps its files, in a f
     echo "$dir: the evaluation with other flags goes to $old" >&2
     rm -rf "$dir"/*.rollouts.jsonl.partial "$dir"/*.scored.jsonl.partial
     mkdir -p "$old"
-    for path in "$dir"/{test.jsonl,base.,trained-,eval-,passk.png}*; do
+    for path in "$dir"/{test.jsonl,eval-,passk.png}* "$dir"/*.{rollouts,scored}.jsonl*; do
       [ ! -e "$path" ] || mv -f "$path" "$old/"
     done
   fi
@@ -235,37 +241,65 @@ set_aside() {  # an evaluation with other --eval-* flags keeps its files, in a f
 }
 
 evaluate() {
-  local test=$eval_prompts id which path
+  local test=$eval_prompts id index files=() names=() models=()
   id=$(printf %03d "$rounds")
   if [ -z "$test" ]; then
     test=$dir/test.jsonl
     say python "${here}data/countdown.py" --out "$test" --n "$eval_problems" --seed 1 --split test \
       "${problems[@]}" > /dev/null
   fi
-  for which in base "trained-$id"; do
-    path=$model
-    [ "$which" = base ] || path=$(round_path "$rounds")
-    if [ "$which" != base ] && [ ! -d "$path" ] && [ -e "$dir/$which.scored.jsonl" ]; then
+  files=(base) names=(base) models=("$model")
+  if [ -n "$against" ]; then
+    index=$(printf %03d "$(last_round "${here}runs/$against")")
+    files+=("$against-$index") names+=("$against") models+=("${here}runs/$against/round-$index")
+  fi
+  files+=("trained-$id") names+=("${method##*:}") models+=("$(round_path "$rounds")")
+  for index in "${!files[@]}"; do
+    if [ "${files[index]}" = "trained-$id" ] && [ ! -d "${models[index]}" ] &&
+      [ -e "$dir/trained-$id.scored.jsonl" ]; then
       continue  # the model is pruned, what is asked of it is there
     fi
-    sample_and_score "$path" "$test" "$eval_n" 1 \
-      "$dir/$which.rollouts.jsonl" "$dir/$which.scored.jsonl" --limit "$eval_problems"
+    sample_and_score "${models[index]}" "$test" "$eval_n" 1 "$dir/${files[index]}.rollouts.jsonl" \
+      "$dir/${files[index]}.scored.jsonl" --limit "$eval_problems"
   done
-  say python "${here}evaluate.py" "$dir/base.scored.jsonl" "$dir/trained-$id.scored.jsonl" \
-    --names base "${method##*:}" --out "$dir/eval-$id.json" --plot "$dir/passk.png"
+  files=("${files[@]/%/.scored.jsonl}")
+  say python "${here}evaluate.py" "${files[@]/#/$dir/}" --names "${names[@]}" \
+    --out "$dir/eval-$id${against:+-$against}.json" --plot "$dir/passk.png"
   say python "${here}evaluate.py" --training "$dir" --plot "$dir/training.png"
-  echo "$dir: eval-$id.json, passk.png and training.png are there" >&2
+  tell_evaluation "$dir/eval-$id${against:+-$against}.json"
+  echo "$dir: eval-$id${against:+-$against}.json, passk.png and training.png are there" >&2
+}
+
+tell_evaluation() {  # EVAL.json: what is to be seen, in one line
+  python - "$1" << 'END'
+import json
+import sys
+
+with open(sys.argv[1], encoding="utf-8") as file:
+    runs = json.load(file)["runs"]
+ks = [list(runs[0]["pass_at_k"])[place] for place in (0, -1)]
+told = [run["name"] + " {:.3f} and {:.3f}".format(*(run["pass_at_k"][k]["value"] for k in ks))
+        for run in runs]
+print("\nPass@{} and Pass@{}: ".format(*ks) + "; ".join(told))
+END
+}
+
+# ---- The whole -----------------------------------------------------------------------------------
+demonstration() {
+  (main --name demo-grpo --method grpo --rounds 6 --eval-problems 0)
+  (main --name demo --rounds 6 --against demo-grpo)
 }
 
 main() {
   local last round
   here=$(dirname -- "$0")/
   here=${here#./}  # nothing in the repository itself, so that paths stay short
+  [ $# -gt 0 ] || { demonstration; return; }
   read_flags "$@"
   check_flags
   dir=${here}runs/$name
   claim_folder
-  last=$(last_round)
+  last=$(last_round "$dir")
   if [ "$rounds" -lt "$last" ]; then
     [ "$eval_problems" -eq 0 ] || [ -d "$(round_path "$rounds")" ] ||
       [ -e "$dir/trained-$(printf %03d "$rounds").scored.jsonl" ] ||

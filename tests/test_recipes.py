@@ -50,7 +50,8 @@ def loop(tmp_path_factory, warm):  # noqa: F811
     make_folder("qwen2", loop.folder / "model", max_position_embeddings=1024)
     problems = [{"problem": f"What is {i} + 1?", "answer": str(i + 1), "id": i} for i in range(6)]
     long = {"problem": "What is 1 + 1? " * 200, "answer": "2", "id": 9}
-    for name, rows in (("math_train", problems), ("math500", [*problems[:2], long])):
+    for name, rows in (("math_train", [*problems, long]),
+                       ("math500", [*problems[:2], long])):
         (loop.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return loop
 
@@ -86,6 +87,7 @@ def test_the_recipe_runs(loop, number):
         assert report(loop, "math-1.5b/round-001.meta.json")["flags"]["smooth_level"] == "sequence"
         assert report(loop, "math-1.5b-grpo/round-001.meta.json")["flags"]["method"] == "grpo"
         assert (loop.folder / "passk.png").exists()
+        assert len((loop.folder / "math.jsonl").read_text().splitlines()) == 6  # without the long
     elif number == 1:
         meta = report(loop, "math-7b/round-001.meta.json")
         assert meta["world_size"] == 2 and meta["flags"]["shard"]

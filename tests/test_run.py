@@ -332,6 +332,44 @@ def test_the_same_run_from_anywhere_and_with_a_slash_at_the_models_end(loop):
     assert code == 2 and "(model=caller/models/mine)" in err
 
 
+def test_an_objective_from_the_callers_own_file(loop):
+    (loop.folder / "caller").mkdir()
+    arms = os.path.join(crash.ROOT, "experiments", "arms.py")
+    (loop.folder / "caller/mine.py").symlink_to(arms)
+    flags = [*TINY, "--rounds", "1", "--model", "../base", "--train", "--arm k=2"]
+    code, err = loop(*flags, "--method", "mine.py:passk", script="../run.sh",
+                     cwd=loop.folder / "caller")
+    assert code == 0, err
+    files = loop.files()
+    assert files["round-001.meta.json"]["flags"]["method"] == "mine.py:passk"
+    assert json.loads(files["eval-001.json"])["runs"][1]["name"] == "passk"
+    code, err = loop(*[*flags[:-3], "base", *flags[-2:]], "--method", "caller/mine.py:passk")
+    assert code == 0 and loop.files() == files, err
+    for method, told in (("gone.py:passk", "train.py: error: "), ("mine.py", "run.sh: error: ")):
+        code, err = loop(*TINY, "--method", method, "--name", "x")
+        assert code == 2 and err.count("\n") == 1 and err.startswith(told)
+
+
+def test_against_another_run_there_is_a_third_curve(loop):
+    few = [*TINY, "--rounds", "1"]
+    assert loop(*few, "--against", "other") == (
+        2, "run.sh: error: --against: no round in runs/other\n")
+    assert loop(*few, "--name", "other", "--method", "grpo", "--eval-problems", "0")[0] == 0
+    assert loop(*few)[0] == 0
+    before = loop.files()
+    code, err = loop(*few, "--against", "other")
+    assert code == 0, err
+    after = loop.files()
+    runs = json.loads(after["eval-001-other.json"])["runs"]
+    assert [run["name"] for run in runs] == ["base", "other", "ds-grpo"]
+    assert [os.path.basename(run["file"]) for run in runs] == [
+        "base.scored.jsonl", "other-001.scored.jsonl", "trained-001.scored.jsonl"]
+    assert all(after[path] == data for path, data in before.items() if path != "passk.png")
+    k, told = list(runs[0]["pass_at_k"])[-1], loop.out.splitlines()[-1]
+    assert told.startswith(f"Pass@1 and Pass@{k}: base ") and told.count(";") == 2
+    assert f"{runs[1]['pass_at_k'][k]['value']:.3f}" in told
+
+
 def test_two_processes_under_torchrun(loop):
     """With --n, which argparse of Python 3.11 would take for one of torchrun's flags."""
     flags = [*TINY, "--rounds", "1", "--eval-problems", "0"]
