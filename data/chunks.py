@@ -12,8 +12,34 @@ import shutil
 import time
 
 import msgspec
+import numpy as np
 
 from data.files import claim, digest, fail, stamp
+
+
+def chunks_of(lengths, n, max_new_tokens, budget):
+    """Cut all items (problem, sample), shortest prompts first, into chunks.
+
+    lengths: tokens of each prompt; 0: it is left out. In every chunk of more than one row
+    rows x (longest prompt + new tokens) <= budget.
+    """
+    order = [problem for problem in np.argsort(lengths, kind="stable").tolist() if lengths[problem]]
+    items = [(problem, sample) for problem in order for sample in range(n)]
+    chunks, start = [], 0
+    for end in range(1, len(items) + 1):
+        rows = end + 1 - start  # with the next item, the longest one
+        if end == len(items) or rows * (lengths[items[end][0]] + max_new_tokens) > budget:
+            chunks.append(items[start:end])
+            start = end
+    return chunks
+
+
+def fixed_chunks(lengths, n, max_new_tokens, budget):
+    """The same for --compile, whose rows all have the room of the longest: of 2^k rows each."""
+    longest = max(lengths)
+    rows = max(budget // (longest + max_new_tokens), 1)
+    room = (1 << (rows.bit_length() - 1)) * (longest + max_new_tokens)
+    return chunks_of([longest if length else 0 for length in lengths], n, max_new_tokens, room)
 
 
 def chunk_path(folder, number):

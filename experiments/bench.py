@@ -128,6 +128,7 @@ import score
 import train
 from data import countdown, make_tiny
 from data import policy as policies
+from data.files import read_rows
 from data.report import COLOURS, new_figure
 from experiments.bench_files import write_rollouts
 
@@ -602,7 +603,7 @@ def random_rollouts(problems, tokenizer, vocab, size):
 def bench_update(bench, name):
     size, (folder, path) = SIZES[name], make_folder(bench, name)
     model, tokenizer = load_learner(bench, folder)
-    problems = [row for *_, row in generate.read_rows(path)]
+    problems = [row for *_, row in read_rows(path)]
     rows = random_rollouts(problems, tokenizer, model.config.vocab_size, size)
     rollouts = bench.fresh("scored.jsonl")
     with open(rollouts, "w") as file:
@@ -681,7 +682,7 @@ def bench_step(bench, name):
             ours(seed)
         arms["TRL"] = f"not installed ({error})"
     else:
-        problems = [row for *_, row in generate.read_rows(path)]
+        problems = [row for *_, row in read_rows(path)]
         data = datasets.Dataset.from_list(
             [{key: row[key] for key in ("prompt", "numbers", "target")} for row in problems])
         arms["TRL"] = trl_rounds(bench, size, data, learner, tokenizer, machine, ours, trl)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import evaluate
+from data import counts
 from data import report as views
 from data.files import run
 
@@ -445,7 +446,7 @@ def test_memory_grows_with_problems_and_not_with_rows(tmp_path):
     for n in (50, 1000):
         scored = write(tmp_path / f"{n}.jsonl", [row(f"p{p}", s, s % 3 == 0) for s in range(n) for p in range(10)])
         tracemalloc.start()
-        evaluate.read_problems(scored)
+        counts.read_problems(scored)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 20_000      # 9,500 more rows of 400 bytes

@@ -1,0 +1,111 @@
+"""Prompts: the problems of a file, their token ids, and the ids at which a completion ends."""
+import json
+
+import msgspec
+from tqdm import tqdm
+
+from data.files import Problem, fail, read_rows
+
+
+def load_problems(path, limit=None):
+    """[(where, Problem)] of a prompt file; ids are unique, and each has a prompt or messages."""
+    problems, seen = [], set()
+    for where, line, problem in read_rows(path, Problem):
+        if problem.id in seen:
+            fail(f"{where}: duplicate id {problem.id!r}")
+        if (problem.prompt is msgspec.UNSET) == (problem.messages is msgspec.UNSET):
+            fail(f"{where}: needs either 'prompt' or 'messages'")
+        seen.add(problem.id)
+        problems.append((where, with_whole_turns(problem, line)))
+        if len(problems) == limit:
+            break
+    return problems
+
+
+def with_whole_turns(problem, line):
+    """The problem whose turns hold all their keys: a template may know more than role, content."""
+    if problem.messages is not msgspec.UNSET:
+        problem.messages = json.loads(line)["messages"]
+    return problem
+
+
+def unchanged(path, problems):
+    """The line (bytes) of each problem in the prompt file, which still says what was sampled."""
+    rows = read_rows(path, Problem)
+    for where, known in problems:
+        _, line, problem = next(rows, (None, None, None))
+        if problem is None or with_whole_turns(problem, line) != known:
+            fail(f"{where}: changed while its completions were sampled")
+        yield line
+
+
+def encode(problems, tokenizer, config, max_new_tokens, overlong="refuse"):
+    """Token ids of every prompt, unpadded; none of one that --overlong skips.
+
+    A chat template writes its own special tokens; for a text the tokenizer does.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # past this length it turns the cached keys anew, too
+        positions = rope["original_max_position_embeddings"]
+    encoded = []
+    for where, problem in tqdm(problems, "tokenizing", disable=None):
+        try:
+            if problem.messages is msgspec.UNSET:
+                ids = tokenizer(problem.prompt)["input_ids"]
+            else:
+                text = tokenizer.apply_chat_template(problem.messages, tokenize=False,
+                                                     add_generation_prompt=True)
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # no chat template, or one that refuses these roles
+            fail(f"{where}: the prompt cannot be encoded: {error}")
+        if not ids:
+            fail(f"{where}: an empty prompt: this tokenizer gives it no token to start from")
+        if max(ids) >= config.vocab_size:
+            fail(f"{where}: token id {max(ids)} is beyond the model's vocabulary of "
+                 f"{config.vocab_size}: a tokenizer of another model?")
+        if positions and len(ids) + max_new_tokens > positions:
+            if overlong == "refuse":
+                fail(f"{where}: {len(ids)} prompt tokens + {max_new_tokens} new ones exceed the "
+                     f"model's {positions} positions; lower --max-new-tokens, or give --overlong "
+                     f"skip")
+            ids = []
+        encoded.append(ids)
+    if not any(encoded):
+        fail(f"{problems[0][0]}: no prompt leaves room for {max_new_tokens} new tokens in the "
+             f"model's {positions} positions; lower --max-new-tokens")
+    return encoded
+
+
+def special_tokens(tokenizer):
+    """{text: id} of the tokens that a completion's text leaves out."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: index for index, token in added if token.special}
+
+
+def end_ids(model, tokenizer, stop=(), ignore_eos=False):
+    """All ids that end a completion.
+
+    The model's generation config may name several, the tokenizer one, --stop special tokens.
+    """
+    special = special_tokens(tokenizer)
+    stops = {special[text] for text in stop if text in special}
+    if ignore_eos:
+        return sorted(stops)
+    found = model.generation_config.eos_token_id
+    found = set(found if isinstance(found, list) else [found]) | {tokenizer.eos_token_id}
+    vocab = model.config.get_text_config().vocab_size
+    found = {token for token in found if isinstance(token, int) and 0 <= token < vocab}
+    return sorted(found | stops)
+
+
+def turn_end(tokenizer):
+    """The special token (text, id) with which the chat template ends a turn, or None."""
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # no template, or one that refuses these roles
+        return None
+    after = text.rpartition("answer")[2].lstrip()
+    special = special_tokens(tokenizer)
+    return next(((token, special[token]) for token in special if after.startswith(token)), None)
