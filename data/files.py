@@ -203,7 +203,7 @@ def in_our_words(error, kind):
         unscored = missing[1] in ("correct", "reward")
         return f"missing field '{missing[1]}'" + "; run score.py first" * unscored
     what, _, place = text.replace("`", "").partition(" - at $")
-    field = place.lstrip(".").partition("[")[0]  # of a value in a list, the list's name
+    field = re.sub(r"\[[^]]*\]$", "", place.lstrip("."))  # of a value in a list, the list's name
     if not field:  # the whole row, or a value of a field that has no type here
         return f"not a valid JSON row ({what}); mend or delete this line"
     kinds = [one.__struct_config__ for one in typing.get_args(kind)
