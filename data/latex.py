@@ -101,16 +101,17 @@ STEPS = [(re.compile(pattern, re.DOTALL), new) for pattern, new in (
     (r"(?<!\\)(?:\$|\\[()\[\]])", ""),                                      # $5$   \(5\)
     (SIZES.pattern, ""),                                                    # \left( \bigl[
     (r"\\(?:display|text|script)style(?![A-Za-z])|\\(?:[lL]arge|huge|limits)(?![A-Za-z])", ""),
-    (r"\\(?:text)?color\s*\{[^{}]*\}", ""),                                 # \color{red}5
+    (r"\\(?:text)?color(?:box)?\s*\{[^{}]*\}", ""),                                 # \color{red}5
     (r"\\(?:bf|rm|it|sf|tt|em|bfseries|itshape)(?![A-Za-z])", ""),          # {\rm 5}  \bf 5
     (r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm|underline|emph|ensuremath)(?=\s*\{)", ""),
     (r"\\(?:mathrm|textrm|textbf|textit|textsf|texttt|textnormal|mbox|hbox)\s*\{", r"\\text{"),
     (r"\\text\s+\{", r"\\text{"),                                           # \text {cm}
     (r"\\(?:fbox|boxed)\s*\{([^{}]*)\}", r"\1"),                            # \fbox{7}
     (r"\\text\{(\s*[ei]\s*)\}", r"\1"),                                     # \mathrm{e}^2
+    (r"^\\text\{\s*(-?\d[\d.]*)(\s[A-Za-z ]+)\}$", r"\1\\text{\2}"),         # \text{20 percent}
     (r"\\text\{([^A-Za-z{}]*)\}", r"\1"),                                   # \textbf{5}
     (r"\\[dtc]frac(?![A-Za-z])|\\(?:nicefrac|sfrac)(?![A-Za-z])", r"\\frac"),
-    (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),              # \varnothing
+    (r"\\varnothing(?![A-Za-z])|\\\{(?:\s|\\[,;: ])*\\\}", r"\\emptyset "),              # \varnothing
     (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda match: r"\{" if "l" == match[0][1] else r"\}"),
     (r"\\l?dots(?![A-Za-z])", r"\\ldots "),
     (r"\\(?:quad|qquad|thinspace|enspace)(?![A-Za-z])|(?<!\\)\\[ ,;:]|~|\s", " "),
@@ -126,12 +127,20 @@ STEPS = [(re.compile(pattern, re.DOTALL), new) for pattern, new in (
     (r"(?<![\d}])(\d+) ?\\frac(?=\{|\d| )", r"\1\\frac"),                   # 2 \frac{1}{2}
     (r"\\frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"),                       # \frac12
     (r"(\^(?:\{[^{}]*\}|\d)) (?=\d)", r"\1 \\cdot "),                       # 2^6 3^5
+    (r"((?<![\w.^\\])\d+(?:\.\d+)?|\)) ?(?=\()", r"\1 \\cdot "),              # (2)(3)  2(3)
 )]
 
 
 def mixed(match):
+    """2 1/2 in math-verify's spelling; 2 3/2 is none."""
     whole, up, down = match.groups()
     return rf"{whole}\frac{{{up}}}{{{down}}}" if int(up) < int(down) else match[0]
+
+
+def improper(match):
+    """2\\frac{3}{2}, which math-verify would read as a mixed number, is a product."""
+    whole, up, down = match.groups()
+    return rf"{whole} \cdot \frac{{{up}}}{{{down}}}" if int(up) >= int(down) else match[0]
 
 
 def normal(text):
@@ -141,6 +150,7 @@ def normal(text):
         text = pattern.sub(new, text)
     while text.startswith("{") and closes(text):                            # {\rm 5}
         text = text[1:-1].strip(" .,;:")
+    text = re.sub(r"(?<![\d.^_])(\d+)\\frac\{(\d{1,9})\}\{(\d{1,9})\}", improper, text)
     return re.sub(r"(?<![\d.^_/}])(\d{1,6}) (\d{1,6}) ?/ ?(\d{1,6})(?![\d.])", mixed, text)  # 2 1/2
 
 
@@ -176,7 +186,7 @@ UNIT = re.compile(rf"""(?<=[\w}})\]!])\s*(?P<unit>
     | (?:(?<=\d)|\s)(?:sq(?:uare)?\.?\s|cu(?:bic)?\.?\s)?{SHORT}{POWER}
       (?:\s?/\s?(?:h|s|min){POWER})?
     | \^\s?\{{?\s?\\circ\s?\}}?\s?(?:[CF]|\\text\{{\s?[CF]\s?\}})? | \\degrees?
-    | (?<=\d)_\s?\{{?\d+\}}? | [€£¥₹] | \\\$ )$""", re.VERBOSE)
+    | (?<=\d)_\s?\{{?[1-9]\d?\}}? | [€£¥₹] | \\\$ )$""", re.VERBOSE)
 NO_UNIT = re.compile(r"""\b(?:and|or|not|is|are|was|if|when|for|but|from|to|than|more|less|least
     |most|plus|minus|times|over|mod(?:ulo)?|half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?
     |eighths?|ninths?|tenths?|twelfths?|hundred(?:th)?s?|thousand(?:th)?s?|[mbtr]+illion(?:th)?s?
@@ -192,11 +202,11 @@ NAMES = {name: unit for unit, names in {
     "°": "degree deg circ", "mi/h": "mph", "km/h": "kmph kph", "$": "dollar usd", "€": "euro eur",
     "cent": "¢", "person": "people", "n": "newton", "j": "joule", "w": "watt",
 }.items() for name in names.split()}
-DEGREES = ({"°", "°c"}, {"°", "°f"})  # the scale may be left out
+ALIKE = ({"°", "°c"}, {"°", "°f"}, {"£", "lb"})  # a scale left out; two kinds of pounds
 MULTIPLIER = {"hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}",
               "billion": "10^{9}", "trillion": "10^{12}", "dozen": "12"}
 MULTIPLIED = re.compile(rf"(?<=[\d}}])\s*(?P<open>\\text\{{)?\s*"
-                        rf"(?P<word>{'|'.join(MULTIPLIER)})s?\b\s*(?P<close>\}})?", re.IGNORECASE)
+                        rf"(?P<word>{'|'.join(MULTIPLIER)})s?\b(?:\s*(?P<close>\}}))?", re.IGNORECASE)
 PERCENT = re.compile(r"\s*(?:\\?%|(?:\\text\{)?\s*(?:percent|per cent|pct)\s*\}?)$",
                      re.IGNORECASE)
 MONEY = re.compile(r"^(?P<minus>-?)\s*(?:US\s*)?(?P<sign>\\\$|\$|€|£|¥|₹|\\euro(?![a-z])|"
@@ -264,12 +274,13 @@ def is_name(side):
     """Whether a side of an equation names what was asked for: x, a_n, f(2), AB, m + n. 2x + 1 and
     x^2 + y^2 name nothing, 6 least of all, and x(x + 1) is a product."""
     if NAME.fullmatch(side):
-        return True
+        names = re.split(" ?[-+] ?", side)
+        return len(set(names)) == len(names)
     applied = APPLIED.fullmatch(side)
     if not applied or depth_at(applied[2], len(applied[2])) or "=" in applied[2]:
         return False
     name, inside = applied.groups()
-    if re.search(rf"(?<![A-Za-z\\]){re.escape(name)}(?![A-Za-z])", inside):
+    if re.search(rf"(?<![A-Za-z\\]){re.escape(name)}(?![A-Za-z(])", inside):
         return False
     return name not in "xyzabckmnt" or re.fullmatch(r"-?\d+", inside.strip()) is not None
 

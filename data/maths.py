@@ -41,7 +41,7 @@ if __name__ == "__main__":  # the repository's root, not this folder
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from data.files import Parser, Rollout, Verdict, claim, describe, fail, publish, read_rows, run
-from data.latex import (DEGREES, MULTIPLIED, PERCENT, boxes, is_name, join_thousands, multiplied,
+from data.latex import (ALIKE, MULTIPLIED, PERCENT, boxes, is_name, join_thousands, multiplied,
                         normal, parts_of, sides_of, signs_of, split_parts, split_unit, unit_name,
                         words)
 from data.workers import Job, Judge
@@ -110,7 +110,8 @@ def gold_of(row):
     if not golds or not all(golds):
         raise ValueError("field 'answer' must be a text, a number or a list of these, not empty")
     if not isinstance(row.answer, list):
-        golds = split_parts(join_thousands(golds[0])) or golds
+        parts = split_parts(join_thousands(golds[0]))
+        golds = parts if len(parts) > 1 else [join_thousands(golds[0])]
     units, errors = (values if isinstance(values, list) else [values] * len(golds)
                      for values in (row.unit, row.error))
     for field, values in (("unit", units), ("error", errors)):
@@ -163,6 +164,10 @@ def claims(sides, equal):
     return met
 
 
+MISREAD = re.compile(r"(?<![\w.^\\}])\d+(?:\.\d+)? ?(?:\[|\\?\{)|^\{\d+\} ?\{|\] ?\["
+                     r"|\.\s*\.|dots|\d'|\d_0").search
+
+
 # ---- Whether it is right (in a worker) -----------------------------------------------------------
 def read_number(text, **_):
     """Stands in for SymPy's parse_expr, which is eval, and to which math-verify's grammar hands
@@ -191,8 +196,8 @@ def expression(text):
     of plain text is left alone: it is eval."""
     latex = normalize_latex(text, NormalizationConfig(units=False, malformed_operators=True,
                                                       nits=True, boxed="none"))
-    # math-verify reads "3 4" as 3 + 4, a mixed fraction, and leaves dots out
-    if re.search(r"\d\s+\d", latex) or re.search(r"\.\s*\.|dots", text):
+    # math-verify reads "3 4" and 3{4} as 3 + 4, a mixed fraction, and leaves dots and quotes out
+    if re.search(r"\d\s+\d", latex) or MISREAD(text):
         return text, None
     try:
         return latex, latex2sympy(latex, is_real=not should_treat_as_complex(latex),
@@ -244,7 +249,7 @@ def same_quantity(gold, pred, unit, error):
     if other and not own:
         gold, own = split_unit(gold, other)
     expected = unit or own
-    if expected and other and expected != other and {expected, other} not in DEGREES:
+    if expected and other and expected != other and {expected, other} not in ALIKE:
         return False
     return same_percentage(gold, pred, error)
 
@@ -265,8 +270,9 @@ def same(pred, gold, unit, error):
         names = {side.replace(" ", "") for side in sides if is_name(side)}
         if len(sides) == 1:
             return equal(pred)
-        if wanted[0].replace(" ", "") in names or not names and not symbols(wanted[-1]):
-            return claims(sides, equal)
+        own_name = wanted[0].replace(" ", "") in names
+        if own_name or not symbols(wanted[-1]):
+            return (own_name or not names) and claims(sides, equal)
     return len(sides) > 1 and same_value(gold, pred)
 
 
