@@ -93,42 +93,44 @@ UNICODE = str.maketrans({
     "±": r"\pm ", "²": "^2", "³": "^3", "∅": r"\emptyset ", "√": r"\sqrt ", "’": "'",
     "\u00a0": " ", "\u2009": " ", "\u202f": " "})
 SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?")
-BLANK = r"(?:\s|~|\\[ ,;:!])"
 WORD = r"\\text\{[^{}]*\}"
+PREFIX = (r"(?:(?i:so|thus|hence|therefore|the|final|correct|answer|value|result|is|equals)"
+          r"\b[ ,:]*)+")
 
-# In this order; behind each stands the LaTeX that asks for it.
-STEPS = [(re.compile(pattern, re.DOTALL), new) for pattern, new in (
-    (r"(?<!\\)(?:\$|\\[()\[\]])", ""),                                      # $5$   \(5\)
-    (SIZES.pattern, ""),                                                    # \left( \bigl[
-    (r"\\(?:display|text|script)style(?![A-Za-z])|\\(?:[lL]arge|huge|limits)(?![A-Za-z])", ""),
-    (r"\\(?:text)?color(?:box)?\s*\{[^{}]*\}", ""),                                 # \color{red}5
-    (r"\\(?:bf|rm|it|sf|tt|em|bfseries|itshape)(?![A-Za-z])", ""),          # {\rm 5}  \bf 5
-    (r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm|underline|emph|ensuremath)(?=\s*\{)", ""),
-    (r"\\(?:mathrm|textrm|textbf|textit|textsf|texttt|textnormal|mbox|hbox)\s*\{", r"\\text{"),
-    (r"\\text\s+\{", r"\\text{"),                                           # \text {cm}
-    (r"\\(?:fbox|boxed)\s*\{([^{}]*)\}", r"\1"),                            # \fbox{7}
-    (r"\\text\{(\s*[ei]\s*)\}", r"\1"),                                     # \mathrm{e}^2
-    (r"^\\text\{\s*(-?\d[\d.]*)(\s[A-Za-z ]+)\}$", r"\1\\text{\2}"),         # \text{20 percent}
-    (r"\\text\{([^A-Za-z{}]*)\}", r"\1"),                                   # \textbf{5}
-    (r"\\[dtc]frac(?![A-Za-z])|\\(?:nicefrac|sfrac)(?![A-Za-z])", r"\\frac"),
-    (r"\\varnothing(?![A-Za-z])|\\\{(?:\s|\\[,;: ])*\\\}", r"\\emptyset "),              # \varnothing
-    (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda match: r"\{" if "l" == match[0][1] else r"\}"),
-    (r"\\l?dots(?![A-Za-z])", r"\\ldots "),
-    (r"\\(?:quad|qquad|thinspace|enspace)(?![A-Za-z])|(?<!\\)\\[ ,;:]|~|\s", " "),
-    (r"(?<!\\)\\!", ""),                                                          # 10\!000
-    (r" +", " "),
-    (r"\{ ?(\d+) ?\}\{,\}", r"\1{,}"),
-    (r"^(?:(?i:so|thus|hence|therefore|the|final|correct|answer|value|result|is|equals)\b[ ,:]*)+"
-     r"(?=[-+\\\d(A-Za-z])", ""),                                           # The answer is 7
-    (r"^\\text\{ ?(?:(?i:so|thus|hence|therefore|the|final|correct|answer|value|result|is|equals)"
-     r"\b[ ,:]*)+(?:\} ?(?=.)|(?=[^}]))", lambda match: "" if "}" in match[0] else r"\text{"),
-    (r"^(?:= ?|\+ ?(?=[\d.\\]))", ""),                                      # = 7   +7
-    (r"^(?:\\[ ,;:!]|[ ~])+|(?:[ ~,;:]|(?<!\.)\.(?!.*\.)|\\\\|\\$)+$", ""),     # 12\   ~5~   5.
-    (r"(?<![\d}])(\d+) ?\\frac(?=\{|\d| )", r"\1\\frac"),                   # 2 \frac{1}{2}
-    (r"\\frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"),                       # \frac12
-    (r"(\^(?:\{[^{}]*\}|\d)) (?=\d)", r"\1 \\cdot "),                       # 2^6 3^5
-    (r"((?<![\w.^\\])\d+(?:\.\d+)?|\)) ?(?=\()", r"\1 \\cdot "),              # (2)(3)  2(3)
-)]
+STEPS = [  # in this order: LaTeX that asks for it, pattern, replacement
+    (r"$5$", r"(?<!\\)(?:\$|\\[()\[\]])", ""),
+    (r"\left(5\right)", SIZES.pattern, ""),
+    (r"\displaystyle 5", r"\\(?:(?:display|text|script)style|[lL]arge|huge|limits)(?![A-Za-z])",
+     ""),
+    (r"\color{red}5", r"\\(?:text)?color(?:box)?\s*\{[^{}]*\}", ""),
+    (r"{\rm 5}", r"\\(?:bf|rm|it|sf|tt|em|bfseries|itshape)(?![A-Za-z])", ""),
+    (r"\mathbf{5}", r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm|underline|emph|ensuremath)(?=\s*\{)",
+     ""),
+    (r"5\mathrm{cm}", r"\\(?:mathrm|textrm|textbf|textit|textsf|texttt|textnormal|mbox|hbox)\s*\{",
+     r"\\text{"),
+    (r"5\text {cm}", r"\\text\s+\{", r"\\text{"),
+    (r"\fbox{7}", r"\\(?:fbox|boxed)\s*\{([^{}]*)\}", r"\1"),
+    (r"\mathrm{e}^2", r"\\text\{(\s*[ei]\s*)\}", r"\1"),
+    (r"\text{20 percent}", r"^\\text\{\s*(-?\d[\d.]*)(\s[A-Za-z ]+)\}$", r"\1\\text{\2}"),
+    (r"\text{5}", r"\\text\{([^A-Za-z{}]*)\}", r"\1"),
+    (r"\dfrac{1}{2}", r"\\(?:[dtc]frac|nicefrac|sfrac)(?![A-Za-z])", r"\\frac"),
+    (r"\varnothing", r"\\varnothing(?![A-Za-z])|\\\{(?:\s|\\[,;: ])*\\\}", r"\\emptyset "),
+    (r"\lbrace 1, 2\}", r"\\lbrace(?![A-Za-z])", r"\\{"),
+    (r"\{1, 2\rbrace", r"\\rbrace(?![A-Za-z])", r"\\}"),
+    (r"5~\text{cm}", r"\\(?:quad|qquad|thinspace|enspace)(?![A-Za-z])|(?<!\\)\\[ ,;:]|~|\s", " "),
+    (r"10,\!000", r"(?<!\\)\\!", ""),
+    (r"x  +  1", r" +", " "),
+    (r"The answer is 7", rf"^{PREFIX}(?=[-+\\\d(A-Za-z])", ""),
+    (r"\text{The answer is } 7", rf"^\\text\{{ ?{PREFIX}\}} ?(?=.)", ""),
+    (r"\text{The answer is Friday}", rf"^\\text\{{ ?{PREFIX}(?=[^}}])", r"\\text{"),
+    (r"= 7", r"^(?:= ?|\+ ?(?=[\d.\\]))", ""),
+    (r"5,", r"^(?:\\[ ,;:!]|[ ~])+|(?:[ ~,;:]|(?<!\.)\.(?!.*\.)|\\\\|\\$)+$", ""),
+    (r"2 \frac{1}{2}", r"(?<![\d}])(\d+) ?\\frac(?=\{|\d| )", r"\1\\frac"),
+    (r"\frac12", r"\\frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"),
+    (r"2^6 3^5", r"(\^(?:\{[^{}]*\}|\d)) (?=\d)", r"\1 \\cdot "),
+    (r"(2)(3)", r"((?<![\w.^\\])\d+(?:\.\d+)?|\)) ?(?=\()", r"\1 \\cdot "),
+]
+COMPILED = [(re.compile(pattern, re.DOTALL), new) for _, pattern, new in STEPS]
 
 
 def mixed(match):
@@ -146,7 +148,7 @@ def improper(match):
 def normal(text):
     """The text in the one spelling in which answers are compared."""
     text = text.translate(UNICODE)
-    for pattern, new in STEPS:
+    for pattern, new in COMPILED:
         text = pattern.sub(new, text)
     while text.startswith("{") and closes(text):                            # {\rm 5}
         text = text[1:-1].strip(" .,;:")
@@ -206,7 +208,8 @@ ALIKE = ({"°", "°c"}, {"°", "°f"}, {"£", "lb"})  # a scale left out; two ki
 MULTIPLIER = {"hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}",
               "billion": "10^{9}", "trillion": "10^{12}", "dozen": "12"}
 MULTIPLIED = re.compile(rf"(?<=[\d}}])\s*(?P<open>\\text\{{)?\s*"
-                        rf"(?P<word>{'|'.join(MULTIPLIER)})s?\b(?:\s*(?P<close>\}}))?", re.IGNORECASE)
+                        rf"(?P<word>{'|'.join(MULTIPLIER)})s?\b(?:\s*(?P<close>\}}))?",
+                        re.IGNORECASE)
 PERCENT = re.compile(r"\s*(?:\\?%|(?:\\text\{)?\s*(?:percent|per cent|pct)\s*\}?)$",
                      re.IGNORECASE)
 MONEY = re.compile(r"^(?P<minus>-?)\s*(?:US\s*)?(?P<sign>\\\$|\$|€|£|¥|₹|\\euro(?![a-z])|"

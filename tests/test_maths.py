@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import score
-from data import maths
+from data import latex, maths
 
 ROOT = pathlib.Path(score.__file__).parent
 SAMPLES = ROOT / "tests/maths_samples"
@@ -188,3 +188,13 @@ def test_another_run_of_the_same_leaves_it_alone(tmp_path, capsys):
     convert(source, tmp_path / "out.jsonl")
     convert(source, tmp_path / "out.jsonl")
     assert "complete, left alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asks, pattern", [step[:2] for step in latex.STEPS])
+def test_every_normalisation_is_asked_for(monkeypatch, asks, pattern):
+    """The LaTeX beside a step is spelled otherwise without it."""
+    whole = latex.normal(asks)
+    assert latex.normal(whole) == whole, "its form is final"
+    without = [step for step in latex.COMPILED if step[0].pattern != pattern]
+    monkeypatch.setattr(latex, "COMPILED", without)
+    assert len(without) == len(latex.STEPS) - 1 and latex.normal(asks) != whole
