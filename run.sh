@@ -286,8 +286,8 @@ END
 
 # ---- The whole -----------------------------------------------------------------------------------
 demonstration() {
-  (main --name demo-grpo --method grpo --rounds 6 --eval-problems 0)
-  (main --name demo --rounds 6 --against demo-grpo)
+  (main --name demo-grpo --method grpo --eval-problems 0)
+  (main --name demo --against demo-grpo)
 }
 
 main() {
