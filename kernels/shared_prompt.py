@@ -298,7 +298,8 @@ def shared_hidden(model, prompts, completions):
     ids, padding, mask, positions = pad_left(distinct.values(), device)
     cache = DynamicCache(config=model.config)
     output = with_cache(decoder, cache, input_ids=ids, attention_mask=mask, position_ids=positions)
-    hidden = [output.last_hidden_state[owner, -1]]
+    # index_select: its backward pass adds in one order, where indexing adds in the threads' order.
+    hidden = [output.last_hidden_state[:, -1].index_select(0, owner)]
     starts = np.cumsum([0] + [len(completion) for completion in completions])
     places = [starts[:-1]]  # in the result, of each hidden state
 
@@ -328,7 +329,7 @@ def repeated_cache(cache, owner):
     """A cache of its own for some rows, of which the prompts' `cache` knows nothing."""
     own = copy.copy(cache)
     own.layers = [copy.copy(layer) for layer in cache.layers]
-    own.batch_select_indices(owner)
+    own.reorder_cache(owner)  # by index_select, which is deterministic (see shared_hidden)
     return own
 
 
