@@ -19,6 +19,7 @@ The objective, for n rollouts y_1..y_n of each prompt x, sampled from pi_old; r_
     rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
     loss  = - sum over tokens of min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)
             / all completion tokens of the update
+            - c mean log pi(z_t) over right answers z of the base     if --rehearse is given
 
 All log-probs are of logits / T. The smoothing stands in every group, also where all rollouts are
 right, or all wrong, and GRPO's A_i is 0. `--method FILE.py:NAME` takes another objective from a
@@ -127,20 +128,27 @@ def add_flags(add):
     add("--smooth-level", choices=["token", "sequence", "reward"],
         help="ds-grpo: log pi_old of each token, its mean over the completion, or that mean added "
              "to the reward before the group's mean is taken off (default token)")
-    add("--adv-norm", default="std", choices=["std", "none"],
-        help="divide A_i by the group's population std, or not (default std)")
+    add("--adv-norm", choices=["std", "none"],
+        help="grpo, and ds-grpo but at level reward: divide A_i by the group's population std, or "
+             "not (default std)")
     add("--truncated", default="wrong", choices=["wrong", "mask"],
-        help="rollouts cut at the length limit: wrong with reward 0, or kept in the group's "
-             "statistics and left out of the loss (default wrong)")
+        help="rollouts cut at the length limit: wrong with reward 0, unless score.py found a whole "
+             "right answer in them; or kept in the group's statistics and left out of the loss "
+             "(default wrong)")
     # the loss
-    number("--clip-low", 0.2, "rho is cut at 1 - this")
-    number("--clip-high", 0.25, "rho is cut at 1 + this")
+    add("--clip-low", type=float, help="rho is cut at 1 - this (default 0.2)")
+    add("--clip-high", type=float, help="rho is cut at 1 + this (default 0.25)")
     number("--entropy-coef", 0.0, "c of loss -= c H_t, averaged over all completion tokens; c > 0 "
                                   "is a bonus, c < 0 a penalty")
     number("--entropy-coef-correct", 0.0, "the same on correct rollouts alone")
     number("--entropy-coef-wrong", 0.0, "the same on wrong rollouts alone")
     number("--kl-coef", 0.0, "weight of the k3 estimate of KL(pi || ref)")
     add("--ref-model", help="the reference model of --kl-coef")
+    add("--rehearse", metavar="FILE",
+        help="scored rollouts, as a rule of the base model, whose right answers are rehearsed")
+    add("--rehearse-coef", type=float, help="c of loss -= c mean log pi over the answers drawn")
+    add("--rehearse-n", type=int,
+        help="answers drawn an update (default: as many as the update has rollouts)")
     # the optimizer
     number("--updates", 1, "optimizer steps: the shuffled groups are dealt into so many "
                            "mini-batches")
@@ -179,15 +187,19 @@ def parse_args(argv=None):
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name.replace('_', '-')} must be a finite number")
     lowest = {"updates": 1, "micro_batch_tokens": 1, "lr": 0, "clip_low": 0, "clip_high": 0,
-              "warmup_steps": 0, "weight_decay": 0, "kl_coef": 0}
+              "warmup_steps": 0, "weight_decay": 0, "kl_coef": 0, "rehearse_n": 1}
     for name, low in lowest.items():
-        if getattr(args, name) < low:
+        if getattr(args, name) is not None and getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}")
-    for name in ("max_grad_norm", "rank_timeout", "temperature"):
+    for name in ("max_grad_norm", "rank_timeout", "temperature", "rehearse_coef"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if bool(args.kl_coef) != bool(args.ref_model):
         parser.error("--kl-coef and --ref-model go together")
+    if bool(args.rehearse_coef) != bool(args.rehearse):
+        parser.error("--rehearse and --rehearse-coef go together")
+    if args.rehearse_n and not args.rehearse:
+        parser.error("--rehearse-n belongs to --rehearse")
     if args.checkpoint_activations and args.share_prompts:
         parser.error("--share-prompts and --checkpoint-activations exclude each other: "
                      "checkpointing drops the prompt's cache")
@@ -207,10 +219,16 @@ def check_method(args, error):
             setattr(args, name, default if args.method == "ds-grpo" else None)
         elif args.method != "ds-grpo" and getattr(args, name) != 0:
             error(f"--{name.replace('_', '-')} belongs to --method ds-grpo")
+    normed = args.method in ("ds-grpo", "grpo") and args.smooth_level != "reward"
+    if args.adv_norm and not normed:
+        error("--adv-norm belongs to --method grpo, and to ds-grpo but at --smooth-level reward")
+    args.adv_norm = args.adv_norm or ("std" if normed else None)
     settings = args.arm or []
     if args.method in ("ds-grpo", "grpo"):
         if settings:
             error(f"--arm belongs to --method FILE.py:NAME, not to {args.method}")
+        args.clip_low = 0.2 if args.clip_low is None else args.clip_low
+        args.clip_high = 0.25 if args.clip_high is None else args.clip_high
         return
     try:
         split_name(args.method)
@@ -237,13 +255,13 @@ from data.plan import plan_update
 from data.policy import Policy, checkpoint_activations, load_policy, memory_estimate
 from data.ranks import (claim_empty, lost_ranks_told, rank_and_world, start_ranks,
                         wait_for_rank_0)
-from data.rollouts import load_rollouts, sampling_of, write_rollouts
+from data.rollouts import draw_answers, load_answers, load_rollouts, sampling_of, write_rollouts
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
 
 # Flags that change no byte of the output, and those that name inputs, whose digests are compared.
-FREE_FLAGS = ("out", "rollouts", "model", "ref_model", "rank_timeout", "device")
+FREE_FLAGS = ("out", "rollouts", "model", "ref_model", "rehearse", "rank_timeout", "device")
 
 
 # ---- The method ---------------------------------------------------------------------------------
@@ -282,7 +300,8 @@ class Batch:
 
 def choose_method(args):
     """--method as advantage(batch), loss(logp, batch, advantage), and the row fields it reads."""
-    clip = {"clip_low": args.clip_low, "clip_high": args.clip_high}
+    clip = {"clip_low": 0.2 if args.clip_low is None else args.clip_low,
+            "clip_high": 0.25 if args.clip_high is None else args.clip_high}
     loss = functools.partial(clipped_loss, **clip)
     if args.method == "grpo":
         return functools.partial(grpo, adv_norm=args.adv_norm), loss, ()
@@ -290,7 +309,8 @@ def choose_method(args):
         return functools.partial(ds_grpo, gamma_p=args.gamma_p, gamma_n=args.gamma_n,
                                  smooth_level=args.smooth_level, adv_norm=args.adv_norm), loss, ()
     sys.modules.setdefault("train", sys.modules[__name__])  # a file may `from train import grpo`
-    advantage, own_loss, fields = load_arm(args.method, args.arm, clip)
+    given = {name for name in clip if getattr(args, name) is not None}
+    advantage, own_loss, fields = load_arm(args.method, args.arm, clip, given)
     return advantage, own_loss or loss, fields
 
 
@@ -326,9 +346,10 @@ class Job:
     optimizer: torch.optim.Optimizer = None
     old_logp: dict = dataclasses.field(default_factory=dict)  # row -> (tokens,) log pi_old
     ref_logp: dict = dataclasses.field(default_factory=dict)
+    answers: list = dataclasses.field(default_factory=list)  # rows to rehearse, a list a problem
 
-    def plan(self, members, unused=False):
-        return plan_update(self.rows, members, self.rank, self.world, self.args.micro_batch_tokens,
+    def plan(self, rows, members, unused=False):
+        return plan_update(rows, members, self.rank, self.world, self.args.micro_batch_tokens,
                            self.args.share_prompts, unused)
 
     def progress(self, steps, what):
@@ -356,7 +377,7 @@ def log_probs(job, module, updates, what, unused=False):
     """
     found = {}
     for members in job.progress(updates, what):
-        for micro in job.plan(members, unused):
+        for micro in job.plan(job.rows, members, unused):
             logp, _, _ = forward(module, job.rows, micro, job.device, job.dtype)
             if micro:
                 found.update(zip(micro, logp.split([len(job.rows[i].completion) for i in micro])))
@@ -379,9 +400,9 @@ def old_logprobs(job, updates, whole):
         job.verdicts.means = means.view_as(job.verdicts.reward)
 
 
-def token_losses(job, micro, metrics):
+def token_losses(job, rows, micro, metrics):
     """The loss of every completion token of a micro-batch, (tokens,), before it is normalised."""
-    args, rows = job.args, job.rows
+    args = job.args
     logp, entropy, row = forward(job.module, rows, micro, job.device, job.dtype)
     if not micro:
         return 0 * logp
@@ -406,24 +427,45 @@ def token_losses(job, micro, metrics):
     return loss
 
 
+def rehearsal_losses(job, rows, micro, metrics):
+    """- c log pi of every token of right answers drawn from an earlier model, the base: (tokens,).
+
+    Over base(y) v(x, y) / Z(x), the base filtered by the verifier v, the mean of -log pi is the
+    forward KL to it up to a constant: DPH-RL (arXiv 2509.07430), the limit of alpha-DPG
+    (2512.05962). Here each problem counts the same, and so does each of its distinct answers.
+    """
+    logp, _, _ = forward(job.module, rows, micro, job.device, job.dtype)
+    if not micro:
+        return 0 * logp
+    with torch.no_grad():
+        metrics.add(rehearsed=-logp)
+    return -job.args.rehearse_coef * logp
+
+
 def update_step(job, members, step):
     """One optimizer step on the rows `members`, after `step` earlier ones; its line of metrics."""
     began, args = time.monotonic(), job.args
     # 1. Gradients, micro-batch by micro-batch. `tokens`, over all ranks, is the one normaliser.
     tokens = sum(len(job.rows[i].completion) for i in members if job.rows[i].used)
-    metrics, plan = Metrics(), job.plan(members)
-    for number, micro in enumerate(plan):
-        last = number == len(plan) - 1
+    drawn = draw_answers(job.answers, args.rehearse_n or len(members), (args.seed, step))
+    rehearsed = sum(len(row.completion) for row in drawn)
+    metrics = Metrics()
+    work = [(token_losses, job.rows, micro, tokens) for micro in job.plan(job.rows, members)]
+    if drawn:
+        plan = job.plan(drawn, range(len(drawn)))
+        work += [(rehearsal_losses, drawn, micro, rehearsed) for micro in plan]
+    for number, (losses, rows, micro, count) in enumerate(work):
+        last = number == len(work) - 1
         with contextlib.nullcontext() if last else job.no_sync():
-            loss = token_losses(job, micro, metrics).sum()
+            loss = losses(job, rows, micro, metrics).sum()
             # DDP takes the mean over ranks; the loss is one sum over all.
-            (loss * job.world / max(tokens, 1)).backward()
+            (loss * job.world / max(count, 1)).backward()
     metrics.reduce(job.device, job.world)
 
     # 2. A step that is not finite is refused.
     norm = torch.nn.utils.clip_grad_norm_(job.policy.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    loss = metrics.sums["loss"]
+    loss = metrics.sums["loss"] + metrics.sums["rehearsed"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         refuse(job, members, f"step {step + 1}: loss {loss}, gradient norm {norm}")
 
@@ -435,8 +477,8 @@ def update_step(job, members, step):
     job.optimizer.zero_grad(set_to_none=True)
     verdicts = job.verdicts
     return metrics.line(
-        step=step + 1, tokens=tokens, norm=norm, lr=lr, seconds=time.monotonic() - began,
-        device=job.device, rows=[job.rows[i] for i in members],
+        step=step + 1, tokens=tokens, rehearsal=(args.rehearse_coef, rehearsed), norm=norm, lr=lr,
+        seconds=time.monotonic() - began, device=job.device, rows=[job.rows[i] for i in members],
         reward=verdicts.reward.flatten()[members].view(-1, verdicts.reward.shape[1]),
         correct=verdicts.correct.flatten()[members])
 
@@ -474,7 +516,7 @@ def announce(job, static, activations):
           f"{job.policy.model.config._attn_implementation}, prompts "
           f"{'shared' if args.share_prompts else 'repeated'}: {groups} groups x {n}, "
           f"{args.updates} updates of {args.method}, T = {job.policy.temperature}; memory: "
-          f"{static / 2**30:.2f} GiB for weights, gradients and Adam, up to "
+          f"{static / 2**30:.2f} GiB for weights, gradients and Adam, about "
           f"{activations / 2**30:.2f} GiB for a micro-batch of {args.micro_batch_tokens} tokens",
           file=sys.stderr)
 
@@ -488,7 +530,10 @@ def train(args):
     options = check_model(args.model, args.trust_remote_code)
     inputs = [args.rollouts, source_of(args.model, options)]
     if args.ref_model:
-        inputs.append(source_of(args.ref_model, check_model(args.ref_model)))
+        ref_options = check_model(args.ref_model, args.trust_remote_code)
+        inputs.append(source_of(args.ref_model, ref_options))
+    if args.rehearse:
+        inputs.append(args.rehearse)
     if args.arm is not None:
         inputs.append(split_name(args.method)[0])
     sampling = sampling_of(args)
@@ -497,6 +542,7 @@ def train(args):
     rows = sum(groups, [])
     if args.updates > len(groups):
         fail(f"{args.rollouts}: {len(groups)} groups cannot be dealt into --updates {args.updates}")
+    answers = load_answers(args.rehearse, sampling["temperature"]) if args.rehearse else []
     whole = try_method(advantage, loss, groups, verdicts_of(groups, fields, "cpu"))
     device, dtype = device_and_dtype(args)
     if rank == 0:
@@ -508,11 +554,11 @@ def train(args):
     # 2. The policy, its optimizer, and the processes that share the work.
     start_ranks(device, world, args.rank_timeout)
     tokenizer, temperature = load_tokenizer(args.model, options), sampling["temperature"]
-    load = functools.partial(load_policy, temperature=temperature, rows=rows, args=args,
-                             device=device, world=world)
+    load = functools.partial(load_policy, temperature=temperature, rows=rows + sum(answers, []),
+                             args=args, device=device, world=world)
     policy, module, no_sync = load(args.model, options)
     if args.ref_model:
-        reference, _, _ = load(args.ref_model, options, trained=False)
+        reference, _, _ = load(args.ref_model, ref_options, trained=False)
     if args.checkpoint_activations:
         checkpoint_activations(policy.model)
     memory = memory_estimate(policy, device, dtype, args.micro_batch_tokens,
@@ -524,7 +570,8 @@ def train(args):
         step, lines = load_optimizer(optimizer, policy, args.model), earlier_metrics(args.model)
     job = Job(args=args, rank=rank, world=world, device=device, dtype=dtype, rows=rows,
               verdicts=verdicts_of(groups, fields, device), advantage=advantage, loss=loss,
-              policy=policy, module=module, no_sync=no_sync, optimizer=optimizer)
+              policy=policy, module=module, no_sync=no_sync, optimizer=optimizer,
+              answers=answers)
     if rank == 0:
         announce(job, *memory)
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 class Metrics:
     """Sums and maxima over the completion tokens of an update, of all micro-batches and ranks."""
     SUMS = ("loss", "entropy", "entropy_correct", "right", "nll", "gap", "low", "high", "kl", "adv",
-            "adv2", "smooth")
+            "adv2", "smooth", "rehearsed")
     PEAKS = ("gap", "ratio")
 
     def __init__(self):
@@ -34,15 +34,19 @@ class Metrics:
         self.sums = dict(zip(self.SUMS, sums.tolist()))
         self.peaks = dict(zip(self.PEAKS, peaks.tolist()))
 
-    def line(self, step, tokens, norm, lr, seconds, device, rows, reward, correct):
+    def line(self, step, tokens, rehearsal, norm, lr, seconds, device, rows, reward, correct):
         """The update's line. rows: all of its rows; reward: (groups, n), correct: (rows,) of them;
-        tokens: of those in the loss."""
+        tokens: of those in the loss; rehearsal: its coefficient and tokens."""
         sums, count = self.sums, max(tokens, 1)
         mean, wrong = {name: value / count for name, value in sums.items()}, count - sums["right"]
         of_wrong = sums["entropy"] - sums["entropy_correct"]
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if device != "cpu":
             memory = torch.cuda.max_memory_allocated()
+        more, (coef, rehearsed) = {}, rehearsal
+        if rehearsed:
+            more["rehearse_nll"] = sums["rehearsed"] / rehearsed
+            mean["loss"] += coef * more["rehearse_nll"]
         return {
             "step": step,
             "loss": mean["loss"],
@@ -68,4 +72,5 @@ class Metrics:
             "tokens": tokens,
             "tokens_per_s": tokens / seconds,
             "peak_mem_bytes": memory,
+            **more,
         }

@@ -44,11 +44,12 @@ def split_name(text):
     return path, name
 
 
-def load_arm(text, settings, clip):
+def load_arm(text, settings, clip, given):
     """FILE.py:NAME as advantage(batch); loss(logp, batch, advantage), or None; and NAME.fields.
 
     settings: {argument: value}, each of which one of the two functions must have; clip: the same,
-    for those that want it. The loss returns a triple, whatever NAME_loss does.
+    of which the loss must have those that were `given`. The loss returns a triple, whatever
+    NAME_loss does.
     """
     path, name = split_name(text)
     spec = importlib.util.spec_from_file_location(name, path)
@@ -63,6 +64,9 @@ def load_arm(text, settings, clip):
     for key in settings:
         if not takes(own, key) and not (own_loss and takes(own_loss, key)):
             fail(f"{text}: has no setting {key!r}")
+    for key in given:
+        if own_loss and not takes(own_loss, key):
+            fail(f"--{key.replace('_', '-')}: {text}_loss does not take it")
 
     def advantage(batch):
         return checked(text, with_settings(own, settings), [batch], batch.old_logp)

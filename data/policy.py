@@ -99,7 +99,12 @@ class Policy(torch.nn.Module):
             fail(f"{name}: a prompt cannot be shared through the cache of this architecture; give "
                  f"--no-share-prompts")
         vocabulary = len(self.head.weight)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for row in rows:
+            length = len(row.prompt) + len(row.completion)
+            if positions and length > positions:
+                fail(f"{row.where}: {length} tokens of prompt and completion exceed the "
+                     f"{positions} positions of {name}")
             if max(max(row.prompt), row.completion.max(initial=0)) >= vocabulary:
                 fail(f"{row.where}: a token id beyond the vocabulary of {vocabulary} of {name}: "
                      f"rollouts of another model?")

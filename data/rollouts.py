@@ -43,11 +43,12 @@ def load_rollouts(path, truncated="wrong", fields=()):
         if scored.sample in group:
             fail(f"{where}: duplicate sample {scored.sample} of id {scored.id!r}")
         cut = scored.finish_reason == "length"
-        wrong = cut and truncated == "wrong"
+        # score.py calls a cut rollout correct where it holds a whole right answer: it stays right.
+        wrong = cut and truncated == "wrong" and not scored.correct
         group[scored.sample] = Row(
             where=where, id=scored.id, sample=scored.sample, group=len(groups) - 1,
             prompt=scored.prompt_ids, completion=np.array(ids, np.int64),
-            logprobs=np.array(logprobs, np.float32), correct=scored.correct and not wrong,
+            logprobs=np.array(logprobs, np.float32), correct=scored.correct,
             reward=0.0 if wrong else scored.reward, cut=cut,
             used=not (cut and truncated == "mask"),
             fields={name: getattr(scored, name) for name in fields})
@@ -63,6 +64,43 @@ def load_rollouts(path, truncated="wrong", fields=()):
                      f"{row.id!r}")
             row.prompt = first.prompt
     return [[group[sample] for sample in sorted(group)] for group in groups.values()], n
+
+
+def load_answers(path, temperature):
+    """The distinct right completions of each problem of a scored file, a list of rows a problem.
+
+    Groups may be of any size; problems without a right one are left out. What is drawn from these
+    is learned at `temperature`, so that it must have been sampled at it.
+    """
+    sampling = files.sampling_of(path)
+    if sampling and sampling.get("temperature") != temperature:
+        fail(f"{path}: sampled at temperature {sampling.get('temperature')}, the rollouts at "
+             f"{temperature}")
+    problems = {}
+    for where, _, scored in read_rows(path, Scored):
+        if not scored.correct or not scored.completion_ids:
+            continue
+        answers = problems.setdefault(scored.id, {})
+        prompt = next(iter(answers.values())).prompt if answers else scored.prompt_ids
+        if prompt != scored.prompt_ids:
+            fail(f"{where}: prompt_ids differ from those of the other samples of id {scored.id!r}")
+        answers.setdefault(tuple(scored.completion_ids), Row(
+            where=where, id=scored.id, sample=scored.sample, group=len(problems) - 1, prompt=prompt,
+            completion=np.array(scored.completion_ids, np.int64),
+            logprobs=np.array(scored.logprobs, np.float32), correct=True, reward=scored.reward,
+            cut=scored.finish_reason == "length", used=True, fields={}))
+    if not problems:
+        fail(f"{path}: no correct rollout to rehearse")
+    return [list(answers.values()) for answers in problems.values()]
+
+
+def draw_answers(problems, count, seed):
+    """`count` rows: every problem equally often, but for a rest, then one of its answers."""
+    rng, drawn = np.random.default_rng(seed), []
+    while problems and len(drawn) < count:
+        order = rng.permutation(len(problems))[:count - len(drawn)]
+        drawn += [problems[i][rng.integers(len(problems[i]))] for i in order]
+    return drawn
 
 
 def write_rollouts(path, rows):

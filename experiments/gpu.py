@@ -337,7 +337,7 @@ def updated(part, name, *flags):
         metrics = [json.loads(line) for line in file][1:]
     shutil.rmtree(out)  # 12 bytes a weight
     speed = statistics.median(line["tokens_per_s"] for line in metrics)
-    static, passing = re.search(r"memory: ([\d.]+) GiB .*, up to ([\d.]+) GiB", said).groups()
+    static, passing = re.search(r"memory: ([\d.]+) GiB .*, about ([\d.]+) GiB", said).groups()
     group = [(size.prompt_tokens, [size.new_tokens] * size.n)]
     flop, _ = bench.needed(transformers.Qwen2Config(**size.config), group, 4, training=True)
     yield {"tokens/s": speed,

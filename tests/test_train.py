@@ -26,7 +26,7 @@ import train
 from data import files, shards
 from data import policy as policies
 from data.plan import plan_update
-from data.rollouts import Row, load_rollouts
+from data.rollouts import Row, draw_answers, load_rollouts
 from experiments import arms
 from shared_prompt import length_blocks
 
@@ -202,7 +202,7 @@ def advantages(args, rewards, corrects, old):
         scores = [r - mean_of(shaped) for r in shaped]
     else:
         scores = [r - mean_of(rewards) for r in rewards]
-        if args.adv_norm == "std":
+        if args.adv_norm != "none":
             scores = [score / (std_of(rewards) + 1e-6) for score in scores]
     result = []
     for i in range(n):
@@ -230,8 +230,8 @@ class Oracle:
         groups = {}
         for row in rows:
             row = dict(row)
-            if row["finish_reason"] == "length" and args.truncated == "wrong":
-                row["correct"], row["reward"] = False, 0.0
+            if row["finish_reason"] == "length" and args.truncated == "wrong" and not row["correct"]:
+                row["reward"] = 0.0
             groups.setdefault(row["id"], []).append(row)
         groups = [sorted(group, key=lambda row: row["sample"]) for group in groups.values()]
         order = np.random.default_rng(args.seed).permutation(len(groups)).tolist()
@@ -255,6 +255,7 @@ class Oracle:
         kept = [row for row in members if not (row["finish_reason"] == "length" and args.truncated == "mask")]
         count = sum(len(row["completion_ids"]) for row in kept)
         total, seen = torch.zeros((), dtype=torch.float64), []
+        clip_low, clip_high = 0.2 if args.clip_low is None else args.clip_low, 0.25 if args.clip_high is None else args.clip_high
         for group in groups:
             of_group = advantages(args, [row["reward"] for row in group], [row["correct"] for row in group], [row["old"] for row in group])
             for row, advantages_of_row in zip(group, of_group):
@@ -264,13 +265,13 @@ class Oracle:
                 for t, (logp, entropy) in enumerate(tokens):
                     old, adv = row["old"][t], advantages_of_row[t]
                     rho = (logp - old).exp()
-                    low, high = rho.item() < 1 - args.clip_low, rho.item() > 1 + args.clip_high
+                    low, high = rho.item() < 1 - clip_low, rho.item() > 1 + clip_high
                     if args.method.endswith(":cispo"):
-                        loss = -min(rho.item(), 1 + args.clip_high) * adv * logp
+                        loss = -min(rho.item(), 1 + clip_high) * adv * logp
                         low = False
                     else:
                         low, high = low and adv < 0, high and adv > 0
-                        loss = -torch.as_tensor((1 - args.clip_low if low else 1 + args.clip_high) * adv) if low or high else -rho * adv
+                        loss = -torch.as_tensor((1 - clip_low if low else 1 + clip_high) * adv) if low or high else -rho * adv
                     coefficient = args.entropy_coef + (args.entropy_coef_correct if row["correct"] else args.entropy_coef_wrong)
                     loss = loss - coefficient * entropy
                     if args.kl_coef:
@@ -664,21 +665,31 @@ def test_empty_completions_and_the_length_limit(model, lengths, tmp_path):
 
 
 def test_all_truncated(model, tmp_path):
-    """A round whose answers were all cut: under `mask` nothing is learned from, under `wrong` all of it is wrong."""
+    """A round whose answers were all cut: under `mask` nothing is learned from, under `wrong` those that are not right have reward 0."""
     path = write(tmp_path / "rows.jsonl", make_rows(model, cut={(g, k) for g in range(7) for k in range(4)}))
     masked = run(model, path, tmp_path / "mask", "--truncated", "mask", "--weight-decay", 0)
     assert masked.metrics[0]["tokens"] == masked.metrics[0]["grad_norm"] == 0 and masked.metrics[0]["truncated_frac"] == 1
     assert masked.metrics[0]["pass@1"] > 0.3  # kept in the statistics
     assert distance(masked.weights, load_file(f"{model}/model.safetensors")) == 0
     wrong = run(model, path, tmp_path / "wrong")
-    assert wrong.metrics[0]["pass@1"] == wrong.metrics[0]["reward"] == 0 and wrong.metrics[0]["grad_norm"] > 0
+    right = [reward for group in VERDICTS for correct, reward in group if correct]
+    assert wrong.metrics[0]["pass@1"] == pytest.approx(len(right) / 28)  # as evaluate.py counts: by `correct` alone
+    assert wrong.metrics[0]["reward"] == pytest.approx(sum(right) / 28) and wrong.metrics[0]["grad_norm"] > 0
+
+
+def test_a_correct_answer_that_was_cut_stays_correct_and_a_wrong_one_has_no_reward(model, tmp_path):
+    """score.py calls a cut completion correct where the whole answer stands in it: pass@1 is evaluate.py's."""
+    rows = make_rows(model, [[(1, 1.0), (0, 0.1), (0, 0.0), (0, 0.0)]], [[4, 3, 5, 2]], cut={(0, 0), (0, 1)})
+    found = run(model, write(tmp_path / "rows.jsonl", rows), tmp_path / "out").metrics[0]
+    assert found["pass@1"] == 0.25 and found["reward"] == 0.25 and found["truncated_frac"] == 0.5
 
 
 def test_numerics_the_only_correct_answer_was_truncated(model, tmp_path):
-    rows = make_rows(model, [VERDICTS[6]], [LENGTHS[6]], cut={(0, 1)})
+    rows = make_rows(model, [[(0, 0.0), (0, 1.0), (0, 0.0), (0, 0.0)]], [LENGTHS[6]], cut={(0, 1)})
     path = write(tmp_path / "rows.jsonl", rows)
     wrong = run(model, path, tmp_path / "wrong", "--method", "grpo").metrics[0]
     assert wrong["dead_groups"] == 1 and wrong["grad_norm"] == 0 and wrong["pass@1"] == 0 and wrong["entropy_correct"] is None
+    path = write(tmp_path / "right.jsonl", make_rows(model, [VERDICTS[6]], [LENGTHS[6]], cut={(0, 1)}))
     mask = run(model, path, tmp_path / "mask", "--method", "grpo", "--truncated", "mask").metrics[0]
     assert mask["dead_groups"] == 0 and mask["grad_norm"] > 0 and mask["pass@1"] == 0.25 and mask["tokens"] == 13
 
@@ -1003,7 +1014,7 @@ def test_fuzz_load_rollouts(tmp_path_factory, rows, truncated):
     assert sum(map(len, groups)) == len(rows) and all(len(group) == n for group in groups)
     for row in sum(groups, []):
         assert len(row.completion) == len(row.logprobs) and np.isfinite(row.logprobs).all()
-        assert not (row.cut and truncated == "wrong" and (row.correct or row.reward))
+        assert not (row.cut and truncated == "wrong" and not row.correct and row.reward)
 
 
 # ---- Objectives from files ----------------------------------------------------------------------------------------------
@@ -1098,6 +1109,7 @@ mine.fields = ("solution", "id")
 
 
 WRONG_ARMS = [  # the file, flags, and what the line says
+    ("from train import grpo as mine\ndef mine_loss(logp, batch, advantage, clip_high): return logp", ["--clip-low", 0.1], "mine_loss does not take it"),
     ("def other(batch): ...", [], "no function mine in this file"),
     ("def mine(batch: ...", [], "cannot be imported: SyntaxError"),
     ("import absent_module", [], "cannot be imported: ModuleNotFoundError"),
@@ -1125,9 +1137,100 @@ def test_a_wrong_objective_is_told_before_a_model_is_loaded(text, flags, message
     (["--method", "ppo"], "neither ds-grpo nor grpo nor FILE.py:NAME"), (["--method", "absent.py:x"], "no such file absent.py"),
     (["--method", "absent.py"], "neither"), (["--method", f"{RIVALS}:a-b"], "neither"), (["--method", f"{RIVALS}:passk", "--arm", "k"], "KEY=VALUE"),
     (["--method", f"{RIVALS}:passk", "--arm", "k=1", "--arm", "k=2"], "given twice"), (["--method", f"{RIVALS}:passk", "--arm", "k=nan"], "finite"),
+    (["--method", f"{RIVALS}:passk", "--adv-norm", "std"], "--adv-norm belongs to"), (["--smooth-level", "reward", "--adv-norm", "std"], "--adv-norm"),
+    (["--rehearse", "x"], "go together"), (["--rehearse-coef", 0.1], "go together"), (["--rehearse-n", 3], "belongs to --rehearse"),
+    (["--rehearse", "x", "--rehearse-coef", -1], "above 0"), (["--gamma-n", "-1e-3", "--method", "grpo"], "--gamma-n belongs"),
     (["--method", f"{RIVALS}:passk", "--gamma-p", 1], "--gamma-p belongs to --method ds-grpo"), (["--arm", "k=1"], "--arm belongs to --method FILE.py:NAME")])
 def test_wrong_flags_of_an_objective(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         arguments("m", "r", "o", *flags)
     lines = capsys.readouterr().err.splitlines()
     assert error.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+# ---- Rehearsal ------------------------------------------------------------------------------------------------------------
+def rehearsal(model, tmp_path):
+    """A scored file of the base: groups of several sizes; one right answer a problem, some of them twice; and the answers' ids."""
+    rows, answers = make_rows(model, [VERDICTS[1], VERDICTS[4], VERDICTS[6], VERDICTS[0]], [LENGTHS[1], LENGTHS[4], LENGTHS[6], LENGTHS[0]], seed=7), []
+    rows = [row for row in rows if (row["id"], row["sample"]) != ("p/3", 2)]
+    rows.append({**rows[7], "sample": 9})
+    for row in rows:
+        if row["correct"] and row["completion_ids"] and row["sample"] < 9:
+            answers.append((row["prompt_ids"], row["completion_ids"]))
+    return write(tmp_path / "base.jsonl", rows), answers
+
+
+def test_rehearsal_is_the_mean_log_prob_of_right_answers_of_the_base(model, rollouts, tmp_path, fp64):
+    """loss -= c mean log pi over the drawn tokens: here every problem has one distinct answer, drawn twice; loss, gradient, metric."""
+    path, answers = rehearsal(model, tmp_path)
+    assert len(answers) == 3
+    flags = ["--method", "grpo", "--max-grad-norm", 1e9, "--micro-batch-tokens", 30]
+    plain = run(model, rollouts, tmp_path / "plain", *flags)
+    found = run(model, rollouts, tmp_path / "out", *flags, "--rehearse", path, "--rehearse-coef", 0.5, "--rehearse-n", 6)
+    policy, total, count = load(model), 0, 0
+    for prompt, completion in answers:
+        for logp, _ in tokens_of(policy, prompt, completion):
+            total, count = total - logp, count + 1
+    (0.5 * total / count).backward()
+    expected = {f"{name}.exp_avg": weight.grad + plain.gradient[f"{name}.exp_avg"] for name, weight in policy.named_parameters()}
+    assert distance(found.gradient, expected) < 1e-9
+    assert found.metrics[0]["rehearse_nll"] == pytest.approx(total.item() / count)
+    assert found.metrics[0]["loss"] == pytest.approx(plain.metrics[0]["loss"] + 0.5 * total.item() / count)
+    same_metrics({key: value for key, value in found.metrics[0].items() if key != "rehearse_nll"},
+                 {**{key: value for key, value in plain.metrics[0].items() if key not in TIMINGS},
+                  **{key: found.metrics[0][key] for key in ("loss", "grad_norm")}})
+
+
+def test_problems_are_drawn_equally_often_and_anew_at_every_step():
+    problems = [[row_of([2], [3 + i], group=g) for i in range(g + 1)] for g in range(5)]
+    drawn = draw_answers(problems, 1003, (0, 1))
+    counts = [sum(row.group == g for row in drawn) for g in range(5)]
+    assert len(drawn) == 1003 and max(counts) - min(counts) <= 1
+    of_last = [sum(row is one for row in drawn) for one in problems[4]]
+    assert sum(of_last) == counts[4] and min(of_last) > 20
+    again = [[row.group for row in draw_answers(problems, 12, seed)] for seed in ((0, 1), (0, 1), (0, 2), (1, 1))]
+    assert again[0] == again[1] and again[2] != again[0] != again[3] and draw_answers([], 5, (0, 0)) == []
+
+
+def test_what_cannot_be_rehearsed_is_refused(model, rollouts, tmp_path, capsys):
+    path, _ = rehearsal(model, tmp_path)
+    flags = ["--rehearse-coef", 0.1, "--rehearse"]
+    hot = write(tmp_path / "hot.jsonl", make_rows(model), {"temperature": 1.0})
+    assert "sampled at temperature 1.0, the rollouts at 0.7" in refused(capsys, model, rollouts, tmp_path / "a", *flags, hot)
+    wrong = write(tmp_path / "wrong.jsonl", make_rows(model, VERDICTS[1:2], LENGTHS[1:2]))
+    assert "no correct rollout to rehearse" in refused(capsys, model, rollouts, tmp_path / "b", *flags, wrong)
+    rows = make_rows(model, VERDICTS[2:3], LENGTHS[2:3])
+    rows[1]["prompt_ids"] = [5, 5, 5, 5, 5, 5]
+    assert "differ.jsonl:2: prompt_ids differ" in refused(capsys, model, rollouts, tmp_path / "c", *flags, write(tmp_path / "differ.jsonl", rows))
+
+
+def test_a_sequence_beyond_the_models_positions_is_refused(model, tmp_path, capsys):
+    rows = make_rows(model, VERDICTS[:1], LENGTHS[:1])
+    rows[2].update(completion_ids=[3] * 70, logprobs=[-1.0] * 70)
+    line = refused(capsys, model, write(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+    assert "rows.jsonl:3: " in line and "exceed the 64 positions" in line
+
+
+def test_two_threads_give_the_same_gradient_every_time(tiny_model):
+    """The gradients of a prompt that is repeated for its rows are added in one order, whatever thread is the first."""
+    rng = random.Random(0)
+    policy = train.Policy(train.load_model(tiny_model, torch.float32, "cpu", {}), 1.0, True)
+    prompts, completions = [], []
+    for _ in range(14):
+        prompt = [rng.randrange(3, 20) for _ in range(rng.randint(14, 20))]
+        for _ in range(rng.randint(9, 17)):
+            prompts.append(prompt)
+            completions.append(np.array([rng.randrange(3, 20) for _ in range(rng.randint(6, 20))]))
+
+    def gradient():
+        policy.zero_grad()
+        logp, _ = policy(prompts, completions)
+        (logp * torch.linspace(-1, 1, len(logp))).sum().backward()
+        return [weight.grad.clone() for weight in policy.parameters()]
+
+    torch.set_num_threads(2)
+    try:
+        first = gradient()
+        assert all(torch.equal(a, b) for _ in range(4) for a, b in zip(first, gradient(), strict=True))
+    finally:
+        torch.set_num_threads(1)
