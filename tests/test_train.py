@@ -1214,7 +1214,7 @@ def test_a_sequence_beyond_the_models_positions_is_refused(model, tmp_path, caps
 def test_two_threads_give_the_same_gradient_every_time(tiny_model):
     """The gradients of a prompt that is repeated for its rows are added in one order, whatever thread is the first."""
     rng = random.Random(0)
-    policy = train.Policy(train.load_model(tiny_model, torch.float32, "cpu", {}), 1.0, True)
+    policy = train.Policy(policies.load_model(tiny_model, torch.float32, "cpu", {}), 1.0, True)
     prompts, completions = [], []
     for _ in range(14):
         prompt = [rng.randrange(3, 20) for _ in range(rng.randint(14, 20))]
