@@ -69,12 +69,12 @@ def parse_args(argv=None):
         help="folder of the tables and the picture (default experiments/smollm2)")
     # what is done
     add("--smallest", action="store_true",
-        help="4 prompts x 4 samples, one GRPO update, an evaluation of what it wrote; no report")
+        help="4 prompts x 4 samples, one DS-GRPO update, an evaluation of it; no report")
     add("--report", action="store_true", help="only the report")
     args = parser.parse_args(argv)
     if args.smallest:
         args.rounds, args.problems, args.n, args.updates = 1, 4, 4, 1
-        args.arms, args.seeds, args.eval_problems, args.eval_n = ["grpo"], [1], 4, 4
+        args.arms, args.seeds, args.eval_problems, args.eval_n = ["ds-grpo"], [1], 4, 4
     return args
 
 

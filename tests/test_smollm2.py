@@ -96,18 +96,18 @@ def test_smallest(tmp_path):
     os.symlink(folder, tmp_path / "packages")
     command = [sys.executable, SCRIPT, "--smallest", "--runs", str(tmp_path)]
     subprocess.run(command, check=True)
-    metrics, = read(tmp_path / "grpo-1" / "round-001" / "metrics.jsonl")
+    trained = tmp_path / "ds-grpo-1" / "round-001"
+    metrics, = read(trained / "metrics.jsonl")
     assert metrics["step"] == 1 and 0 < metrics["logprob_gap"] < 1e-4
-    base = load_file(tmp_path / "base" / "model.safetensors")
-    trained = load_file(tmp_path / "grpo-1" / "round-001" / "model.safetensors")
-    assert base.keys() == trained.keys()
-    moved = [(base[key] - trained[key]).abs().max().item() for key in base]
-    assert all(gap < 1e-3 for gap in moved)
-    assert any(moved) == (metrics["grad_norm"] > 0)
-    for name in ("base", "grpo-1"):
+    assert metrics["grad_norm"] > 0, "smoothing has a gradient even where no answer is right"
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    after = load_file(trained / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = max((before[key] - after[key]).abs().max().item() for key in before)
+    assert 0.9 * metrics["lr"] < moved < 2 * metrics["lr"], "AdamW's first step is lr a weight"
+    for name in ("base", "ds-grpo-1"):
         rows = read(tmp_path / f"eval-{name}.scored.jsonl")
-        assert len(rows) == 16
-        assert all(row["completion_ids"] for row in rows)
+        assert len(rows) == 16 and all(row["completion_ids"] for row in rows)
 
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "train.py" not in again.stdout, "the trained model was there"
