@@ -32,6 +32,9 @@
 #   --attention A           of generate.py: auto | model | shared             (auto)
 #   --updates U             optimizer steps a round                           (4)
 #   --lr LR                 learning rate                                     (3e-4)
+#   --rehearse N            sample N problems once with the base, whose right
+#                           answers train.py rehearses; 0 is off              (0)
+#   --rehearse-coef C       their weight in the loss                          (1.0)
 #   --generate "FLAGS"      more flags for generate.py                        (none)
 #   --train "FLAGS"         more flags for train.py; without it, ds-grpo on the
 #                           embedded model gets --gamma-p 0.3 --gamma-n 0.03
@@ -59,13 +62,14 @@ launch() {  # the -- keeps argparse of Python 3.11 from taking --n for one of to
 read_flags() {
   name=demo model=${here}data/tiny-countdown method=ds-grpo rounds=8 seed=0 keep=2
   prompts='' prompts_per_round=192 n=16 temperature=1.0 max_new_tokens=24 attention=auto
-  updates=4 lr=3e-4 generate='' train='' countdown=''
+  updates=4 lr=3e-4 rehearse=0 rehearse_coef=1.0 generate='' train='' countdown=''
   eval_prompts='' eval_problems=300 eval_n=64 against='' nproc=1
   while [ $# -gt 0 ]; do
     case "$1" in
       -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
       --name|--model|--method|--rounds|--seed|--keep|--prompts|--prompts-per-round|--n|\
-      --temperature|--max-new-tokens|--attention|--updates|--lr|--generate|--train|--countdown|\
+      --temperature|--max-new-tokens|--attention|--updates|--lr|--rehearse|--rehearse-coef|\
+      --generate|--train|--countdown|\
       --eval-prompts|--eval-problems|--eval-n|--against|--nproc)
         [ $# -gt 1 ] || die "$1 needs a value"
         key=${1#--}
@@ -86,7 +90,7 @@ words() {  # WHERE TEXT: the words of the text into the array `split`; nothing i
   for word in "${split[@]}"; do
     case "${word%%=*}" in
       --model|--prompts|--rollouts|--out|--limit|--split|--n|--temperature|--max-new-tokens|\
-      --attention|--seed|--method|--updates|--lr|--check-flags)
+      --attention|--seed|--method|--updates|--lr|--rehearse|--rehearse-coef|--check-flags)
         die "--$1: ${word%%=*} is given to the stage by run.sh itself (see --help)" ;;
     esac
   done
@@ -94,8 +98,8 @@ words() {  # WHERE TEXT: the words of the text into the array `split`; nothing i
 
 check_flags() {  # everything that can be wrong with them, before the first round samples anything
   local key
-  for key in rounds seed keep prompts_per_round n max_new_tokens updates eval_problems eval_n nproc
-  do
+  for key in rounds seed keep prompts_per_round n max_new_tokens updates rehearse \
+      eval_problems eval_n nproc; do
     [[ "${!key}" =~ ^[0-9]{1,9}$ ]] || die "--${key//_/-} must be a whole number, not '${!key}'"
     printf -v "$key" %d "$((10#${!key}))"
   done
@@ -104,6 +108,7 @@ check_flags() {  # everything that can be wrong with them, before the first roun
     [ "${!key}" -ge 1 ] || die "--${key//_/-} must be at least 1"
   done
   [[ "$name" =~ ^[^/]+$ && "$name" != .* ]] || die "--name is a folder's name in runs/, not '$name'"
+  dir=${here}runs/$name
   [[ "$method" =~ ^(ds-grpo|grpo|.+\.py:.+)$ ]] ||
     die "no --method '$method' (see --help)"
   for key in prompts eval_prompts; do
@@ -123,6 +128,9 @@ check_flags() {  # everything that can be wrong with them, before the first roun
   sampling+=(--attention "$attention" "${split[@]}")
   words train "$train"
   updating=(--method "$method" --updates "$updates" --lr "$lr" --seed "$seed" "${split[@]}")
+  if [ "$rehearse" -gt 0 ]; then
+    updating+=(--rehearse "$dir/rehearsal/scored.jsonl" --rehearse-coef "$rehearse_coef")
+  fi
   words countdown "$countdown"
   problems=("${split[@]}")
   python "${here}generate.py" --model . --prompts . --out . --n "$n" "${sampling[@]}" --check-flags
@@ -140,7 +148,7 @@ claim_folder() {  # a run folder belongs to one set of flags
   local key value settings other
   settings=$(
     for key in model method seed prompts prompts_per_round n temperature max_new_tokens attention \
-        updates lr generate train countdown; do
+        updates lr rehearse rehearse_coef generate train countdown; do
       value=${!key}
       case "$key" in
         model|prompts) value=$(recorded "$value") ;;
@@ -189,17 +197,28 @@ sample_and_score() {  # MODEL PROMPTS N SEED ROLLOUTS SCORED, and more flags of 
   verified=$((SECONDS - began))
 }
 
-one_round() {
-  local id before seed_of_round=$((seed * 100000 + $1)) began
-  id=$(printf %03d "$1") before=$(round_path $(($1 - 1)))
+problems_of() {  # ROUND COUNT OUT: so many training problems
   if [ -n "$prompts" ]; then
-    say python "${here}data/shuffle.py" --input "$prompts" --out "$dir/prompts-$id.jsonl" \
-      --n "$prompts_per_round" --round "$1" --seed "$seed" > /dev/null
+    say python "${here}data/shuffle.py" --input "$prompts" --out "$3" --n "$2" --seed "$seed" \
+      --round "$(($1 > 0 ? $1 : 1))" > /dev/null
   else
-    say python "${here}data/countdown.py" --out "$dir/prompts-$id.jsonl" --split train \
-      --n "$prompts_per_round" --seed "$seed_of_round" "${problems[@]}" > /dev/null
+    say python "${here}data/countdown.py" --out "$3" --n "$2" --split train \
+      --seed $((seed * 100000 + $1)) "${problems[@]}" > /dev/null
   fi
-  sample_and_score "$before" "$dir/prompts-$id.jsonl" "$n" "$seed_of_round" \
+}
+
+rehearsal() {  # the base's own samples, once, as if of a round 0
+  mkdir -p "$dir/rehearsal"
+  problems_of 0 "$rehearse" "$dir/rehearsal/prompts.jsonl"
+  sample_and_score "$model" "$dir/rehearsal/prompts.jsonl" "$n" $((seed * 100000)) \
+    "$dir/rehearsal/rollouts.jsonl" "$dir/rehearsal/scored.jsonl"
+}
+
+one_round() {
+  local id before began
+  id=$(printf %03d "$1") before=$(round_path $(($1 - 1)))
+  problems_of "$1" "$prompts_per_round" "$dir/prompts-$id.jsonl"
+  sample_and_score "$before" "$dir/prompts-$id.jsonl" "$n" $((seed * 100000 + $1)) \
     "$dir/rollouts-$id.jsonl" "$dir/scored-$id.jsonl"
   began=$SECONDS
   launch "${here}train.py" --model "$before" --rollouts "$dir/scored-$id.jsonl" \
@@ -297,7 +316,6 @@ main() {
   [ $# -gt 0 ] || { demonstration; return; }
   read_flags "$@"
   check_flags
-  dir=${here}runs/$name
   claim_folder
   last=$(last_round "$dir")
   if [ "$rounds" -lt "$last" ]; then
@@ -309,6 +327,7 @@ main() {
     prune "$last"
   fi
   if [ "$rounds" -gt "$last" ]; then
+    [ "$rehearse" -eq 0 ] || rehearsal
     echo "round  Pass@1  entropy  length  truncated   sample   verify   update"
   fi
   for ((round = last + 1; round <= rounds; round++)); do

@@ -266,7 +266,7 @@ def test_flags_for_generate_and_train_reach_them_and_are_recorded(loop):
     with open(loop.folder / "runs/demo/settings", encoding="utf-8") as file:
         settings = file.read().splitlines()
     assert f"generate={extra[1]}" in settings and f"train={extra[3]}" in settings
-    assert "model=base" in settings and len(settings) == 14
+    assert "model=base" in settings and len(settings) == 16
 
 
 def test_a_settings_file_that_a_power_cut_emptied_locks_nobody_out(loop):
@@ -368,6 +368,26 @@ def test_against_another_run_there_is_a_third_curve(loop):
     k, told = list(runs[0]["pass_at_k"])[-1], loop.out.splitlines()[-1]
     assert told.startswith(f"Pass@1 and Pass@{k}: base ") and told.count(";") == 2
     assert f"{runs[1]['pass_at_k'][k]['value']:.3f}" in told
+
+
+def test_rehearsal_samples_the_base_once(loop):
+    flags = [*TINY, "--eval-problems", "0", "--rehearse", "8", "--rehearse-coef", "0.3"]
+    few = ["--model", "data/tiny-countdown", "--max-new-tokens", "24", "--countdown", ""]
+    code, err = loop(*flags, *few)
+    assert code == 0, err
+    files = loop.files()
+    base = [json.loads(line) for line in files["rehearsal/scored.jsonl"].splitlines()]
+    assert len({row["id"] for row in base}) == 8 and len(base) == 32
+    meta = files["rehearsal/rollouts.jsonl.meta.json"]["flags"]
+    assert meta["model"] == "data/tiny-countdown" and meta["seed"] == 0
+    flags_of_train = files["round-002.meta.json"]["flags"]
+    assert flags_of_train["rehearse"] == "runs/demo/rehearsal/scored.jsonl"
+    assert flags_of_train["rehearse_coef"] == 0.3
+    assert loop(*flags, *few, "--rehearse", "0")[0] == 2  # another run
+    code, err = loop(*flags, *few, "--rounds", "3")
+    assert code == 0 and loop.files()["rehearsal/scored.jsonl"] == files["rehearsal/scored.jsonl"]
+    code, err = loop(*flags, "--train", "--rehearse x", "--name", "other")
+    assert code == 2 and "--rehearse is given to the stage by run.sh itself" in err
 
 
 def test_two_processes_under_torchrun(loop):
