@@ -7,6 +7,8 @@ Each is a function (batch, **settings) -> the advantage of every completion toke
 NAME_loss stands beside NAME, that is the loss of every token in place of the clipped surrogate.
 `train.Batch` says what a batch holds.
 """
+import dataclasses
+
 import torch
 
 from train import grpo
@@ -59,3 +61,27 @@ def cispo_loss(logp, batch, advantage, clip_high):
     loss = -ratio.detach().clamp(max=1 + clip_high) * advantage * logp
     cut = ratio > 1 + clip_high
     return loss, torch.zeros_like(cut), cut
+
+
+def focal(batch, gamma=1.0):
+    """F-GRPO (arXiv 2602.06717): GRPO's advantage, smaller for problems that are mostly solved.
+
+    A = (1 - p)^gamma A_GRPO,  p: the share of right rollouts in the group
+    """
+    solved = batch.correct.to(batch.reward.dtype).mean(1, keepdim=True)
+    weight = ((1 - solved) ** gamma).expand_as(batch.reward)
+    return weight.flatten()[batch.row] * grpo(batch)
+
+
+def unlikeliness(batch, beta=0.25):
+    """Unlikeliness reward, as the idea of arXiv 2506.02355 reads here: of the right rollouts the
+    likelier ones get less, by their rank in the group.
+
+    r'_i = r_i (1 - beta (n - rank_i) / n) if right;  rank_i: how many of the group's n rollouts
+    have a log pi_old(y_i), a sum over tokens, at least as high. Then GRPO's advantage of r'.
+    """
+    n = batch.reward.shape[1]
+    logp = batch.mean_logp * batch.length
+    rank = (logp[:, None, :] >= logp[:, :, None]).sum(-1)  # (groups, n)
+    shaped = batch.reward * torch.where(batch.correct, 1 - beta * (n - rank) / n, 1.0)
+    return grpo(dataclasses.replace(batch, reward=shaped.to(batch.reward.dtype)))

@@ -1234,3 +1234,28 @@ def test_two_threads_give_the_same_gradient_every_time(tiny_model):
         assert all(torch.equal(a, b) for _ in range(4) for a, b in zip(first, gradient(), strict=True))
     finally:
         torch.set_num_threads(1)
+
+
+# ---- Rivals -----------------------------------------------------------------------------------------------------------------
+def test_focal_and_unlikeliness_by_loops(model, tmp_path, fp64):
+    """The gradient of one update of each is that of its formula in loops."""
+    rows = make_rows(model, cut=())
+    path = write(tmp_path / "rows.jsonl", rows)
+
+    def normed(rewards, old):
+        return [[(r - mean_of(rewards)) / (std_of(rewards) + 1e-6)] * len(of_row) for r, of_row in zip(rewards, old)]
+
+    def focal(group, old):
+        weight = (1 - mean_of([float(row["correct"]) for row in group])) ** 2
+        return [[weight * adv for adv in of_row] for of_row in normed([row["reward"] for row in group], old)]
+
+    def unlikeliness(group, old):
+        rewards, totals = [], [math.fsum(of_row) for of_row in old]
+        for row, total in zip(group, totals):
+            rank = sum(other >= total for other in totals)  # 1: the likeliest
+            rewards.append(row["reward"] * (1 - 0.5 * (len(group) - rank) / len(group)) if row["correct"] else row["reward"])
+        return normed(rewards, old)
+
+    for name, flags, formula in ("focal", ["--arm", "gamma=2"], focal), ("unlikeliness", ["--arm", "beta=0.5"], unlikeliness):
+        found = run(model, path, tmp_path / name, "--method", f"{RIVALS}:{name}", *flags, "--max-grad-norm", 1e9, "--micro-batch-tokens", 40)
+        assert distance(found.gradient, gradient_of(model, rows, formula, lambda logp, old, adv: -(logp - old).exp() * adv)) < 1e-9, name
