@@ -85,3 +85,8 @@ def unlikeliness(batch, beta=0.25):
     rank = (logp[:, None, :] >= logp[:, :, None]).sum(-1)  # (groups, n)
     shaped = batch.reward * torch.where(batch.correct, 1 - beta * (n - rank) / n, 1.0)
     return grpo(dataclasses.replace(batch, reward=shaped.to(batch.reward.dtype)))
+
+
+def nothing(batch):
+    """No reinforcement, A = 0: what is left is the other terms of the loss, such as --rehearse."""
+    return torch.zeros_like(batch.old_logp)

@@ -13,15 +13,21 @@ policy is sampled on 300 held-out problems, 256 times each; in the fixed regime 
 training problems, too (split "train"). An end point says how far an arm went; a path says whether
 it went a better way, and a learning rate is not mistaken for a method.
 
+Rehearsal arms first sample the base on 1,920 training problems (fixed: 160 times on their 192):
+30,720 rollouts, worth ten rounds. `grpo-longer` is GRPO after ten rounds more, that is with as
+many rollouts as they have; `rehearsal` is rehearsal alone, with advantage 0.
+
 What is tuned is tuned on the tune split by this rule, fixed before any reported run: for each
 base, by runs of ten rounds with seeds 101 and 102, on 200 problems with 128 samples each; what is
 compared is the mean over the two seeds. First the learning rate: of three, the best for GRPO's
 Pass@1 serves all arms, and the second best is the second rate of --rates. Then, at the best rate,
 each arm's candidates: those whose Pass@1 is at least GRPO's less 0.01 stand for election, and the
-best mean of Pass@k over k = 1, 2, 4, .., 128 wins; where none does, the best Pass@1. The halves
-of DS-GRPO have the chosen gammas. `fixed` takes what was chosen for the strong base, the second
-rate what was chosen at the best. All that is reported comes from the test split and from other
-seeds.
+best mean of Pass@k over k = 1, 2, 4, .., 128 wins; where none does, the best Pass@1. The weight
+of rehearsal trades Pass@1 for the rest on purpose: there those stand that keep half of GRPO's
+gain in Pass@1 over the base. The halves of DS-GRPO have the chosen gammas, and what is joined
+with rehearsal has the settings that were chosen for its parts. `fixed` takes what was chosen for
+the strong base, the second rate what was chosen at the best. All that is reported comes from the
+test split and from other seeds.
 
 Writes, after every run, in --tables:
   results.csv          regime, arm, lr, seed, round, split, k, pass_at_k; the base has lr 0, round 0
@@ -54,6 +60,7 @@ SAMPLING = "--max-new-tokens 24 --device cpu"
 
 # Each arm's candidates, flags of train.py; where there is one, there is nothing to tune.
 DS = "--method ds-grpo --smooth-level token"
+REHEARSE = "--rehearse FILE --rehearse-coef"  # FILE: the base's rows, sampled when the run begins
 CANDIDATES = {
     "base": [""],
     "grpo": ["--method grpo"],
@@ -63,16 +70,20 @@ CANDIDATES = {
     "entropy-penalty": [f"--method grpo --entropy-coef {c}" for c in (-0.01, -0.03)],
     "ds-entropy": [f"--method grpo --entropy-coef-correct {c} --entropy-coef-wrong {d}"
                    for c, d in ((0.2, 0.0), (0.6, 0.0), (0.3, -0.03))],
+    "grpo-rehearsal": [f"--method grpo {REHEARSE} {c}" for c in (0.3, 1.0, 3.0)],
     "passk": ["--method experiments/arms.py:passk --arm k=4"],
     "cispo": ["--method experiments/arms.py:cispo"],
     "w-reinforce": ["--method experiments/arms.py:w_reinforce --arm positive_weight=0.1"],
 }
-# The arms that are made of what was chosen for another.
-PARTS = {"ds-positive": "ds-token", "ds-negative": "ds-token"}
+# The arms that are made of what was chosen for others.
+PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longer": ("grpo",),
+         "rehearsal": ("grpo-rehearsal",), "ds-rehearsal": ("ds-token", "grpo-rehearsal"),
+         "ds-entropy-rehearsal": ("ds-entropy", "grpo-rehearsal")}
 ARMS = (*CANDIDATES, *PARTS)
-FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus")  # the README's contrasts
+FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
+              "ds-rehearsal")  # the README's contrasts
 NEIGHBOURS = ("passk", "cispo", "w-reinforce")  # two seeds
-TWO_RATES = ("grpo", "ds-token")  # the others run at the best rate alone
+TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal")  # the others run at the best rate alone
 
 Label = collections.namedtuple("Label", "regime arm lr seed")
 
@@ -107,9 +118,18 @@ def parse_args(argv=None):
 
 # ---- One run -----------------------------------------------------------------------------------
 def draw_of(label, number):
-    """Flags of data/countdown.py for the problems of a round."""
-    number = 0 if label.regime == "fixed" else number
-    return f"--n 192 --split train --seed {label.seed * 100_000 + number}"
+    """Flags of data/countdown.py for the problems of a round; 0: those of the rehearsal."""
+    if label.regime == "fixed":
+        number = 0  # the same ones in every round
+    fresh = 192 if number or label.regime == "fixed" else 1920
+    return f"--n {fresh} --split train --seed {label.seed * 100_000 + number}"
+
+
+def rehearsal_of(folder, label):
+    """The base's own scored rollouts on training problems: a file."""
+    samples = 160 if label.regime == "fixed" else 16
+    return sampled(f"{folder}/rehearsal", MODELS[label.regime], draw_of(label, 0),
+                   f"--n {samples} {SAMPLING} --seed {label.seed * 100_000}")
 
 
 def train_round(folder, number, label, setting):
@@ -156,6 +176,8 @@ def one_run(name, label, setting, checkpoints, split, problems, n):
     if label.regime == "fixed":
         splits["train"] = draw_of(label, 1)
     with inside(folder):
+        if "FILE" in setting:
+            setting = setting.replace("FILE", rehearsal_of(folder, label))
         done, figures = last_round(folder), []
         for number in range(checkpoints[-1] + 1):
             model = model_of(folder, number, base)
@@ -196,7 +218,10 @@ def chosen(folder, regime, arm):
     if len(CANDIDATES[arm]) == 1:
         return CANDIDATES[arm][0]
     best = rates_of(folder, regime)[0]
-    least = tuning_table(folder, regime, "grpo")[best, CANDIDATES["grpo"][0]]["1"] - 0.01
+    grpo = tuning_table(folder, regime, "grpo")[best, CANDIDATES["grpo"][0]]["1"]
+    least = grpo - 0.01
+    if arm == "grpo-rehearsal":
+        least = (grpo + tuning_table(folder, regime, "base")["0", ""]["1"]) / 2
 
     def merit(setting):
         passes = tuning_table(folder, regime, arm)[best, setting]
@@ -208,12 +233,14 @@ def chosen(folder, regime, arm):
 
 def setting_of(folder, regime, arm):
     """The flags with which an arm is reported."""
-    setting = chosen(folder, regime, PARTS.get(arm, arm))
+    parts = [chosen(folder, regime, part) for part in PARTS.get(arm, (arm,))]
     if arm == "ds-positive":
-        return re.sub(r"(--gamma-n) \S+", r"\1 0", setting)
+        return re.sub(r"(--gamma-n) \S+", r"\1 0", parts[0])
     if arm == "ds-negative":
-        return re.sub(r"(--gamma-p) \S+", r"\1 0", setting)
-    return setting
+        return re.sub(r"(--gamma-p) \S+", r"\1 0", parts[0])
+    if arm == "rehearsal":
+        return parts[0].replace("--method grpo", "--method experiments/arms.py:nothing")
+    return parts[0] + parts[1].removeprefix("--method grpo") if len(parts) > 1 else parts[0]
 
 
 def tuning_jobs(args, arms, rates):
@@ -226,8 +253,8 @@ def tuning_jobs(args, arms, rates):
             if (base, arm, lr, setting, seed) not in done:
                 label = Label(base, arm, lr, seed)
                 name = f"frontier/tune-{'-'.join(map(str, label))}-{i}"
-                jobs.append(((label, setting), (name, label, setting, (TUNING_ROUNDS,), "tune",
-                                                200, 128)))
+                rounds = (TUNING_ROUNDS if setting else 0,)
+                jobs.append(((label, setting), (name, label, setting, rounds, "tune", 200, 128)))
     return jobs
 
 
@@ -255,7 +282,7 @@ def reported_jobs(args):
     for label in labels_of(args):
         if args.check or label not in done:
             name = f"frontier/{'check-' * args.check}{'-'.join(map(str, label))}"
-            rounds = (0,) if label.arm == "base" else CHECKPOINTS
+            rounds = {"base": (0,), "grpo-longer": (30,)}.get(label.arm, CHECKPOINTS)
             rounds = [number for number in rounds if number <= (args.until or number)]
             setting = setting_of(args.tables, label.regime, label.arm)
             if rounds:
@@ -320,10 +347,13 @@ def main(args):
         differences.append(compare(folder, label, figures))
 
     bases = dict.fromkeys(map(tuned_base, args.regimes)) if args.arms != ["base"] else {}
-    arms = {PARTS.get(arm, arm) for arm in args.arms}
-    tuned = [arm for arm in CANDIDATES if arm in arms and len(CANDIDATES[arm]) > 1]
+    parts = {part for arm in args.arms for part in PARTS.get(arm, (arm,))}
+    tuned = [arm for arm in CANDIDATES if arm in parts and len(CANDIDATES[arm]) > 1]
     phase("learning rate", tuning_jobs(args, ["grpo"], dict.fromkeys(bases, RATES)), keep_tuning)
     best = {base: rates_of(args.tables, base)[:1] for base in bases}
+    if "grpo-rehearsal" in tuned:
+        phase("tuning's base", tuning_jobs(args, ["base"], dict.fromkeys(bases, ("0",))),
+              keep_tuning)
     phase("tuning", tuning_jobs(args, tuned, best), keep_tuning)
     phase("reported", reported_jobs(args), check if args.check else keep_result)
     sys.exit(any(differences))

@@ -24,13 +24,21 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import numpy as np
 
-from experiments.figures import COLOURS, LABELS, interval, plt
+from experiments import figures
+from experiments.figures import interval, plt
 from experiments.suite import read_csv
 
-LABELS = {**LABELS, "ds-token": "DS-GRPO"}  # there is one level of smoothing here
+LABELS = {
+    **figures.LABELS, "ds-token": "DS-GRPO", "grpo-longer": "GRPO, ten rounds more",
+    "rehearsal": "rehearsal alone", "grpo-rehearsal": "GRPO + rehearsal",
+    "ds-rehearsal": "DS-GRPO + rehearsal",
+    "ds-entropy-rehearsal": "differential entropy + rehearsal"}
+COLOURS = {  # of the arms in the figure
+    **figures.COLOURS, "rehearsal": "#999999", "grpo-rehearsal": "#8C564B",
+    "ds-rehearsal": "#56B4E9", "ds-entropy-rehearsal": "#7FC97F"}
 
 MEASURES = ("256", "64", "16", "coverage")  # Pass@k, and the share of existing solutions found
-REFERENCES = ("grpo", "entropy-bonus", "base")
+REFERENCES = ("grpo", "entropy-bonus", "rehearsal", "grpo-rehearsal", "base")
 STYLES = ("-", "--")  # of an arm's learning rates
 
 
@@ -48,12 +56,15 @@ def load(folder):
 
 
 def with_base(table):
-    """The table, with every run's path beginning at the base of its seed, if that is there."""
+    """The table, with every run's path beginning at the base of its seed, if that is there; the
+    path of grpo-longer is that of GRPO and one checkpoint more."""
     paths = {}
     for (regime, split, arm, lr), runs in table.items():
         bases = table.get((regime, split, "base", "0"), {})
+        shorter = table.get((regime, split, "grpo", lr), {}) if arm == "grpo-longer" else {}
         paths[regime, split, arm, lr] = {
-            seed: {**bases[seed], **points} for seed, points in runs.items() if seed in bases}
+            seed: {**bases[seed], **shorter.get(seed, {}), **points}
+            for seed, points in runs.items() if seed in bases}
     return paths
 
 
