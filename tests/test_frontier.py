@@ -157,6 +157,15 @@ def test_it_lists_and_checks(runs, tmp_path, capsys):
     assert "belongs to --check" in capsys.readouterr().err
 
 
+def test_rehearsal_alone_has_no_advantage():
+    import torch
+    import train
+    from experiments import arms
+    reward = torch.tensor([[1.0, 0.0]])
+    batch = train.Batch(reward, reward > 0, torch.tensor([[2, 1]]), torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([0, 0, 1]))
+    assert arms.w_reinforce(batch).abs().sum() > 0 and arms.nothing(batch).tolist() == [0.0, 0.0, 0.0]
+
+
 # ---- The paths, by hand ------------------------------------------------------------------------------------------------
 def path(*points):
     """A run's checkpoints out of (Pass@1, Pass@256)."""
