@@ -74,6 +74,8 @@ CANDIDATES = {
     "passk": ["--method experiments/arms.py:passk --arm k=4"],
     "cispo": ["--method experiments/arms.py:cispo"],
     "w-reinforce": ["--method experiments/arms.py:w_reinforce --arm positive_weight=0.1"],
+    "focal": ["--method experiments/arms.py:focal"],
+    "unlikeliness": ["--method experiments/arms.py:unlikeliness"],
 }
 # The arms that are made of what was chosen for others.
 PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longer": ("grpo",),
@@ -82,7 +84,7 @@ PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longe
 ARMS = (*CANDIDATES, *PARTS)
 FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
               "ds-rehearsal")  # the README's contrasts
-NEIGHBOURS = ("passk", "cispo", "w-reinforce")  # two seeds
+NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness")  # two seeds
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal")  # the others run at the best rate alone
 
 Label = collections.namedtuple("Label", "regime arm lr seed")
