@@ -1259,3 +1259,22 @@ def test_focal_and_unlikeliness_by_loops(model, tmp_path, fp64):
     for name, flags, formula in ("focal", ["--arm", "gamma=2"], focal), ("unlikeliness", ["--arm", "beta=0.5"], unlikeliness):
         found = run(model, path, tmp_path / name, "--method", f"{RIVALS}:{name}", *flags, "--max-grad-norm", 1e9, "--micro-batch-tokens", 40)
         assert distance(found.gradient, gradient_of(model, rows, formula, lambda logp, old, adv: -(logp - old).exp() * adv)) < 1e-9, name
+
+
+@pytest.mark.slow
+def test_three_runs_on_two_threads_give_the_same_weights(tiny_model, tmp_path):
+    """256 problems x 16 rollouts, eight updates: large enough for threads to meet in one gradient."""
+    rng, rows = random.Random(0), []
+    for group in range(256):
+        prompt = [rng.randrange(3, 20) for _ in range(rng.randint(14, 20))]
+        for k in range(16):
+            ids, right = [rng.randrange(3, 20) for _ in range(rng.randint(6, 20))], rng.random() < 0.3
+            rows.append({"id": str(group), "sample": k, "prompt_ids": prompt, "completion_ids": ids, "logprobs": [-1.0] * len(ids),
+                         "finish_reason": "stop", "correct": right, "reward": float(right)})
+    path = write(tmp_path / "rows.jsonl", rows, {"temperature": 1.0})
+    torch.set_num_threads(2)
+    try:
+        one, *others = (run(tiny_model, path, tmp_path / name, "--updates", 8, "--lr", 3e-4) for name in "abc")
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(one.weights[name], other.weights[name]) for other in others for name in one.weights)
