@@ -31,7 +31,6 @@ How it works, in the order of the code:
 """
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -77,23 +76,10 @@ def parse_args(argv=None):
     add("--compile", action="store_true",
         help="the step of the sampler as one compiled function, at a few fixed batch sizes, with "
              "--attention model; its compilation takes a minute (kernels/decode_step.py)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-        help="auto: float32 on a CPU, bfloat16 on CUDA")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"],
-        help="auto: cuda if there is one")
-    add("--rank-timeout", type=float, default=1800,
-        help="seconds that ranks wait for rank 0 to begin, and it for the next chunk of another "
-             "(default %(default)s)")
-    add("--trust-remote-code", action="store_true",
-        help="run Python code that the model's folder brings along")
+    parser.add_machine(rank_timeout=1800)
     args = parser.parse_args(argv)
-    lowest = {"n": 1, "temperature": 0, "top_k": 0, "max_new_tokens": 1, "max_batch_tokens": 1,
-              "limit": 1}
-    for flag, low in lowest.items():
-        value = getattr(args, flag)
-        if value is not None and not low <= value < math.inf:
-            name = flag.replace("_", "-")
-            parser.error(f"--{name} must be a finite number of at least {low}")
+    parser.at_least(args, n=1, temperature=0, top_k=0, max_new_tokens=1, max_batch_tokens=1,
+                    limit=1)
     if not 0 < args.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
     if args.compile and args.attention == "shared":
@@ -116,7 +102,7 @@ from data.chunks import (begin, chunk_path, chunks_of, fixed_chunks, join, merge
                          write_synced)
 from data.models import (OF_TRAINING, check_model, device_and_dtype, load, load_model,
                          load_tokenizer, source_of)
-from data.prompts import encode, end_ids, load_problems, turn_end, unchanged
+from data.prompts import encode, end_ids, load_problems, tell, turn_end, unchanged
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
@@ -305,21 +291,6 @@ def run_chunk(chunk, problems, encoded, model, tokenizer, ends, args, decoder=No
         "sample": k, "completion": text, "prompt_ids": encoded[problem], "completion_ids": ids,
         "logprobs": logp[:len(ids)], "finish_reason": "stop" if stop else "length",
     }, ensure_ascii=False) + "\n" for (problem, k), text, ids, logp, stop in rows]
-
-
-def tell(args, meta, encoded, turn):
-    """On stderr what was chosen, and what should be known before hours are spent on it."""
-    skipped = meta["overlong"]
-    if skipped:
-        print(f"{args.prompts}: {skipped} of {len(encoded)} problems skipped: their prompts are "
-              f"too long for {args.max_new_tokens} new tokens", file=sys.stderr)
-    if turn and turn[1] not in meta["end_ids"] and any(turn[1] in ids for ids in encoded):
-        print(f"{args.model}: {turn[0]} ends a turn of the prompts, but no completion; if it "
-              f"should, give --stop '{turn[0]}'", file=sys.stderr)
-    print(f"{args.model} on {meta['device']} x {meta['world_size']}, {meta['dtype']}, attention "
-          f"{meta['attention']}: {len(encoded) - skipped} prompts x {args.n} samples in "
-          f"{meta['chunks']} chunks, T = {args.temperature}, top-p {args.top_p}, top-k "
-          f"{args.top_k}", file=sys.stderr)
 
 
 # ---- Main ----------------------------------------------------------------------------------------

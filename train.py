@@ -43,7 +43,7 @@ import time
 import typing
 
 from data.files import Parser, describe, fail, publish, run
-from data.plugins import load_arm, setting, split_name
+from data.plugins import check_method, load_arm, setting, split_name, try_method
 
 
 # ---- The objective -------------------------------------------------------------------------------
@@ -168,29 +168,16 @@ def add_flags(add):
         help="keep one activation a layer and recompute the others")
     add("--shard", action="store_true",
         help="FSDP2: shard weights, gradients and optimizer over the ranks")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-        help="of the forward pass, over fp32 master weights; auto: float32 on a CPU, bfloat16 "
-             "autocast on CUDA")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"],
-        help="auto: cuda if there is one")
-    number("--rank-timeout", 600.0, "seconds to wait for another rank")
-    add("--trust-remote-code", action="store_true",
-        help="run Python code that the model's folder brings along")
 
 
 def parse_args(argv=None):
     parser = Parser(__file__, description=__doc__)
     add_flags(parser.add_argument)
+    parser.add_machine(rank_timeout=600)
     args = parser.parse_args(argv)
     check_method(args, parser.error)
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"--{name.replace('_', '-')} must be a finite number")
-    lowest = {"updates": 1, "micro_batch_tokens": 1, "lr": 0, "clip_low": 0, "clip_high": 0,
-              "warmup_steps": 0, "weight_decay": 0, "kl_coef": 0, "rehearse_n": 1}
-    for name, low in lowest.items():
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}")
+    parser.at_least(args, updates=1, micro_batch_tokens=1, lr=0, clip_low=0, clip_high=0,
+                    warmup_steps=0, weight_decay=0, kl_coef=0, rehearse_n=1)
     for name in ("max_grad_norm", "rank_timeout", "temperature", "rehearse_coef"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
@@ -212,33 +199,6 @@ def parse_args(argv=None):
     return parser.checked(args)
 
 
-def check_method(args, error):
-    """Give the settings of --method their defaults, and refuse those of another one."""
-    for name, default in {"gamma_p": 0.01, "gamma_n": 0.01, "smooth_level": "token"}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default if args.method == "ds-grpo" else None)
-        elif args.method != "ds-grpo" and getattr(args, name) != 0:
-            error(f"--{name.replace('_', '-')} belongs to --method ds-grpo")
-    normed = args.method in ("ds-grpo", "grpo") and args.smooth_level != "reward"
-    if args.adv_norm and not normed:
-        error("--adv-norm belongs to --method grpo, and to ds-grpo but at --smooth-level reward")
-    args.adv_norm = args.adv_norm or ("std" if normed else None)
-    settings = args.arm or []
-    if args.method in ("ds-grpo", "grpo"):
-        if settings:
-            error(f"--arm belongs to --method FILE.py:NAME, not to {args.method}")
-        args.clip_low = 0.2 if args.clip_low is None else args.clip_low
-        args.clip_high = 0.25 if args.clip_high is None else args.clip_high
-        return
-    try:
-        split_name(args.method)
-    except ValueError as problem:
-        error(f"--method {args.method}: {problem}")
-    args.arm = dict(settings)
-    if len(args.arm) < len(settings):
-        error("--arm: a KEY is given twice")
-
-
 if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and a wrong flag answer at once
 
@@ -252,10 +212,11 @@ from data.metrics import Metrics
 from data.models import (autocast, check_model, device_and_dtype, earlier_metrics,
                          load_optimizer, load_tokenizer, save_round, source_of)
 from data.plan import plan_update
-from data.policy import Policy, checkpoint_activations, load_policy, memory_estimate
-from data.ranks import (claim_empty, lost_ranks_told, rank_and_world, start_ranks,
+from data.policy import (Policy, announce, checkpoint_activations, load_policy,
+                         memory_estimate)
+from data.ranks import (claim_empty, lost_ranks_told, rank_and_world, refuse, start_ranks,
                         wait_for_rank_0)
-from data.rollouts import draw_answers, load_answers, load_rollouts, sampling_of, write_rollouts
+from data.rollouts import draw_answers, load_answers, load_rollouts, sampling_of
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
@@ -312,19 +273,6 @@ def choose_method(args):
     given = {name for name in clip if getattr(args, name) is not None}
     advantage, own_loss, fields = load_arm(args.method, args.arm, clip, given)
     return advantage, own_loss or loss, fields
-
-
-def try_method(advantage, loss, groups, verdicts):
-    """Call the objective on the first group, with the sampler's log-probs in place of pi_old: what
-    is wrong with it is told before a model is loaded. Returns whether it asks for mean_logp."""
-    like, first = verdicts.reward, groups[0]
-    means = [row.logprobs.mean() if len(row.logprobs) else 0.0 for row in sum(groups, [])]
-    batch = dataclasses.replace(
-        verdicts, means=torch.tensor(means).to(like).view_as(like),
-        old_logp=torch.as_tensor(np.concatenate([row.logprobs for row in first])).to(like),
-        row=torch.tensor([k for k, row in enumerate(first) for _ in row.logprobs]).long())
-    loss(batch.old_logp.clone().requires_grad_(), batch, advantage(batch))
-    return batch.asked_for_means
 
 
 # ---- One update ----------------------------------------------------------------------------------
@@ -483,18 +431,6 @@ def update_step(job, members, step):
         correct=verdicts.correct.flatten()[members])
 
 
-def refuse(job, members, what):
-    """End all ranks with exit 3; the update's rows are kept in OUT.refused.jsonl."""
-    path = f"{job.args.out}.refused.jsonl"
-    if job.rank == 0:
-        write_rollouts(path, [job.rows[i] for i in members])
-    if dist.is_initialized():
-        dist.barrier()
-    if job.rank == 0:
-        fail(f"{what}: the update is refused, nothing was changed; its rows are kept in {path}", 3)
-    sys.exit(3)
-
-
 # ---- The round -----------------------------------------------------------------------------------
 def verdicts_of(groups, fields, device):
     """The batch of a whole round, to which each micro-batch adds its tokens."""
@@ -505,20 +441,6 @@ def verdicts_of(groups, fields, device):
                  table(lambda row: len(row.completion)),
                  fields={name: [[row.fields[name] for row in group] for group in groups]
                          for name in fields})
-
-
-def announce(job, static, activations):
-    """One line that says what was chosen, and the memory (bytes) that it will take."""
-    args, (groups, n) = job.args, job.verdicts.reward.shape
-    print(f"{args.model} on {job.device} x {job.world}"
-          f"{' sharded' if args.shard and job.world > 1 else ''}, "
-          f"{str(job.dtype).removeprefix('torch.')} over fp32 weights, attention "
-          f"{job.policy.model.config._attn_implementation}, prompts "
-          f"{'shared' if args.share_prompts else 'repeated'}: {groups} groups x {n}, "
-          f"{args.updates} updates of {args.method}, T = {job.policy.temperature}; memory: "
-          f"{static / 2**30:.2f} GiB for weights, gradients and Adam, about "
-          f"{activations / 2**30:.2f} GiB for a micro-batch of {args.micro_batch_tokens} tokens",
-          file=sys.stderr)
 
 
 def train(args):

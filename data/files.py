@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import signal
@@ -137,6 +138,27 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
         self.add_argument("--check-flags", action="store_true",
                           help="do nothing but say what is wrong with the flags")
+
+    def add_machine(self, rank_timeout):
+        """The flags that all stages with a model have."""
+        self.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                          help="of the forward pass; auto: float32 on a CPU, bfloat16 on CUDA "
+                               "(train.py: autocast over fp32 master weights)")
+        self.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
+                          help="auto: cuda if there is one")
+        self.add_argument("--rank-timeout", type=float, default=rank_timeout,
+                          help="seconds that one rank waits for another (default %(default)s)")
+        self.add_argument("--trust-remote-code", action="store_true",
+                          help="run Python code that the model's folder brings along")
+
+    def at_least(self, args, **lowest):
+        """Refuse numbers that are not finite, and those below flag=LOWEST."""
+        for name, value in vars(args).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self.error(f"--{name.replace('_', '-')} must be a finite number")
+        for name, low in lowest.items():
+            if getattr(args, name) is not None and getattr(args, name) < low:
+                self.error(f"--{name.replace('_', '-')} must be at least {low}")
 
     def checked(self, args):
         """args, after a stage's own checks; with --check-flags the stage ends here, with exit 0."""

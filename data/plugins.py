@@ -11,6 +11,7 @@ is wrong with it is told in one line, like any bad input.
 """
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -42,6 +43,33 @@ def split_name(text):
     if not os.path.isfile(path):
         raise ValueError(f"no such file {path}")
     return path, name
+
+
+def check_method(args, error):
+    """Give the settings of --method their defaults, and refuse those of another one."""
+    for name, default in {"gamma_p": 0.01, "gamma_n": 0.01, "smooth_level": "token"}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default if args.method == "ds-grpo" else None)
+        elif args.method != "ds-grpo" and getattr(args, name) != 0:
+            error(f"--{name.replace('_', '-')} belongs to --method ds-grpo")
+    normed = args.method in ("ds-grpo", "grpo") and args.smooth_level != "reward"
+    if args.adv_norm and not normed:
+        error("--adv-norm belongs to --method grpo, and to ds-grpo but at --smooth-level reward")
+    args.adv_norm = args.adv_norm or ("std" if normed else None)
+    settings = args.arm or []
+    if args.method in ("ds-grpo", "grpo"):
+        if settings:
+            error(f"--arm belongs to --method FILE.py:NAME, not to {args.method}")
+        args.clip_low = 0.2 if args.clip_low is None else args.clip_low
+        args.clip_high = 0.25 if args.clip_high is None else args.clip_high
+        return
+    try:
+        split_name(args.method)
+    except ValueError as problem:
+        error(f"--method {args.method}: {problem}")
+    args.arm = dict(settings)
+    if len(args.arm) < len(settings):
+        error("--arm: a KEY is given twice")
 
 
 def load_arm(text, settings, clip, given):
@@ -106,3 +134,17 @@ def checked(name, function, given, like):
     if not first.isfinite().all():
         fail(f"{name} returns numbers that are not finite")
     return found
+
+
+def try_method(advantage, loss, groups, verdicts):
+    """Call the objective on the first group, with the sampler's log-probs in place of pi_old: what
+    is wrong with it is told before a model is loaded. Returns whether it asks for mean_logp."""
+    like, first = verdicts.reward, groups[0]
+    means = [row.logprobs.mean() if len(row.logprobs) else 0.0 for row in sum(groups, [])]
+    tokens = [(k, float(logp)) for k, row in enumerate(first) for logp in row.logprobs]
+    batch = dataclasses.replace(
+        verdicts, means=like.new_tensor([float(mean) for mean in means]).view_as(like),
+        old_logp=like.new_tensor([logp for _, logp in tokens]),
+        row=like.new_tensor([k for k, _ in tokens]).long())
+    loss(batch.old_logp.clone().requires_grad_(), batch, advantage(batch))
+    return batch.asked_for_means

@@ -120,6 +120,20 @@ class Policy(torch.nn.Module):
         return bool((hidden - expected).norm() < 1e-2 * expected.norm())
 
 
+def announce(job, static, activations):
+    """One line that says what was chosen, and the memory (bytes) that it will take."""
+    args, (groups, n) = job.args, job.verdicts.reward.shape
+    print(f"{args.model} on {job.device} x {job.world}"
+          f"{' sharded' if args.shard and job.world > 1 else ''}, "
+          f"{str(job.dtype).removeprefix('torch.')} over fp32 weights, attention "
+          f"{job.policy.model.config._attn_implementation}, prompts "
+          f"{'shared' if args.share_prompts else 'repeated'}: {groups} groups x {n}, "
+          f"{args.updates} updates of {args.method}, T = {job.policy.temperature}; memory: "
+          f"{static / 2**30:.2f} GiB for weights, gradients and Adam, about "
+          f"{activations / 2**30:.2f} GiB for a micro-batch of {args.micro_batch_tokens} tokens",
+          file=sys.stderr)
+
+
 def checkpoint_activations(model):
     """Recompute activations in the backward pass.
 

@@ -1,5 +1,6 @@
 """Prompts: the problems of a file, their token ids, and the ids at which a completion ends."""
 import json
+import sys
 
 import msgspec
 from tqdm import tqdm
@@ -109,3 +110,18 @@ def turn_end(tokenizer):
     after = text.rpartition("answer")[2].lstrip()
     special = special_tokens(tokenizer)
     return next(((token, special[token]) for token in special if after.startswith(token)), None)
+
+
+def tell(args, meta, encoded, turn):
+    """On stderr what was chosen, and what should be known before hours are spent on it."""
+    skipped = meta["overlong"]
+    if skipped:
+        print(f"{args.prompts}: {skipped} of {len(encoded)} problems skipped: their prompts are "
+              f"too long for {args.max_new_tokens} new tokens", file=sys.stderr)
+    if turn and turn[1] not in meta["end_ids"] and any(turn[1] in ids for ids in encoded):
+        print(f"{args.model}: {turn[0]} ends a turn of the prompts, but no completion; if it "
+              f"should, give --stop '{turn[0]}'", file=sys.stderr)
+    print(f"{args.model} on {meta['device']} x {meta['world_size']}, {meta['dtype']}, attention "
+          f"{meta['attention']}: {len(encoded) - skipped} prompts x {args.n} samples in "
+          f"{meta['chunks']} chunks, T = {args.temperature}, top-p {args.top_p}, top-k "
+          f"{args.top_k}", file=sys.stderr)

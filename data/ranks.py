@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data.files import claim, fail
+from data.rollouts import write_rollouts
 
 
 def rank_and_world():
@@ -82,6 +84,18 @@ def spread(policy, device, world, shard):
         policy.set_requires_gradient_sync(True)
 
     return policy, no_sync
+
+
+def refuse(job, members, what):
+    """End all ranks with exit 3; the update's rows are kept in OUT.refused.jsonl."""
+    path = f"{job.args.out}.refused.jsonl"
+    if job.rank == 0:
+        write_rollouts(path, [job.rows[i] for i in members])
+    if dist.is_initialized():
+        dist.barrier()
+    if job.rank == 0:
+        fail(f"{what}: the update is refused, nothing was changed; its rows are kept in {path}", 3)
+    sys.exit(3)
 
 
 @contextlib.contextmanager
