@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -115,7 +114,7 @@ def ranks(request, model, files, tmp_path_factory):
     job("fp64", "refused", model, "all", ["--updates", 2, "--lr", 1e300])
     # Before 2.12 torch's FSDP2 hangs where a process shards a second time, in a second process group; a user never does.
     again = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
-    code = 0
+    code, stderr = 0, ""
     for part in [jobs] if again else [[job] for job in jobs]:
         assert not code, stderr
         code, stderr = finish(start(folder, request.param, "train", part), 600)
