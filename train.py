@@ -443,13 +443,9 @@ def verdicts_of(groups, fields, device):
                          for name in fields})
 
 
-def train(args):
-    began, (rank, world) = time.monotonic(), rank_and_world()
-
-    # 1. Everything that can be wrong with the input is found before a model is loaded.
-    if rank and not wait_for_rank_0(args.out, args.rank_timeout):
-        return
-    options = check_model(args.model, args.trust_remote_code)
+def sources(args):
+    """What the round is made from, and the from_pretrained options of --model and --ref-model."""
+    options, ref_options = check_model(args.model, args.trust_remote_code), None
     inputs = [args.rollouts, source_of(args.model, options)]
     if args.ref_model:
         ref_options = check_model(args.ref_model, args.trust_remote_code)
@@ -458,6 +454,16 @@ def train(args):
         inputs.append(args.rehearse)
     if args.arm is not None:
         inputs.append(split_name(args.method)[0])
+    return inputs, options, ref_options
+
+
+def train(args):
+    began, (rank, world) = time.monotonic(), rank_and_world()
+
+    # 1. Everything that can be wrong with the input is found before a model is loaded.
+    if rank and not wait_for_rank_0(args.out, args.rank_timeout):
+        return
+    inputs, options, ref_options = sources(args)
     sampling = sampling_of(args)
     advantage, loss, fields = choose_method(args)
     groups, n = load_rollouts(args.rollouts, args.truncated, fields)
