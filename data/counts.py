@@ -1,12 +1,14 @@
 """Scored files as counts: what evaluate.py keeps of every problem, however many rows it has."""
 import array
+import contextlib
 import dataclasses
+import json
 from typing import Annotated, Any, Literal
 
 import msgspec
 from tqdm import tqdm
 
-from data.files import fail, read_rows, sampling_of
+from data.files import fail, read_rows
 
 
 class Row(msgspec.Struct):
@@ -107,7 +109,10 @@ def read_run(path, name, reference=None):
     Ends the stage unless it holds the same problems as the reference, which is another such run.
     """
     problems, n = read_problems(path)
-    sampling = sampling_of(path)
+    sampling = None  # rows of other programs have no meta: one that cannot be read is no news
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        with open(path + ".meta.json", encoding="utf-8") as file:
+            sampling = json.load(file).get("sampling")
     run = {"name": name, "file": path, "n": n, "problems": problems,
            "sampling": sampling if isinstance(sampling, dict) else None}
     for one, other in ((run, reference), (reference, run)) if reference else ():
