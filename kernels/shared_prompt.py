@@ -326,7 +326,13 @@ def shared_hidden(model, prompts, completions):
 
 
 def repeated_cache(cache, owner):
-    """A cache of its own for some rows, of which the prompts' `cache` knows nothing."""
+    """A cache of its own for some rows, of which the prompts' `cache` knows nothing.
+
+    ValueError if it holds more than keys and values: recurrent states may be changed in place.
+    """
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer):
+            raise ValueError(f"a {type(layer).__name__} cannot be repeated for the rows of a prompt")
     own = copy.copy(cache)
     own.layers = [copy.copy(layer) for layer in cache.layers]
     own.reorder_cache(owner)  # by index_select, which is deterministic (see shared_hidden)
