@@ -332,7 +332,7 @@ def repeated_cache(cache, owner):
     """
     for layer in cache.layers:
         if not isinstance(layer, DynamicLayer):
-            raise ValueError(f"a {type(layer).__name__} cannot be repeated for the rows of a prompt")
+            raise ValueError(f"a {type(layer).__name__} cannot be repeated for several rows")
     own = copy.copy(cache)
     own.layers = [copy.copy(layer) for layer in cache.layers]
     own.reorder_cache(owner)  # by index_select, which is deterministic (see shared_hidden)
