@@ -103,7 +103,8 @@ def stages(model, work, rates):
     table.append(("train.py", "start", "1", 1, "process", rates["start"]))
     add("train.py", "hash rows, weights and moments", "12 P + 33 T", 12 * weights + text,
         rates["hash"])
-    add("train.py", "load and check weights and moments", "12 P", 12 * weights, rates["load"])
+    add("train.py", "load and check weights and moments, a rank its rows (--shard)", "12 P / G",
+        12 * weights / work.gpus, rates["load"])
     add("train.py", "pi_old", "2 P T (1 - 1 / U) / G", 2 * weights * tokens * earlier, train,
         "FLOP")
     add("train.py", "update", "6 P T / G", 6 * weights * tokens, train, "FLOP")
