@@ -2,7 +2,7 @@
 
     python generate.py --model data/tiny-countdown --prompts prompts.jsonl --out rollouts.jsonl \
         --n 16 --max-new-tokens 24
-    torchrun --nproc-per-node 8 generate.py --model Qwen/Qwen2.5-Math-1.5B --prompts prompts.jsonl \
+    torchrun --nproc-per-node 8 -- generate.py --model Qwen/Qwen2.5-Math-1.5B --prompts P.jsonl \
         --out rollouts.jsonl --n 8 --temperature 0.7 --max-new-tokens 2048
 
 Reads prompts.jsonl, one problem a line: `id`, `prompt` (text) or `messages` (a chat, put through
