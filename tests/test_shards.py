@@ -35,6 +35,7 @@ shards.write(out, "model", {name: weight for name, weight in model.state_dict().
 if dist.get_rank() == 0:
     from safetensors.torch import save_file
     save_file({"logits": logits.detach().contiguous()}, out + "/logits.safetensors")
+dist.barrier()  # no rank leaves while another still takes its part
 dist.destroy_process_group()
 """
 
