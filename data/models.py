@@ -3,6 +3,7 @@
 Whatever a hostile, damaged or half-copied folder makes a library raise is bad input here: one line
 on stderr, exit 2. Weights come from safetensors files alone; other formats can run code.
 """
+import contextlib
 import json
 import os
 import re
@@ -74,8 +75,15 @@ def autocast(device, dtype):
 
 def load(kind, name, options, **more):
     """kind.from_pretrained(name) from a folder or a Hub id."""
-    try:
+    with loading_told(name):
         return kind.from_pretrained(name, **options, **more)
+
+
+@contextlib.contextmanager
+def loading_told(name):
+    """Whatever a damaged folder makes a library raise in here is told in one line."""
+    try:
+        yield
     except Exception as error:
         fail(f"{name}: cannot be loaded: {type(error).__name__}: {error}")
 
@@ -109,14 +117,9 @@ def save_round(out, policy, tokenizer, optimizer, state, lines, source):
     Under FSDP2 every rank takes part in gathering the shards, a tensor at a time; rank 0 writes.
     """
     rank, model = int(os.environ.get("RANK", 0)), policy.model
-    weights, moments = {}, {}
-    for name, weight in model.state_dict(keep_vars=True).items():
-        if not any(weight is other for other in weights.values()):  # tied weights are one
-            weights[name] = weight
-    for name, weight in model.named_parameters():
-        moments |= {f"{name}.{key}": optimizer.state[weight][key] for key in MOMENTS}
-    if not policy.by_rows:
-        weights = gathered(model, rank)
+    moments = {f"{name}.{key}": optimizer.state[weight][key]
+               for name, weight in model.named_parameters() for key in MOMENTS}
+    weights = untied(model) if policy.by_rows else gathered(model, rank)
     try:
         if rank == 0:
             # A model's own generation config may fail the library's checks: it is copied below.
@@ -142,6 +145,14 @@ def save_round(out, policy, tokenizer, optimizer, state, lines, source):
         json.dump(state, file, indent=1)
     with open(f"{out}/metrics.jsonl", "w", encoding="utf-8") as file:
         file.writelines(lines)
+
+
+def untied(model):
+    """{name: weight} of the state dict, tied weights under the first of their names alone."""
+    first = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        first.setdefault(id(weight), (name, weight))
+    return dict(first.values())
 
 
 def gathered(model, rank):

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from data.files import fail
-from data.models import autocast, load_model
+from data.models import autocast, load_model, loading_told
 from data.ranks import spread
 from data.shards import fill, model_without_weights
 
@@ -32,16 +32,15 @@ def load_policy(name, options, temperature, rows, args, device, world, trained=T
     """
     files, shard = {}, args.shard and world > 1
     if shard:
-        model, files = model_without_weights(name, options)
+        with loading_told(name):
+            model, files = model_without_weights(name, options)
     if not files:
         model = load_model(name, torch.float32, device, options)
     policy = Policy(model, temperature, args.share_prompts, by_rows=bool(files))
     module, no_sync = spread(policy, device, world if trained or shard else 1, shard)
     if files:
-        try:
+        with loading_told(name):
             fill(model, files)
-        except ValueError as error:
-            fail(f"{name}: {error}")
         model.to(device)  # its buffers
     policy.check(name, rows)
     if shard:
