@@ -88,10 +88,10 @@ def signs_of(part):
 
 # ---- Normal forms: one spelling for what means the same ------------------------------------------
 UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
-    "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-    "±": r"\pm ", "²": "^2", "³": "^3", "∅": r"\emptyset ", "√": r"\sqrt ", "’": "'",
-    "\u00a0": " ", "\u2009": " ", "\u202f": " "})
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "±": r"\pm ", "’": "'",
+    "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2", "³": "^3", "√": r"\sqrt ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
+    "∅": r"\emptyset ", "\u00a0": " ", "\u2009": " ", "\u202f": " "})
 SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?")
 WORD = r"\\text\{[^{}]*\}"
 PREFIX = (r"(?:(?i:so|thus|hence|therefore|the|final|correct|answer|value|result|is|equals)"
@@ -190,9 +190,10 @@ UNIT = re.compile(rf"""(?<=[\w}})\]!])\s*(?P<unit>
     | \^\s?\{{?\s?\\circ\s?\}}?\s?(?:[CF]|\\text\{{\s?[CF]\s?\}})? | \\degrees?
     | (?<=\d)_\s?\{{?[1-9]\d?\}}? | [€£¥₹] | \\\$ )$""", re.VERBOSE)
 NO_UNIT = re.compile(r"""\b(?:and|or|not|is|are|was|if|when|for|but|from|to|than|more|less|least
-    |most|plus|minus|times|over|mod(?:ulo)?|half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?
-    |eighths?|ninths?|tenths?|twelfths?|hundred(?:th)?s?|thousand(?:th)?s?|[mbtr]+illion(?:th)?s?
-    |dozens?|factorial|pi|negative|percent|wrong|false|infinity|roots?|choose)\b
+    |most|plus|minus|times|over|mod(?:ulo)?|half|halves|thirds?|quarters?|fourths?|fifths?|sixths?
+    |sevenths?|eighths?|ninths?|tenths?|twelfths?|hundred(?:th)?s?|thousand(?:th)?s?
+    |[mbtr]+illion(?:th)?s?|dozens?|factorial|pi|negative|percent|wrong|false|infinity|roots?
+    |choose)\b
     |^[^A-Za-z]*(?:\\text\W*)?(?:squared|cubed)""",
                      re.VERBOSE | re.IGNORECASE)
 NAMES = {name: unit for unit, names in {
@@ -201,7 +202,8 @@ NAMES = {name: unit for unit, names in {
     "mi": "mile",
     "s": "second sec", "min": "minute", "h": "hour hr hrs", "g": "gram", "kg": "kilogram",
     "mg": "milligram", "lb": "pound lbs", "oz": "ounce", "l": "liter litre", "ml": "milliliter",
-    "°": "degree deg circ", "mi/h": "mph", "km/h": "kmph kph", "$": "dollar usd", "€": "euro eur",
+    "°": "degree deg circ", "mi/h": "mph", "km/h": "kmph kph",
+    "$": "dollar usd", "€": "euro eur",
     "cent": "¢", "person": "people", "n": "newton", "j": "joule", "w": "watt",
 }.items() for name in names.split()}
 ALIKE = ({"°", "°c"}, {"°", "°f"}, {"£", "lb"})  # a scale left out; two kinds of pounds
@@ -213,7 +215,8 @@ MULTIPLIED = re.compile(rf"(?<=[\d}}])\s*(?P<open>\\text\{{)?\s*"
 PERCENT = re.compile(r"\s*(?:\\?%|(?:\\text\{)?\s*(?:percent|per cent|pct)\s*\}?)$",
                      re.IGNORECASE)
 MONEY = re.compile(r"^(?P<minus>-?)\s*(?:US\s*)?(?P<sign>\\\$|\$|€|£|¥|₹|\\euro(?![a-z])|"
-                   r"\\pounds(?![a-z])|\\text\{\s*(?:USD|EUR|Rs\.?)\s*\}|USD|EUR|Rs\.?)\s*(?=[-\d.\\(])")
+                   r"\\pounds(?![a-z])|\\text\{\s*(?:USD|EUR|Rs\.?)\s*\}|USD|EUR|Rs\.?)"
+                   r"\s*(?=[-\d.\\(])")
 
 
 def multiplied(match):
