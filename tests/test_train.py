@@ -854,6 +854,23 @@ def test_a_finished_round_is_left_alone_and_an_unfinished_one_is_done_again(mode
     assert meta["flags"]["gamma_p"] == 0.01 and meta["sampling"]["temperature"] == T and meta["dtype"] == "float32" and meta["device"] == "cpu"
 
 
+def test_policy_and_reference_of_the_hub_are_each_of_their_own_commit(model, reference, rollouts, tmp_path, monkeypatch):
+    """Both are in the Hub's cache, and there is no network: the round is the one of the two folders."""
+    for folder, name, commit in (model, "policy", "1" * 40), (reference, "reference", "2" * 40):
+        cached = tmp_path / "hub" / f"models--owner--{name}"
+        shutil.copytree(folder, cached / "snapshots" / commit)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    flags = ["--method", "grpo", "--kl-coef", 0.5, "--updates", 2, "--lr", 0.01]
+    folders = run(model, rollouts, tmp_path / "folders", *flags, "--ref-model", reference)
+    hub = run("owner/policy", rollouts, tmp_path / "ids", *flags, "--ref-model", "owner/reference")
+    assert distance(hub.weights, folders.weights) == 0
+    with open(f"{hub.folder}.meta.json", encoding="utf-8") as file:
+        assert list(json.load(file)["inputs"].values())[1:] == [f"owner/policy@{'1' * 40}", f"owner/reference@{'2' * 40}"]
+
+
 # ---- The sampling temperature -------------------------------------------------------------------------------------------
 def test_the_temperature_is_the_samplers(model, rollouts, tmp_path):
     """From the meta, or from --temperature where there is none; log-probs and entropies are of logits / T."""
