@@ -7,6 +7,7 @@
 TRL is no dependency: it is installed into an environment of its own, and where it is missing the tests are skipped.
 """
 import json
+import os
 
 import pytest
 import torch
@@ -14,27 +15,66 @@ from safetensors.torch import load_file
 
 import train
 
+ARMS = os.path.join(os.path.dirname(os.path.abspath(train.__file__)), "experiments", "arms.py")
 GROUPS, N = 4, 4
 GAMMA_P, GAMMA_N = 0.3, 0.1
+DS = f"--method ds-grpo --gamma-p {GAMMA_P} --gamma-n {GAMMA_N}"
+NO_STD = "--adv-norm none"
+MASK = {"mask_truncated_completions": True}
+CASES = {  # flags of train.py, settings of TRL, and whose log-probs pi_old's are: the policy's own, or another's, so that rho is cut
+    "grpo": (f"--method grpo {NO_STD}", {}, "policy"),
+    "clipped": (f"--method grpo {NO_STD}", {}, "other"),
+    "masked": (f"--method grpo {NO_STD} --truncated mask", MASK, "policy"),
+    # plain k3; its default multiplies it by rho
+    "kl": (f"--method grpo {NO_STD} --kl-coef 0.3", {"beta": 0.3, "use_bias_correction_kl": False}, "policy"),
+    "entropy": (f"--method grpo {NO_STD} --entropy-coef 0.2", {"entropy_coef": 0.2}, "policy"),
+    "ds-token": (f"{DS} {NO_STD}", {}, "policy"),
+    "ds-token clipped": (f"{DS} {NO_STD}", {}, "other"),
+    "ds-sequence": (f"{DS} {NO_STD} --smooth-level sequence", {}, "policy"),
+    "ds-reward": (f"{DS} --smooth-level reward", {}, "policy"),
+    "ds-reward masked": (f"{DS} --smooth-level reward --truncated mask", MASK, "policy"),
+    # its epsilon_high is the largest rho, not what is above 1
+    "cispo": (f"--method {ARMS}:cispo", {"loss_type": "cispo", "epsilon_high": 1.25}, "other"),
+}
 
 
-def write_rows(path, vocab):
-    """Rollouts of unequal lengths with prompts of unequal lengths; every group but the last has right and wrong ones."""
+def make_rows(policy, eos):
+    """Rollouts of unequal lengths with prompts of unequal lengths, some cut, with the policy's log-probs; the last group is all right."""
     generator, rows = torch.Generator().manual_seed(0), []
 
     def ids(low, high):
         length = int(torch.randint(low, high, (1,), generator=generator))
-        return torch.randint(3, vocab, (length,), generator=generator).tolist()
+        return torch.randint(3, policy.config.vocab_size, (length,), generator=generator).tolist()
 
     for group in range(GROUPS):
         prompt = ids(3, 9)
         for sample in range(N):
-            completion = ids(1, 12)
-            correct = (sample * (group + 1)) % N == 1 or group == GROUPS - 1
+            cut, correct = sample == group, (sample * (2 * group + 1)) % N == 1 or group == GROUPS - 1
+            completion = ids(1, 12) + [eos] * (not cut)
+            with torch.no_grad():
+                logits = policy(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1]
+            logp = logits.log_softmax(-1)[range(len(completion)), completion]
             rows.append({"id": f"g{group}", "sample": sample, "prompt_ids": prompt, "completion_ids": completion,
-                         "logprobs": [-1.0] * len(completion), "finish_reason": "stop", "correct": correct, "reward": float(correct)})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                         "logprobs": logp.tolist(), "finish_reason": "length" if cut else "stop", "correct": correct,
+                         "reward": float(correct)})
     return rows
+
+
+def told_to_trl(flags, rows):
+    """What a case adds to TRL's own objective: (the reward of each row, what is added to its advantage at each token or None)."""
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
+    gammas = [-GAMMA_P if row["correct"] else GAMMA_N for row in rows]
+    means = [sum(row["logprobs"]) / len(row["logprobs"]) for row in rows]
+    if "cispo" in flags:  # GRPO's advantage with the population's standard deviation
+        std = rewards.view(GROUPS, N).std(1, correction=0).repeat_interleave(N)
+        return (rewards / (std + 1e-6)).tolist(), None
+    if "reward" in flags:
+        return [float(reward) + gamma * mean for reward, gamma, mean in zip(rewards, gammas, means)], None
+    if "sequence" in flags:
+        return rewards.tolist(), [[gamma * mean] * len(row["logprobs"]) for row, gamma, mean in zip(rows, gammas, means)]
+    if "ds-grpo" in flags:
+        return rewards.tolist(), [[gamma * logp for logp in row["logprobs"]] for row, gamma in zip(rows, gammas)]
+    return rewards.tolist(), None
 
 
 def load(folder):
@@ -42,56 +82,64 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
-def our_gradient(tmp_path, model, rollouts, flags):
-    """{weight: gradient} of train.py's one update: after the first step AdamW's first moment is a tenth of it."""
+def our_gradient(tmp_path, model, flags):
+    """{weight: gradient} of train.py's one update: after the first step AdamW's first moment is a tenth of it. And its metrics."""
     out = str(tmp_path / "out")
-    train.main(train.parse_args(["--model", model, "--rollouts", str(rollouts), "--out", out, "--temperature", "1", "--updates", "1",
-                                 "--adv-norm", "none", "--max-grad-norm", "1e9", "--device", "cpu", *flags.split()]))
+    train.main(train.parse_args(["--model", model, "--rollouts", str(tmp_path / "scored.jsonl"), "--out", out, "--temperature", "1",
+                                 "--updates", "1", "--max-grad-norm", "1e9", "--device", "cpu", *flags.split()]))
     moments = load_file(f"{out}/optimizer.safetensors")
-    return {name.removesuffix(".exp_avg"): 10 * moment for name, moment in moments.items() if name.endswith(".exp_avg")}
+    with open(f"{out}/metrics.jsonl") as file:
+        metrics = json.load(file)
+    return {name.removesuffix(".exp_avg"): 10 * moment for name, moment in moments.items() if name.endswith(".exp_avg")}, metrics
 
 
-def trl_gradient(tmp_path, model, other, rows, tokenizer, smoothed, **settings):
+def old_logprobs_of_the_rows(job, updates, whole):
+    """Stands in for train.old_logprobs: pi_old is whoever sampled the rows, as in every update but a round's first."""
+    job.old_logp = {i: torch.as_tensor(row.logprobs) for i, row in enumerate(job.rows)}
+
+
+def trl_gradient(tmp_path, model, other, rows, flags, sampler, settings):
     """{weight: gradient} of GRPOTrainer's first step on the same rollouts; its reference model is `other`."""
-    trl = pytest.importorskip("trl")
+    import trl
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
 
-    left, gradients = {}, {}
+    gradients = {}
+    rewards, added = told_to_trl(flags, rows)
 
     def rollouts(prompts, trainer):
-        found = []
-        for prompt in prompts:
-            own = left.setdefault(prompt, [row for row in rows if row["id"] == prompt])
-            found.append(own.pop(0))
-        return {"prompt_ids": [row["prompt_ids"] for row in found], "completion_ids": [row["completion_ids"] for row in found],
-                "logprobs": None, "verdict": [row["reward"] for row in found]}
-
-    def reward(completions, verdict, **_):
-        return verdict
+        left = {prompt: [i for i, row in enumerate(rows) if row["id"] == prompt] for prompt in prompts}
+        number = [left[prompt].pop(0) for prompt in prompts]
+        return {"prompt_ids": [rows[i]["prompt_ids"] for i in number], "completion_ids": [rows[i]["completion_ids"] for i in number],
+                "logprobs": None, "number": number}
 
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **_):
             gradients.update((name, weight.grad.clone()) for name, weight in model.named_parameters())
 
-    class Smoothed(trl.GRPOTrainer):
-        """GRPOTrainer with Eq. 6: it takes an advantage a token as well as one a completion."""
+    class Told(trl.GRPOTrainer):
+        """GRPOTrainer whose batch is given pi_old, and an advantage a token: it takes one as well as one a completion."""
         def _generate_and_score_completions(self, inputs):
             batch = super()._generate_and_score_completions(inputs)
-            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-            with torch.no_grad():
-                logp, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, batch["completion_ids"].shape[1])
-            verdict = torch.tensor([one["verdict"] for one in inputs])[:, None]
-            batch["advantages"] = batch["advantages"][:, None] + torch.where(verdict > 0, -GAMMA_P, GAMMA_N) * logp
+
+            def table(values):
+                values = [torch.tensor(values[one["number"]]) for one in inputs]
+                return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+
+            if sampler == "other":
+                batch["old_per_token_logps"] = table([row["logprobs"] for row in rows])
+            if added:
+                batch["advantages"] = batch["advantages"][:, None] + table(added)
             return batch
 
-    config = trl.GRPOConfig(
-        output_dir=str(tmp_path / "trl"), per_device_train_batch_size=GROUPS * N, num_generations=N, max_steps=1, loss_type="dapo",
-        scale_rewards="none", epsilon=0.2, epsilon_high=0.25, temperature=1.0, max_completion_length=16, max_grad_norm=0.0,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, **settings)
-    trainer = (Smoothed if smoothed else trl.GRPOTrainer)(
-        model=load(model), reward_funcs=reward, args=config, processing_class=tokenizer, rollout_func=rollouts, callbacks=[Gradients()],
+    config = trl.GRPOConfig(**{
+        "output_dir": str(tmp_path / "trl"), "per_device_train_batch_size": GROUPS * N, "num_generations": N, "max_steps": 1,
+        "loss_type": "dapo", "scale_rewards": "none", "epsilon": 0.2, "epsilon_high": 0.25, "temperature": 1.0,
+        "max_completion_length": 16, "max_grad_norm": 0.0, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, **settings})
+    trainer = Told(
+        model=load(model), reward_funcs=lambda completions, number, **_: [rewards[i] for i in number], args=config,
+        processing_class=AutoTokenizer.from_pretrained(model), rollout_func=rollouts, callbacks=[Gradients()],
         train_dataset=Dataset.from_list([{"prompt": f"g{group}"} for group in range(GROUPS)]))
     if config.beta:
         trainer.ref_model.load_state_dict(load(other).state_dict())
@@ -100,32 +148,31 @@ def trl_gradient(tmp_path, model, other, rows, tokenizer, smoothed, **settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags, smoothed, settings", [
-    ("--method grpo", False, {}),
-    ("--method grpo --kl-coef 0.3", False, {"beta": 0.3, "use_bias_correction_kl": False}),  # plain k3; its default multiplies it by rho
-    ("--method grpo --entropy-coef 0.2", False, {"entropy_coef": 0.2}),
-    (f"--method ds-grpo --gamma-p {GAMMA_P} --gamma-n {GAMMA_N}", True, {}),
-], ids=["grpo", "kl", "entropy", "ds-token"])
-def test_gradient_of_one_update_is_trls(flags, smoothed, settings, tiny_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_of_one_update_is_trls(name, tiny_model, tmp_path, monkeypatch):
     pytest.importorskip("trl")
     from transformers import AutoTokenizer
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    policy = load(tiny_model)
-    other = str(tmp_path / "other")  # a reference that is not the policy
+    flags, settings, sampler = CASES[name]
+    policies = {"policy": load(tiny_model), "other": load(tiny_model)}
+    other = str(tmp_path / "other")  # a reference and a sampler that is not the policy
     with torch.no_grad():
-        for weight in policy.parameters():
+        for weight in policies["other"].parameters():
             weight.mul_(1.05)
-    policy.save_pretrained(other)
+    policies["other"].save_pretrained(other)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.save_pretrained(other)
-    rows = write_rows(tmp_path / "scored.jsonl", policy.config.vocab_size)
-    if "kl" in flags:
-        flags += f" --ref-model {other}"
-    ours = our_gradient(tmp_path, tiny_model, tmp_path / "scored.jsonl", flags)
-    theirs = trl_gradient(tmp_path, tiny_model, other, rows, tokenizer, smoothed, **settings)
+    rows = make_rows(policies[sampler], tokenizer.eos_token_id)
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if sampler == "other":
+        monkeypatch.setattr(train, "old_logprobs", old_logprobs_of_the_rows)
+    ours, metrics = our_gradient(tmp_path, tiny_model, flags + (f" --ref-model {other}" if "kl" in flags else ""))
+    theirs = trl_gradient(tmp_path, tiny_model, other, rows, flags, sampler, settings)
+    assert (metrics["clip_high_frac"] > 0) == (sampler == "other")
+    assert (metrics["clip_low_frac"] > 0) == (sampler == "other" and name != "cispo")
     assert ours.keys() == theirs.keys()
-    one, two = (torch.cat([found[name].flatten().double() for name in sorted(ours)]) for found in (ours, theirs))
+    one, two = (torch.cat([found[key].flatten().double() for key in sorted(ours)]) for found in (ours, theirs))
     assert two.norm() > 1e-3
     relative = float((one - two).norm() / two.norm())
-    print(f"{flags.split(' --ref')[0]}: relative difference {relative:.1e}")
+    print(f"{name}: relative difference {relative:.1e}")
     assert relative < 1e-5
