@@ -74,17 +74,101 @@ def focal(batch, gamma=1.0):
 
 
 def unlikeliness(batch, beta=0.25):
-    """Unlikeliness reward, as the idea of arXiv 2506.02355 reads here: of the right rollouts the
-    likelier ones get less, by their rank in the group.
+    """Unlikeliness reward (arXiv 2506.02355), as its authors' code has it: of the right rollouts
+    the likelier ones get less.
 
-    r'_i = r_i (1 - beta (n - rank_i) / n) if right;  rank_i: how many of the group's n rollouts
-    have a log pi_old(y_i), a sum over tokens, at least as high. Then GRPO's advantage of r'.
+    r'_i = r_i (1 - beta below_i / n) if right;  below_i: how many of the group's n rollouts have a
+    lower mean_t log pi_old(y_i,t). Then GRPO's advantage of r'. Their KL term is left out.
+    """
+    n, logp = batch.reward.shape[1], batch.mean_logp
+    below = (logp[:, None, :] < logp[:, :, None]).sum(-1)  # (groups, n)
+    shaped = batch.reward * torch.where(batch.correct, 1 - beta * below / n, 1.0)
+    return grpo(dataclasses.replace(batch, reward=shaped.to(batch.reward.dtype)))
+
+
+def boundary(batch, k=16, floor=0.01):
+    """Bayesian boundary gating (arXiv 2606.15455) in a simple form: a problem's update counts by
+    what a rise of its chance p of success would add to Pass@k.
+
+    u(m) = E[k (1 - p)^(k - 1)],  p ~ Beta(m + 1, n - m + 1),  m of n rollouts right
+         = k prod_{j < k} (n - m + j) / (n + 1 + j)
+    A    = A_GRPO u(m) / u(1) where u(m) >= floor (n + 1), else 0
+
+    We had u, the floor and the two defaults from public code that cites the paper's Eq. 8 and 9,
+    not from the paper; that u / u(1) is a factor on GRPO's advantage is that code's choice. In the
+    paper groups without a right rollout learn, too: see `unsolved`.
+    """
+    n = batch.correct.shape[1]
+    wrong = n - batch.correct.sum(1, keepdim=True)  # (groups, 1)
+    step = torch.arange(1, k, device=wrong.device)  # j
+
+    def gain(wrong):
+        return k * ((wrong + step) / (n + 1 + step).to(batch.reward.dtype)).prod(-1, keepdim=True)
+
+    weight = torch.where(gain(wrong) >= floor * (n + 1), gain(wrong) / gain(n - 1), 0.0)
+    return weight.expand_as(batch.reward).flatten()[batch.row] * grpo(batch)
+
+
+def unsolved(batch):
+    """Updates on unsolved problems alone, our reading of an experiment of arXiv 2606.15455: of a
+    problem none of whose rollouts is right there is only to learn what is wrong, by REINFORCE with
+    reward -1 and no baseline.
+
+    A = -1 in a group without a right rollout, else 0
+    """
+    score = -(~batch.correct.any(1, keepdim=True)).to(batch.reward.dtype)
+    return score.expand_as(batch.reward).flatten()[batch.row]
+
+
+def oreal(batch, negative_weight=0.5):
+    """OREAL (arXiv 2502.06781), as its authors' code has it without the token-level reward model:
+    right rollouts are cloned, wrong ones pushed down by a policy gradient, both by their distance
+    from the others' reward, each kind averaged over its own tokens.
+
+    a_i = r_i - mean of the other r_j in the group
+    A_i = a_i T / T_right                       if right
+          negative_weight a_i T / T_wrong       otherwise
+
+    T, T_right, T_wrong: the round's completion tokens, of all, right and wrong rollouts. Their KL
+    to the base model is `--kl-coef 0.01 --ref-model BASE`.
     """
     n = batch.reward.shape[1]
-    logp = batch.mean_logp * batch.length
-    rank = (logp[:, None, :] >= logp[:, :, None]).sum(-1)  # (groups, n)
-    shaped = batch.reward * torch.where(batch.correct, 1 - beta * (n - rank) / n, 1.0)
-    return grpo(dataclasses.replace(batch, reward=shaped.to(batch.reward.dtype)))
+    tokens, right = batch.length.sum(), (batch.length * batch.correct).sum()
+    of_kind = torch.where(batch.correct, right, tokens - right).clamp(min=1)
+    weight = torch.where(batch.correct, 1.0, float(negative_weight)) * tokens / of_kind
+    others = n / max(n - 1, 1)  # r - mean of all = (n - 1) / n (r - mean of the others)
+    return others * weight.to(batch.reward.dtype).flatten()[batch.row] * grpo(batch, "none")
+
+
+def oreal_loss(logp, batch, advantage):
+    """- A log pi where right, whatever rho is; - rho A where wrong; no cut."""
+    ratio = (logp - batch.old_logp).clamp(max=20).exp()
+    return -advantage * torch.where(batch.correct.flatten()[batch.row], logp, ratio)
+
+
+def drpo(batch, tau=10.0, length_tau=0.1):
+    """DRPO (arXiv 2510.04474), from its authors' code: what is preferred among right rollouts,
+    there a small length, is normalised among them alone, so that none of them is pushed down.
+
+    A problem with rollouts of both kinds has the objective, s = mean_t log pi(y_t),
+        sum_right w_i s_i / sum_right w - tau log mean_wrong exp(s_j / tau)
+        w = exp((1 - length / longest of the round) / length_tau)
+    whose gradient at pi_old is that of these advantages, T tokens and G groups in the round:
+        A_i = w_i / sum_right w T / (G length_i)        if right
+             -v_i / sum_wrong v T / (G length_i)        otherwise,  v = exp(s / tau)
+
+    Here they stand under the clipped surrogate; there a KL constraint to pi_old takes its place.
+    """
+    right, length = batch.correct, batch.length.clamp(min=1)
+    short = (1 - length / length.max()).to(batch.reward.dtype) / length_tau
+    score = torch.where(right, short, batch.mean_logp / tau)
+
+    def share(kind):
+        return score.masked_fill(~kind, -torch.inf).softmax(1)
+
+    both = right.any(1, keepdim=True) & ~right.all(1, keepdim=True)
+    weight = torch.where(both, torch.where(right, share(right), -share(~right)), 0.0)
+    return (weight * batch.length.sum() / (len(length) * length)).flatten()[batch.row]
 
 
 def nothing(batch):

@@ -507,6 +507,7 @@ def test_fuzz_advantage(data):
         st.tuples(st.just(train.ds_grpo), smoothing), st.tuples(st.just(arms.cispo), st.just({})),
         st.tuples(st.just(train.grpo), st.fixed_dictionaries({"adv_norm": st.sampled_from(["std", "none"])})),
         st.tuples(st.just(arms.w_reinforce), st.just({"positive_weight": 0.1})),
+        *[st.tuples(st.just(method), st.just({})) for method in (arms.boundary, arms.unsolved, arms.oreal, arms.drpo)],
         *[st.tuples(st.just(arms.passk), st.fixed_dictionaries({"k": st.integers(1, n - 1)}))] * (n > 1)))
     found = method(batch_of(reward, correct, old, row), **options)
     assert found.shape == row.shape and torch.isfinite(found).all()
@@ -697,7 +698,9 @@ def test_numerics_the_only_correct_answer_was_truncated(model, tmp_path):
 @pytest.mark.parametrize("flags", [["--gamma-p", 0, "--gamma-n", 0], ["--gamma-p", 10, "--gamma-n", 10], ["--gamma-p", -1, "--gamma-n", -1],
                                    ["--gamma-p", 10, "--gamma-n", -10, "--smooth-level", "reward", "--lr", 0.1, "--updates", 3],
                                    ["--method", f"{RIVALS}:passk", "--arm", "k=2"], ["--method", f"{RIVALS}:w_reinforce"],
-                                   ["--method", f"{RIVALS}:cispo", "--updates", 7, "--lr", 0.1]])
+                                   ["--method", f"{RIVALS}:cispo", "--updates", 7, "--lr", 0.1],
+                                   ["--method", f"{RIVALS}:oreal", "--updates", 7, "--lr", 0.1],
+                                   ["--method", f"{RIVALS}:drpo", "--updates", 7, "--lr", 0.1]])
 @pytest.mark.parametrize("kind", ["sampler at -1e4", "policy at -1e4", "one sample", "equal rewards"])
 def test_numerics_stay_finite(kind, flags, model, tmp_path):
     rows, folder = make_rows(model), model
@@ -1254,28 +1257,80 @@ def test_two_threads_give_the_same_gradient_every_time(tiny_model):
 
 
 # ---- Rivals -----------------------------------------------------------------------------------------------------------------
-def test_focal_and_unlikeliness_by_loops(model, tmp_path, fp64):
+def beta_gain(right, n, k):
+    """E[k (1 - p)^(k - 1)] with p ~ Beta(right + 1, n - right + 1), by Simpson's rule."""
+    def density(p):
+        return p ** right * (1 - p) ** (n - right)
+    points = [i / 2000 for i in range(2001)]
+    weights = [1 if i in (0, 2000) else 4 if i % 2 else 2 for i in range(2001)]
+    above = math.fsum(w * density(p) * k * (1 - p) ** (k - 1) for w, p in zip(weights, points))
+    return above / math.fsum(w * density(p) for w, p in zip(weights, points))
+
+
+def test_neighbours_by_loops(model, tmp_path, fp64):
     """The gradient of one update of each is that of its formula in loops."""
     rows = make_rows(model, cut=())
     path = write(tmp_path / "rows.jsonl", rows)
+    tokens = {kind: sum(len(row["completion_ids"]) for row in rows if row["correct"] == kind) for kind in (True, False)}
+
+    def spread(scores, old):
+        return [[score] * len(of_row) for score, of_row in zip(scores, old)]
 
     def normed(rewards, old):
-        return [[(r - mean_of(rewards)) / (std_of(rewards) + 1e-6)] * len(of_row) for r, of_row in zip(rewards, old)]
+        return spread([(r - mean_of(rewards)) / (std_of(rewards) + 1e-6) for r in rewards], old)
 
     def focal(group, old):
         weight = (1 - mean_of([float(row["correct"]) for row in group])) ** 2
         return [[weight * adv for adv in of_row] for of_row in normed([row["reward"] for row in group], old)]
 
     def unlikeliness(group, old):
-        rewards, totals = [], [math.fsum(of_row) for of_row in old]
-        for row, total in zip(group, totals):
-            rank = sum(other >= total for other in totals)  # 1: the likeliest
-            rewards.append(row["reward"] * (1 - 0.5 * (len(group) - rank) / len(group)) if row["correct"] else row["reward"])
-        return normed(rewards, old)
+        means = [mean_of(of_row) if of_row else 0.0 for of_row in old]
+        ranks = [sorted(means).index(mean) for mean in means]  # 0: the unlikeliest
+        return normed([row["reward"] * (1 - 0.5 * rank / 4 if row["correct"] else 1) for row, rank in zip(group, ranks)], old)
 
-    for name, flags, formula in ("focal", ["--arm", "gamma=2"], focal), ("unlikeliness", ["--arm", "beta=0.5"], unlikeliness):
+    def boundary(group, old):
+        gain = beta_gain(sum(row["correct"] for row in group), 4, 3)
+        weight = gain / beta_gain(1, 4, 3) if gain >= 0.1 * 5 else 0
+        return [[weight * adv for adv in of_row] for of_row in normed([row["reward"] for row in group], old)]
+
+    def unsolved(group, old):
+        return spread([0 if any(row["correct"] for row in group) else -1] * 4, old)
+
+    def oreal(group, old):
+        scores = []
+        for row in group:
+            others = mean_of([other["reward"] for other in group if other is not row])
+            weight = (1 if row["correct"] else 0.25) * sum(tokens.values()) / tokens[row["correct"]]
+            scores.append(weight * (row["reward"] - others))
+        return spread(scores, old)
+
+    def drpo(group, old):
+        means = [mean_of(of_row) if of_row else 0.0 for of_row in old]
+        short = [math.exp((1 - max(len(of_row), 1) / 6) / 0.5) for of_row in old]  # the longest row has 6 tokens
+        likely = [math.exp(mean / 2) for mean in means]
+        scores = []
+        for i, row in enumerate(group):
+            same = [j for j in range(4) if group[j]["correct"] == row["correct"]]
+            of_kind = short if row["correct"] else [-v for v in likely]
+            share = of_kind[i] / abs(math.fsum(of_kind[j] for j in same)) if len(same) < 4 else 0
+            scores.append(share * sum(tokens.values()) / (len(VERDICTS) * max(len(old[i]), 1)))
+        return spread(scores, old)
+
+    for formula, *flags in ((focal, "gamma=2"), (unlikeliness, "beta=0.5"), (boundary, "k=3", "floor=0.1"), (unsolved,),
+                            (oreal, "negative_weight=0.25"), (drpo, "tau=2", "length_tau=0.5")):
+        name, flags = formula.__name__, sum((["--arm", flag] for flag in flags), [])
         found = run(model, path, tmp_path / name, "--method", f"{RIVALS}:{name}", *flags, "--max-grad-norm", 1e9, "--micro-batch-tokens", 40)
         assert distance(found.gradient, gradient_of(model, rows, formula, lambda logp, old, adv: -(logp - old).exp() * adv)) < 1e-9, name
+
+
+def test_oreal_clones_the_right_and_cuts_nothing():
+    """Right: - A log pi, also where rho is 2; wrong: - rho A, and its gradient grows with rho."""
+    logp = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    old, adv = logp.detach() - torch.tensor([2.0, 2.0, 0.5]).log(), torch.tensor([3.0, -1.0, -1.0])
+    batch = train.Batch(None, torch.tensor([[True, False]]), None, old, torch.tensor([0, 1, 1]))
+    loss = arms.oreal_loss(logp, batch, adv)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([3.0, 2.0, 0.5]) and logp.grad.tolist() == pytest.approx([-3.0, 2.0, 0.5])
 
 
 @pytest.mark.slow
