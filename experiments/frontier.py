@@ -76,6 +76,10 @@ CANDIDATES = {
     "w-reinforce": ["--method experiments/arms.py:w_reinforce --arm positive_weight=0.1"],
     "focal": ["--method experiments/arms.py:focal"],
     "unlikeliness": ["--method experiments/arms.py:unlikeliness"],
+    "boundary": ["--method experiments/arms.py:boundary"],
+    "unsolved": ["--method experiments/arms.py:unsolved"],
+    "oreal": ["--method experiments/arms.py:oreal"],
+    "drpo": ["--method experiments/arms.py:drpo"],
 }
 # The arms that are made of what was chosen for others.
 PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longer": ("grpo",),
@@ -84,7 +88,8 @@ PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longe
 ARMS = (*CANDIDATES, *PARTS)
 FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
               "ds-rehearsal")  # the README's contrasts
-NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness")  # two seeds
+NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
+              "oreal", "drpo")  # two seeds
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal")  # the others run at the best rate alone
 
 Label = collections.namedtuple("Label", "regime arm lr seed")
