@@ -4,6 +4,7 @@
     python experiments/frontier.py --list      # what is left
     python experiments/frontier.py --regimes weak-base --arms grpo ds-token --seeds 1 2 3
     python experiments/frontier.py --regimes weak-base --arms grpo --seeds 1 --check --until 4
+    python experiments/frontier.py --device cuda --jobs 14     # many runs share one GPU
     python experiments/frontier_figures.py     # the figure, and the tables in Markdown
 
 Regimes: `weak-base` trains data/weak-countdown/ and `strong-base` data/tiny-countdown/ on fresh
@@ -33,7 +34,7 @@ Writes, after every run, in --tables:
   results.csv          regime, arm, lr, seed, round, split, k, pass_at_k; the base has lr 0, round 0
   checkpoints.csv      regime, arm, lr, seed, round, split, setting (flags of train.py), coverage,
                        distinct, completion_len, entropy (of the round's rollouts), train_s (seconds
-                       of train.py's updates so far)
+                       of train.py's updates so far), device
   frontier_tuning.csv  regime, arm, lr, setting, seed, k, pass_at_k: everything that was tried
 Runs stand in runs/frontier/ until their figures are in the tables.
 """
@@ -56,7 +57,11 @@ MODELS = {"weak-base": "data/weak-countdown", "strong-base": "data/tiny-countdow
 RATES = ("5e-5", "1e-4", "2e-4")
 CHECKPOINTS = (4, 8, 12, 16, 20)  # rounds after which a run is evaluated
 TUNING_ROUNDS, TUNING_SEEDS = 10, (101, 102)
-SAMPLING = "--max-new-tokens 24 --device cpu"
+SAMPLING = "--max-new-tokens 24"
+# Flags of generate.py and of train.py: fp32 everywhere, and on a GPU few and large passes.
+DEVICES = {"cpu": ("--device cpu", "--device cpu"),
+           "cuda": ("--device cuda --dtype float32 --max-batch-tokens 1000000",
+                    "--device cuda --dtype float32 --micro-batch-tokens 65536")}
 
 # Each arm's candidates, flags of train.py; where there is one, there is nothing to tune.
 DS = "--method ds-grpo --smooth-level token"
@@ -109,6 +114,8 @@ def parse_args(argv=None):
                         help="the best learning rate, the second best or both (default: both)")
     parser.add_argument("--jobs", type=int, default=2,
                         help="runs side by side, one core each (default %(default)s)")
+    parser.add_argument("--device", choices=DEVICES, default="cpu",
+                        help="where models are sampled and trained (default %(default)s)")
     parser.add_argument("--tables", type=os.path.abspath, default=HERE,
                         help="folder of the tables (default: experiments)")
     parser.add_argument("--list", action="store_true", help="only say what is done and left")
@@ -132,34 +139,37 @@ def draw_of(label, number):
     return f"--n {fresh} --split train --seed {label.seed * 100_000 + number}"
 
 
-def rehearsal_of(folder, label):
+def rehearsal_of(folder, label, device):
     """The base's own scored rollouts on training problems: a file."""
     samples = 160 if label.regime == "fixed" else 16
     return sampled(f"{folder}/rehearsal", MODELS[label.regime], draw_of(label, 0),
-                   f"--n {samples} {SAMPLING} --seed {label.seed * 100_000}")
+                   f"--n {samples} {SAMPLING} --seed {label.seed * 100_000} {DEVICES[device][0]}")
 
 
-def train_round(folder, number, label, setting):
+def train_round(folder, number, label, setting, device):
     """Problems, rollouts, verdicts and one train.py: the model of the round from the one before."""
     base, seed = MODELS[label.regime], label.seed
+    sampling, training = DEVICES[device]
     before, after = (model_of(folder, r, base) for r in (number - 1, number))
     scored = sampled(f"{folder}/train-{number:03d}", before, draw_of(label, number),
-                     f"--n 16 {SAMPLING} --seed {seed * 100_000 + number}")
+                     f"--n 16 {SAMPLING} --seed {seed * 100_000 + number} {sampling}")
     stage("train", f"--model {before} --rollouts {scored} --out {after} --updates 4 "
-                   f"--lr {label.lr} --seed {seed} --device cpu {setting}")
+                   f"--lr {label.lr} --seed {seed} {training} {setting}")
     discard(scored)
 
 
-def measure(stem, model, number, split, sample, draw):
+def measure(stem, model, number, split, sample, draw, device):
     """The figures of one checkpoint on one split; they stay in a file, so that a stopped run has
     them again."""
+    import torch  # slow: not for those who ask for --help
     path = f"{stem}.figures.json"
     if not os.path.exists(path):
-        report = evaluated(stem, model, draw, sample)
+        report = evaluated(stem, model, draw, f"{sample} {DEVICES[device][0]}")
         passes = {k: cell["value"] for k, cell in report["pass_at_k"].items()}
         figures = {"round": number, "split": split, "pass_at_k": passes,
                    "coverage": report["solution_coverage"], "distinct": report["distinct"],
-                   "completion_len": report["completion_len"], "entropy": "", "train_s": 0}
+                   "completion_len": report["completion_len"], "entropy": "", "train_s": 0,
+                   "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
         if number:
             with open(f"{model}/metrics.jsonl") as file:
                 updates = [json.loads(line) for line in file]
@@ -173,7 +183,7 @@ def measure(stem, model, number, split, sample, draw):
         return json.load(file)
 
 
-def one_run(name, label, setting, checkpoints, split, problems, n):
+def one_run(name, label, setting, checkpoints, split, problems, n, device):
     """Train, and measure at the checkpoints (rounds; 0 is the base): a list of figures.
 
     setting: flags of train.py. A run that was stopped goes on from its last round."""
@@ -184,15 +194,15 @@ def one_run(name, label, setting, checkpoints, split, problems, n):
         splits["train"] = draw_of(label, 1)
     with inside(folder):
         if "FILE" in setting:
-            setting = setting.replace("FILE", rehearsal_of(folder, label))
+            setting = setting.replace("FILE", rehearsal_of(folder, label, device))
         done, figures = last_round(folder), []
         for number in range(checkpoints[-1] + 1):
             model = model_of(folder, number, base)
             if number > done:
-                train_round(folder, number, label, setting)
+                train_round(folder, number, label, setting, device)
             for which, draw in splits.items() if number in checkpoints else ():
                 stem = f"{folder}/eval-{number:03d}-{which}"
-                figures.append(measure(stem, model, number, which, sample, draw))
+                figures.append(measure(stem, model, number, which, sample, draw, device))
             if number > max(done, 1):
                 discard(model_of(folder, number - 1, base))
     return figures
@@ -261,7 +271,8 @@ def tuning_jobs(args, arms, rates):
                 label = Label(base, arm, lr, seed)
                 name = f"frontier/tune-{'-'.join(map(str, label))}-{i}"
                 rounds = (TUNING_ROUNDS if setting else 0,)
-                jobs.append(((label, setting), (name, label, setting, rounds, "tune", 200, 128)))
+                run_of = (name, label, setting, rounds, "tune", 200, 128, args.device)
+                jobs.append(((label, setting), run_of))
     return jobs
 
 
@@ -293,7 +304,7 @@ def reported_jobs(args):
             rounds = [number for number in rounds if number <= (args.until or number)]
             setting = setting_of(args.tables, label.regime, label.arm)
             if rounds:
-                jobs.append((label, (name, label, setting, rounds, "test", 300, 256)))
+                jobs.append((label, (name, label, setting, rounds, "test", 300, 256, args.device)))
     return jobs
 
 
@@ -309,7 +320,7 @@ def keep_tuning(folder, key, figures):
 def keep_result(folder, label, figures):
     """The checkpoints first: a run is done when results.csv holds it."""
     setting = setting_of(folder, label.regime, label.arm)
-    columns = ("coverage", "distinct", "completion_len", "entropy", "train_s")
+    columns = ("coverage", "distinct", "completion_len", "entropy", "train_s", "device")
     results, points = [], []
     for figure in figures:
         head = {**label._asdict(), "round": figure["round"], "split": figure["split"]}

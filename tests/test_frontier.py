@@ -15,7 +15,7 @@ KS = [2**power for power in range(9)]
 BEST = {"5e-5": 0.05, "1e-4": 0.09, "2e-4": 0.07}  # GRPO's Pass@1 in tuning, by learning rate
 
 
-def fake(name, label, setting, checkpoints, split, problems, n):
+def fake(name, label, setting, checkpoints, split, problems, n, device):
     """A run whose Pass@k depends on its setting, seed and round alone."""
     large = 0.5
     first = BEST.get(label.lr, 0.02)
@@ -34,7 +34,8 @@ def fake(name, label, setting, checkpoints, split, problems, n):
         for which in (split, "train")[:1 + (label.regime == "fixed")]:
             passes = {str(k): (first if k == 1 else large) * (1 + number / 100) + label.seed * 1e-6 for k in KS if k <= n}
             figures.append({"round": number, "split": which, "pass_at_k": passes, "coverage": 0.5, "distinct": 2.0,
-                            "completion_len": 11.0, "entropy": "" if not number else 0.6, "train_s": number})
+                            "completion_len": 11.0, "entropy": "" if not number else 0.6, "train_s": number,
+                            "device": device})
     return figures
 
 
@@ -90,7 +91,7 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     # five rounds on the way, 256 samples on 300 problems; three seeds, five for the contrasts
     assert {tuple(arguments[3]) for key, arguments in reported.items() if key.arm not in ("base", "grpo-longer")} == {(4, 8, 12, 16, 20)}
     assert {tuple(arguments[3]) for key, arguments in reported.items() if key.arm == "grpo-longer"} == {(30,)}
-    assert {arguments[5:] for arguments in reported.values()} == {(300, 256)}
+    assert {arguments[5:] for arguments in reported.values()} == {(300, 256, "cpu")}
     seeds = lambda arm: {label.seed for label in reported if label.arm == arm and label.regime == "fixed"}
     assert seeds("grpo") == seeds("base") == {1, 2, 3, 4, 5} and seeds("ds-negative") == {1, 2, 3} and seeds("cispo") == {1, 2}
     names = [arguments[0] for _, arguments in done]
@@ -247,7 +248,7 @@ import json, sys
 from experiments.frontier import Label, one_run
 label = Label("fixed", "ds-token", "1e-4", 1)
 for rounds in json.loads(sys.argv[2]):
-    figures = one_run(sys.argv[1], label, "--method ds-grpo", rounds, "test", 6, 4)
+    figures = one_run(sys.argv[1], label, "--method ds-grpo", rounds, "test", 6, 4, "cpu")
 print(json.dumps(figures), file=sys.__stdout__)
 """
     results = []
