@@ -10,10 +10,11 @@ after its snapshot first-3000):
     python data/make_tiny.py --out data/tiny-countdown --init /tmp/second --seed 2 --steps 400 \
         --lr 6e-4 --problems 40000
 
-The weak one, whose every fiftieth sample is right, in one short phase of three minutes:
+The weak one, which is right in one of sixty samples, is the snapshot weak-250 of a longer run,
+four minutes in, before its learning rate falls:
 
-    python data/make_tiny.py --out data/weak-countdown --steps 250 --problems 40000 \
-        --save-every 50 --threads 1
+    python data/make_tiny.py --out /tmp/weak --steps 6000 --problems 40000 --save-every 250 \
+        --threads 1
 
 Every problem of the train split of data/countdown.py may be drawn. Its answer is drawn uniformly
 among *all* its distinct solutions and written in a random order of terms and factors, so that the

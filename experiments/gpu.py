@@ -5,16 +5,18 @@
     python experiments/gpu.py --out gpu.json --dry              # toy sizes on a CPU: two minutes
     python experiments/gpu.py --cost 7b --gpus 8 [--out gpu.json]     # see experiments/cost.md
 
-    kernel    the kernel's tests, its table (bench_kernel.py) and its gates
+    kernel    the kernel's tests, the stages beside those of the CPU (tests/test_cuda.py), the
+              kernel's table (bench_kernel.py) and its gates
     generate  generate.py with and without --compile: 256 rows at once of 128 + 256 tokens, bf16
     update    train.py: its share of the matrix peak, its peak memory beside what it announces
     pipeline  two rounds by their commands, process starts included; and this machine's rates of
               hashing, saving and loading
     peers     bench.py's arms: model.generate, generate_batch, a plain update, TRL's GRPOTrainer
 
-Models have random weights at the shapes of Qwen2.5-0.5B and 1.5B. Every figure is written as soon
-as it is there: to --out as JSON, and to the same name with .md as tables. What fails, is missing or
-found no time says so in its row. --cost puts the rates measured here in place of assumed ones.
+Models have random weights at the shapes of Qwen2.5-0.5B and 1.5B (--sizes). Every figure is
+written as soon as it is there: to --out as JSON, and to the same name with .md as tables. What
+fails, is missing or found no time says so in its row. --cost puts the rates measured here in place
+of assumed ones.
 
     of bandwidth  bytes that the work must read (weights at each step, keys and values) / time /
                   bytes a second of a copy in the same process
@@ -24,6 +26,7 @@ found no time says so in its row. --cost puts the rates measured here in place o
 import argparse
 import dataclasses
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -48,6 +51,8 @@ def parse_args(argv=None):
     # what is measured
     add("--part", choices=["all", *PARTS], default="all", help="default %(default)s")
     add("--dry", action="store_true", help="toy sizes on the CPU: does every part work?")
+    add("--sizes", nargs="+", choices=["0.5b", "1.5b"], default=["0.5b", "1.5b"],
+        help="shapes (default: both; pipeline takes the last one, peers the first)")
     add("--minutes", type=float, default=9.5, help="time limit of a part (default %(default)s)")
     # what is computed instead
     add("--cost", choices=["0.5b", "1.5b", "7b"],
@@ -151,7 +156,7 @@ class Part:
         flags = ["--device", "cpu"] if args.dry else []
         self.bench = bench.Bench(bench.parse_args([*flags, "--rounds", "2"]), folder)
         self.device = self.bench.device.split(":")[0]
-        self.names = ["toy"] if args.dry else ["0.5b", "1.5b"]
+        self.names = ["toy"] if args.dry else args.sizes
         for name in self.names if not args.dry else ():
             bench.SIZES[name] = dataclasses.replace(bench.SIZES[name], prompts=CHUNKS * BATCH,
                                                     n=16, new_tokens=256)
@@ -220,11 +225,12 @@ GATES = (  # what, gate, target: as the README has them for 8192 x 151936 logits
 
 
 def kernel_tests(part, name):
-    """The tests of one file; on a GPU its GPU tests are among them."""
-    chosen = ["-k", "no_rows or ignored"] if part.dry else []
+    """The tests of one file but those of Triton's interpreter, which every CPU runs."""
+    chosen = ["-k", "no_rows or ignored or two_rounds" if part.dry else "not interpreter"]
+    chosen += ["-n", "8"] if importlib.util.find_spec("xdist") else []  # pytest-xdist: in a third
     said, seconds = part.command("-m", "pytest", "-p", "no:cacheprovider", f"tests/{name}", *chosen)
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped)", said)}
-    yield {"passed": counts["passed"], "skipped": counts.get("skipped", 0), "s": seconds}
+    yield {"passed": counts.get("passed", 0), "skipped": counts.get("skipped", 0), "s": seconds}
 
 
 def kernel_table(part, form, shape, found):
@@ -255,8 +261,8 @@ def gates(found):
 
 
 def measure_kernel(part):
-    for name in "test_kernel.py", "test_linear_kernel.py":
-        part.add("tests of the kernel", name, kernel_tests(part, name))
+    for name in "test_kernel.py", "test_linear_kernel.py", "test_cuda.py":
+        part.add("tests", name, kernel_tests(part, name))
     shapes = {"logits": (8192, 151936), "linear": (4096, 4096, 131072)}
     if part.dry:
         shapes = {"logits": (64, 999), "linear": (64, 32, 999)}
@@ -455,7 +461,7 @@ def in_turn(args):
     failed = []
     for part in PARTS:
         command = [sys.executable, os.path.abspath(__file__), "--out", args.out, "--part", part,
-                   "--minutes", str(args.minutes)] + ["--dry"] * args.dry
+                   "--minutes", str(args.minutes), "--sizes", *args.sizes] + ["--dry"] * args.dry
         try:
             code = subprocess.run(command, timeout=60 * args.minutes + 30).returncode
         except subprocess.TimeoutExpired:

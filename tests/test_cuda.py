@@ -1,0 +1,109 @@
+"""The stages on a GPU beside the same stages on the CPU: same rows in fp32, metrics close in bf16, a
+compiled step that changes nothing. Skipped where there is no GPU."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+FP32 = ["--dtype", "float32"]
+MODEL = os.path.join(ROOT, "data", "tiny-countdown")
+
+
+def call(stage, *flags):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, stage), *map(str, flags)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory):
+    """rollouts(device, *flags): 32 problems x 8 samples from the embedded model; the same draws."""
+    folder = tmp_path_factory.mktemp("cuda")
+    prompts = folder / "prompts.jsonl"
+    call("data/countdown.py", "--out", prompts, "--n", 32, "--seed", 3)
+
+    def sample(name, device, *flags):
+        out = folder / f"{name}.jsonl"
+        if not out.exists():
+            call("generate.py", "--model", MODEL, "--prompts", prompts, "--out", out, "--n", 8,
+                 "--max-new-tokens", 24, "--device", device, *flags)
+        return out
+    return sample
+
+
+@pytest.fixture(scope="module")
+def scored(rollouts):
+    path = rollouts("cpu", "cpu")
+    out = path.with_suffix(".scored.jsonl")
+    call("score.py", path, "--out", out)
+    return out
+
+
+def compare(one, other, tolerance):
+    """The share of rows with the same tokens; log-probs of those agree."""
+    pairs = list(zip(rows_of(one), rows_of(other), strict=True))
+    same = [(a, b) for a, b in pairs if a["completion_ids"] == b["completion_ids"]]
+    for a, b in same:
+        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=tolerance)
+    return len(same) / len(pairs)
+
+
+@pytest.mark.parametrize("name, flags, tolerance, least", [
+    ("fp32", [*FP32], 1e-4, 0.98),
+    ("fp32-shared", [*FP32, "--attention", "shared"], 1e-4, 0.98),
+    ("fp32-compiled", [*FP32, "--compile"], 1e-4, 0.98),
+    ("bf16", [], 0.1, 0.7),
+    ("bf16-compiled", ["--compile"], 0.1, 0.7)])
+def test_samples_are_those_of_the_cpu(rollouts, name, flags, tolerance, least):
+    assert compare(rollouts("cpu", "cpu"), rollouts(name, "cuda", *flags), tolerance) >= least
+
+
+METHODS = {
+    "ds-token": ["--gamma-p", 0.3, "--gamma-n", 0.03],
+    "entropy": ["--method", "grpo", "--entropy-coef-correct", 0.2, "--entropy-coef-wrong", -0.01],
+    "kl": ["--method", "grpo", "--kl-coef", 0.05, "--ref-model", MODEL],
+    "checkpointed": ["--checkpoint-activations", "--gamma-p", 0.3]}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_update_is_that_of_the_cpu(scored, tmp_path, name):
+    lines, weights = [], []
+    for device in "cpu", "cuda":
+        out = tmp_path / device
+        call("train.py", "--model", MODEL, "--rollouts", scored, "--out", out, "--device", device,
+             *FP32, "--updates", 2, "--lr", 1e-4, *METHODS[name])
+        lines.append(rows_of(out / "metrics.jsonl"))
+        weights.append(load_file(out / "model.safetensors"))
+    for ours, theirs in zip(*lines, strict=True):
+        assert max(ours["logprob_gap_max"], theirs["logprob_gap_max"]) < 1e-2  # 2: lr moved them
+        for key in "loss", "grad_norm", "entropy", "nll", "approx_kl", "clip_high_frac":
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-3, abs=1e-5), key
+    assert lines[1][0]["logprob_gap_max"] < 1e-4
+    # Adam's first step is the gradient's sign: where that is near zero a weight moves by 2 lr
+    moved = torch.cat([(weights[0][key] - weights[1][key]).abs().flatten() for key in weights[0]])
+    assert moved.mean() < 2e-6 and moved.max() < 5e-4
+
+
+def test_two_rounds_in_bf16(rollouts, tmp_path):
+    model, path = MODEL, rollouts("bf16", "cuda")
+    for number in 1, 2:
+        out, verdicts = tmp_path / f"round-{number}", tmp_path / f"scored-{number}.jsonl"
+        call("score.py", path, "--out", verdicts)
+        call("train.py", "--model", model, "--rollouts", verdicts, "--out", out, "--lr", 1e-4)
+        metrics = rows_of(out / "metrics.jsonl")[-1]
+        assert metrics["logprob_gap"] < 0.02 and metrics["ratio_max"] == pytest.approx(1)
+        model, path = out, tmp_path / f"rollouts-{number}.jsonl"
+        call("generate.py", "--model", model, "--prompts", rollouts("fp32", "cuda", *FP32).parent
+             / "prompts.jsonl", "--out", path, "--n", 8, "--max-new-tokens", 24)
+    assert load_file(model / "model.safetensors")["model.norm.weight"].dtype == torch.float32
