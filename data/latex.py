@@ -47,8 +47,8 @@ def join_thousands(text):
         if depth_at(text, match.start()):
             return match[0]
         return match[0].replace(match["separator"], "")
-    return re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?P<separator>,(?:\\!)?|\{,\}|\\[,;:! ]|~|\s)\d{3}"
-                  r"(?:(?P=separator)\d{3})*(?!\d|(?P=separator)\d)", joined, text)
+    return re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?P<separator>,(?:\\! ?)?| ?\{, ?\} ?|\\[,;:! ]|~|\s)"
+                  r"\d{3}(?:(?P=separator)\d{3})*(?!\d|(?P=separator)\d)", joined, text)
 
 
 def split_parts(text):
@@ -117,7 +117,7 @@ STEPS = [  # in this order: LaTeX that asks for it, pattern, replacement
     (r"\varnothing", r"\\varnothing(?![A-Za-z])|\\\{(?:\s|\\[,;: ])*\\\}", r"\\emptyset "),
     (r"\lbrace 1, 2\}", r"\\lbrace(?![A-Za-z])", r"\\{"),
     (r"\{1, 2\rbrace", r"\\rbrace(?![A-Za-z])", r"\\}"),
-    (r"5~\text{cm}", r"\\(?:quad|qquad|thinspace|enspace)(?![A-Za-z])|(?<!\\)\\[ ,;:]|~|\s", " "),
+    (r"5~\text{cm}", r"\\q?quad|\\(?:thinspace|enspace)(?![A-Za-z])|(?<!\\)\\[ ,;:]|~|\s", " "),
     (r"10,\!000", r"(?<!\\)\\!", ""),
     (r"x  +  1", r" +", " "),
     (r"The answer is 7", rf"^{PREFIX}(?=[-+\\\d(A-Za-z])", ""),
@@ -272,15 +272,16 @@ INDEX = r"(?:_(?:\w|\{[^{}=]*\}))?'*"
 PLACE = rf"(?:{LETTER}{INDEX}|[A-Z]{{2,4}}|[A-Za-z]{{4,}}|\\text\{{[^{{}}]*\}}{INDEX}(?: ?[A-Z]+)?"
 PLACE += r"|\\(?:overline|vec|hat|bar|widehat)\{[^{}=]*\}|m?\\(?:angle|triangle) ?[A-Z]+"
 PLACE += r"|\|[A-Za-z]{1,3}\||\[[A-Z]{3,}\])"
-NAME = re.compile(rf"{PLACE}(?: ?[-+] ?{PLACE})*")
+NAME = re.compile(rf"{PLACE}(?: ?[-+:/] ?{PLACE})*|\({PLACE}(?:, ?{PLACE})+\)")
 APPLIED = re.compile(rf"({LETTER}){INDEX}(?:\^\{{?-1\}}?)? ?\((.*)\)", re.DOTALL)
 
 
 def is_name(side):
-    """Whether a side of an equation names what was asked for: x, a_n, f(2), AB, m + n. 2x + 1 and
-    x^2 + y^2 name nothing, 6 least of all, and x(x + 1) is a product."""
+    """Whether a side of an equation names what was asked for: x, a_n, f(2), AB, m + n, AB : CD,
+    (x, y). 2x + 1 and x^2 + y^2 name nothing, 6 least of all, and x(x + 1) is a product."""
+    side = re.sub(r"^\\frac\{(.+)\}\{(.+)\}$", r"\1/\2", side)
     if NAME.fullmatch(side):
-        names = re.split(" ?[-+] ?", side)
+        names = re.split(" ?[-+:/,] ?", side.strip("()"))
         return len(set(names)) == len(names)
     applied = APPLIED.fullmatch(side)
     if not applied or depth_at(applied[2], len(applied[2])) or "=" in applied[2]:
