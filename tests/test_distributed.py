@@ -75,16 +75,22 @@ def finish(process, limit=300):
 
 
 # ---- The same results as one process ------------------------------------------------------------------------------------
-CASES = {  # name: (rows, flags)
+CASES = {  # name: (rows, flags); {all} is the file of those rows
     "one update": ("all", ["--max-grad-norm", 1e9, "--lr", 1e-3, "--entropy-coef", 0.1]),
     "three updates": ("all", ["--updates", 3, "--lr", 0.03, "--micro-batch-tokens", 20, "--smooth-level", "sequence", "--gamma-p", 0.3]),
     "masked, reward": ("all", ["--updates", 2, "--lr", 0.03, "--smooth-level", "reward", "--truncated", "mask", "--micro-batch-tokens", 40]),
+    "rehearsal": ("all", ["--updates", 2, "--lr", 0.03, "--micro-batch-tokens", 20, "--rehearse", "{all}", "--rehearse-coef", 0.5,
+                          "--rehearse-n", 2]),
     "uneven": ("uneven", ["--max-grad-norm", 1e9, "--lr", 1e-3, "--micro-batch-tokens", 30]),
     "ranks without rows": ("few", ["--max-grad-norm", 1e9, "--lr", 1e-3]),
     "no rows at all": ("few", ["--truncated", "mask", "--lr", 1e-3]),
 }
 NEXT = ["--lr", 0.01, "--updates", 2]
 DISTURBED = ["--updates", 2, "--lr", 0.01, "--micro-batch-tokens", 20, "--rank-timeout", 15]  # seconds for a rank to answer
+
+
+def flags_of(name, files):
+    return [str(flag).format(**files) for flag in CASES[name][1]]
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +113,8 @@ def ranks(request, model, files, tmp_path_factory):
         job("fp32", f"fp32 {kind}", model, "all", CASES["one update"][1] + more)
     job("fp32", "undisturbed", model, "all", DISTURBED)
     for kind, more in ("plain", []), ("sharded", ["--shard"]):
-        for name, (rows, flags) in CASES.items():
-            job("fp64", f"{name} {kind}", model, rows, flags + more)
+        for name, (rows, _) in CASES.items():
+            job("fp64", f"{name} {kind}", model, rows, flags_of(name, files) + more)
     job("fp64", "sharded then plain", f"{folder}/three updates sharded", "all", NEXT)
     job("fp64", "plain then sharded", f"{folder}/three updates plain", "all", [*NEXT, "--shard"])
     job("fp64", "refused", model, "all", ["--updates", 2, "--lr", 1e300])
@@ -122,9 +128,9 @@ def ranks(request, model, files, tmp_path_factory):
 
 
 def test_ranks_and_shards_give_the_gradient_of_one_process(ranks, model, files, tmp_path, fp64):
-    """Also where a rank has fewer rows than the others, or none: gradient, weights, moments and metrics, plain and sharded."""
-    for name, (rows, flags) in CASES.items():
-        one = run(model, files[rows], tmp_path / name, *flags)
+    """Also where a rank has fewer rows than the others, or none, or none to rehearse: gradient, weights, moments and metrics, plain and sharded."""
+    for name, (rows, _) in CASES.items():
+        one = run(model, files[rows], tmp_path / name, *flags_of(name, files))
         for kind in "plain", "sharded":
             many = Round(f"{ranks.folder}/{name} {kind}")
             if "no rows at all" not in name:
