@@ -164,7 +164,7 @@ def memory_estimate(policy, device, dtype, tokens, ranks=1):
         def keep(tensor):
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # a node that holds its own output would never be freed
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, autocast(device, dtype):

@@ -55,3 +55,18 @@ def test_the_announced_memory_is_within_15_percent_of_the_peak(tmp_path, tokens)
     measured = int(done.stdout.splitlines()[-1]) / 2**30
     print(f"announced {static:.2f} + {activations:.2f} GiB, measured {measured:.2f} GiB")
     assert abs((static + activations) / measured - 1) < 0.15
+
+
+def test_the_estimate_leaves_nothing_behind(tiny_model):
+    """Whatever its two small passes saved is freed: it would stay for the whole round."""
+    import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from data.models import load_model
+    from data.policy import Policy, memory_estimate
+
+    policy, seen = Policy(load_model(tiny_model, torch.float32, "cpu", {}), 1.0, True), []
+    for layer in policy.model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda module, args, out: seen.append(StorageWeakRef(out.untyped_storage())))
+    memory_estimate(policy, "cpu", torch.float32, 1000)
+    assert len(seen) >= 2 * len(policy.model.model.layers) and all(storage.expired() for storage in seen)
