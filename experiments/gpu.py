@@ -200,7 +200,7 @@ class Part:
         began = time.monotonic()
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
-            raise RuntimeError(done.stdout[-300:] + done.stderr[-300:])
+            raise RuntimeError(done.stderr[-300:] + done.stdout[-300:])
         return done.stdout + done.stderr, time.monotonic() - began
 
 

@@ -62,6 +62,21 @@ def static(tensor):
     return tensor
 
 
+def operation(draw):
+    """`draw` as one operation, which the compiler calls as it is: PyTorch 2.11's Inductor cannot
+    compile the fp64 cumulative sum over a large vocabulary for CUDA."""
+    def called(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return draw(logits, uniform)
+
+    def shapes(logits, uniform):
+        rows = len(logits)
+        return logits.new_empty(rows, dtype=torch.long), logits.new_empty(rows, dtype=torch.float32)
+
+    found = torch.library.custom_op("decode_step::draw", called, mutates_args=())
+    found.register_fake(shapes)
+    return found
+
+
 class Decoder:
     """Samples chunks of at most `rows` rows, each of a prompt of at most `longest` tokens.
 
@@ -78,7 +93,7 @@ class Decoder:
         device, compiler = model.device, os.environ.get("CXX", "g++")
         if device.type == "cpu" and not shutil.which(compiler):
             raise ValueError(f"--compile needs a C++ compiler on a CPU; no {compiler} here")
-        self.model, self.draw, self.steps = model, draw, steps
+        self.model, self.draw, self.steps = model, operation(draw), steps
         self.keyword = cache_keyword(type(model))
         self.sizes, self.length = sizes_of(rows), longest + steps
         most = self.sizes[-1]
