@@ -200,6 +200,7 @@ class Part:
         began = time.monotonic()
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
+            print(done.stdout[-6000:], done.stderr[-3000:], sep="\n", file=sys.stderr)
             raise RuntimeError(done.stderr[-300:] + done.stdout[-300:])
         return done.stdout + done.stderr, time.monotonic() - began
 
@@ -224,11 +225,12 @@ GATES = (  # what, gate, target: as the README has them for 8192 x 151936 logits
     ("lm_head fused in, 4096 x 4096 x 131072, both passes, ms", "41", "34"))
 
 
-def kernel_tests(part, name):
-    """The tests of one file but those of Triton's interpreter, which every CPU runs."""
+def gpu_tests(part, names):
+    """The tests of these files but those of Triton's interpreter, which every CPU runs."""
     chosen = ["-k", "no_rows or ignored or two_rounds" if part.dry else "not interpreter"]
     chosen += ["-n", "8"] if importlib.util.find_spec("xdist") else []  # pytest-xdist: in a third
-    said, seconds = part.command("-m", "pytest", "-p", "no:cacheprovider", f"tests/{name}", *chosen)
+    said, seconds = part.command("-m", "pytest", "-p", "no:cacheprovider", *chosen,
+                                 *(f"tests/test_{name}.py" for name in names))
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped)", said)}
     yield {"passed": counts.get("passed", 0), "skipped": counts.get("skipped", 0), "s": seconds}
 
@@ -261,8 +263,8 @@ def gates(found):
 
 
 def measure_kernel(part):
-    for name in "test_kernel.py", "test_linear_kernel.py", "test_cuda.py":
-        part.add("tests", name, kernel_tests(part, name))
+    files = ["kernel", "linear_kernel", "cuda"]
+    part.add("tests", ", ".join(files), gpu_tests(part, files))
     shapes = {"logits": (8192, 151936), "linear": (4096, 4096, 131072)}
     if part.dry:
         shapes = {"logits": (64, 999), "linear": (64, 32, 999)}
