@@ -1,10 +1,14 @@
-"""Every command of experiments/recipes.md, as it stands there, with toy numbers and a random model."""
+"""Every command of experiments/recipes.md, as it stands there, with toy numbers: models of the Hub
+are a random one."""
 import json
 import os
 import re
 import subprocess
+import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import crash
 from test_models import make_folder
@@ -12,7 +16,7 @@ from test_run import Loop, warm  # noqa: F401  the fixture
 
 TOY = {  # flag: its value in the dry run; all others stay as they are
     "--prompts-per-round": "4", "--n": "4", "--max-new-tokens": "8", "--eval-problems": "3",
-    "--eval-n": "2", "--nproc": "2", "--model": "model"}
+    "--eval-n": "2", "--nproc": "2"}
 
 
 def recipes():
@@ -26,13 +30,16 @@ def recipes():
 def toy(commands):
     for flag, value in TOY.items():
         commands = re.sub(rf"({flag}) \S+", rf"\1 {value}", commands)
-    commands = commands.replace("--rounds 75", "--rounds 1").replace("--rounds 150", "--rounds 2")
-    return commands.replace("trained-075", "trained-001")
+    commands = re.sub(r"(--model) Qwen/\S+", r"\1 model", commands)
+    rounds = {"150": "2"}  # all others: 1
+    commands = re.sub(r"(?<=--rounds )\d+", lambda found: rounds.get(found[0], "1"), commands)
+    commands = commands.replace("in 1 2 3 4;", "in 1 2;")
+    return re.sub(r"(trained|round)-(075|002|008)", r"\1-001", commands)
 
 
 def test_toy_changes_values_alone_and_every_recipe_has_commands():
     found = recipes()
-    assert len(found) == 4 and all("run.sh" in commands for _, commands in found)
+    assert len(found) == 8 and all(commands for _, commands in found)
     for _, commands in found:
         flags = re.compile(r"(?<!\S)\"?(--[a-z-]+)")
         assert flags.findall(toy(commands)) == flags.findall(commands)
@@ -56,8 +63,10 @@ def loop(tmp_path_factory, warm):  # noqa: F811
     return loop
 
 
-def run(loop, commands):
-    environment = {**os.environ, "PATH": f"{loop.bin}:{os.environ['PATH']}", "KILL": ""}
+def run(loop, commands, folder=None):
+    """folder: where `python` is; default: the stand-in of a warm process, which has no packages for
+    a script on stdin."""
+    environment = {**os.environ, "PATH": f"{folder or loop.bin}:{os.environ['PATH']}", "KILL": ""}
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=loop.folder,
                           env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -70,7 +79,7 @@ def report(loop, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(4), ids=[heading for heading, _ in recipes()])
+@pytest.mark.parametrize("number", range(4), ids=[heading for heading, _ in recipes()[:4]])
 def test_the_recipe_runs(loop, number):
     """In their order: the last one goes on with what the one before it has made."""
     commands = toy(recipes()[number][1])
@@ -99,3 +108,47 @@ def test_the_recipe_runs(loop, number):
         assert report(loop, "cd/eval-002.json")["runs"][0]["n"] == 2
         assert (loop.folder / "runs/cd/round-002").is_dir()
         assert (loop.folder / "training.png").exists()
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_hard_problems_come_twice(loop):
+    run(loop, toy(recipes()[4][1]), os.path.dirname(sys.executable))
+    for number in (1, 2):
+        both, hard = (rows(loop.folder / f"{name}-{number}.jsonl") for name in ("both", "hard"))
+        right = {id: sum(row["correct"] for row in both if row["id"] == id)
+                 for id in {row["id"] for row in both}}
+        once = [id for id in right if not id.endswith("/again")]
+        assert len(once) == 4 and len(both) == 4 * len(right)
+        assert {row["id"] for row in hard} == {f"{id}/again" for id in once if right[id] <= 1}
+        assert hard and {row["id"] for row in hard} == set(right) - set(once)
+    with open(loop.folder / "dars-2" / "trainer_state.json", encoding="utf-8") as file:
+        assert json.load(file)["step"] == 8
+
+
+@pytest.mark.slow
+def test_negative_first_and_many_samples(loop):
+    run(loop, toy(recipes()[5][1]))
+    last = report(loop, "negative-grpo/round-001.meta.json")
+    assert last["flags"]["method"] == "grpo" and "runs/negative/round-001" in last["flags"]["model"]
+    first = report(loop, "negative/round-001.meta.json")["flags"]
+    assert first["arm"] == {"positive_weight": 0} and first["method"].endswith(":w_reinforce")
+    assert report(loop, "negative-grpo/round-001/trainer_state.json")["step"] == 8
+    run(loop, toy(recipes()[6][1]))
+    assert report(loop, "broad/round-001.meta.json")["flags"]["updates"] == 4
+
+
+@pytest.mark.slow
+def test_averaged_weights(loop):
+    run(loop, toy(recipes()[7][1]), os.path.dirname(sys.executable))
+    folders = ("data/tiny-countdown", "runs/ends/round-001", "averaged")
+    base, trained, mixed = (load_file(loop.folder / folder / "model.safetensors")
+                            for folder in folders)
+    assert any((base[name] != trained[name]).any() for name in base)
+    for name, weight in mixed.items():
+        torch.testing.assert_close(weight, (base[name] + trained[name]) / 2)
+    runs = json.loads((loop.folder / "averaged.json").read_text())["runs"]
+    assert [one["name"] for one in runs] == ["base", "grpo", "averaged"]
