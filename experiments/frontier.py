@@ -9,7 +9,7 @@
 
 Regimes: `weak-base` trains data/weak-countdown/ and `strong-base` data/tiny-countdown/ on fresh
 problems every round; `fixed` trains the strong base on the same 192 problems every round (others
-for each seed). A round is 192 problems x 16 samples and 4 updates. At five rounds of a run the
+for each seed). A round is 192 problems x 16 samples and 4 updates. At four rounds of a run the
 policy is sampled on 300 held-out problems, 256 times each; in the fixed regime on its own
 training problems, too (split "train"). An end point says how far an arm went; a path says whether
 it went a better way, and a learning rate is not mistaken for a method.
@@ -55,7 +55,7 @@ from experiments.suite import (
 MODELS = {"weak-base": "data/weak-countdown", "strong-base": "data/tiny-countdown",
           "fixed": "data/tiny-countdown"}
 RATES = ("5e-5", "1e-4", "2e-4")
-CHECKPOINTS = (4, 8, 12, 16, 20)  # rounds after which a run is evaluated
+CHECKPOINTS = (5, 10, 15, 20)  # rounds after which a run is evaluated
 TUNING_ROUNDS, TUNING_SEEDS = 10, (101, 102)
 SAMPLING = "--max-new-tokens 24"
 # Flags of generate.py and of train.py: fp32 everywhere, and on a GPU few and large passes.

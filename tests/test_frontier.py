@@ -89,7 +89,7 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     assert {arguments[1].regime for arguments in tuning} == {"weak-base", "strong-base"}
     assert not any(label.seed > 100 for label in reported) and {arguments[4] for arguments in reported.values()} == {"test"}
     # five rounds on the way, 256 samples on 300 problems; three seeds, five for the contrasts
-    assert {tuple(arguments[3]) for key, arguments in reported.items() if key.arm not in ("base", "grpo-longer")} == {(4, 8, 12, 16, 20)}
+    assert {tuple(arguments[3]) for key, arguments in reported.items() if key.arm not in ("base", "grpo-longer")} == {(5, 10, 15, 20)}
     assert {tuple(arguments[3]) for key, arguments in reported.items() if key.arm == "grpo-longer"} == {(30,)}
     assert {arguments[5:] for arguments in reported.values()} == {(300, 256, "cpu")}
     seeds = lambda arm: {label.seed for label in reported if label.arm == arm and label.regime == "fixed"}
