@@ -3,7 +3,7 @@
     python experiments/frontier.py             # everything; stop and restart it as you like
     python experiments/frontier.py --list      # what is left
     python experiments/frontier.py --regimes weak-base --arms grpo ds-token --seeds 1 2 3
-    python experiments/frontier.py --regimes weak-base --arms grpo --seeds 1 --check --until 4
+    python experiments/frontier.py --regimes weak-base --arms grpo --seeds 1 --check --until 5
     python experiments/frontier.py --device cuda --jobs 14     # many runs share one GPU
     python experiments/frontier_figures.py     # the figure, and the tables in Markdown
 

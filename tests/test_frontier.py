@@ -140,9 +140,9 @@ def test_it_lists_and_checks(runs, tmp_path, capsys):
     runs("--regimes", "weak-base", "--arms", "grpo", "--seeds", "1", "2", "--rates", "1", "--list")
     assert "reported: 1 runs left\n  weak-base grpo 1e-4 2 --method grpo\n" in capsys.readouterr().out
     before = (tmp_path / "results.csv").read_text()
-    done = runs(*chosen, "--check", "--until", "8")
+    done = runs(*chosen, "--check", "--until", "10")
     assert runs.code == 0 and "weak-base grpo 1e-4 1: equal" in capsys.readouterr().out
-    assert done[0][1][3] == [4, 8]  # a cheaper check: the first two checkpoints
+    assert done[0][1][3] == [5, 10]  # a cheaper check: the first two checkpoints
 
     def other(*arguments):
         figures = fake(*arguments)
