@@ -7,8 +7,9 @@
 #   bash run.sh --name ds --train "--gamma-p 0.1 --gamma-n 0.01 --smooth-level sequence"
 #   bash run.sh --name cd --model DIR --prompts cd.jsonl --nproc 8 --generate "--stop '</answer>'"
 #
-# Without any flag it trains the embedded model with GRPO, in runs/demo-grpo, and with DS-GRPO, in
-# runs/demo, and compares both with it on the same held-out problems: minutes on two CPU cores.
+# Without any flag it trains the embedded model twice, a core each: with GRPO in runs/demo-grpo, and
+# with the recommended recipe, DS-GRPO and rehearsal of the base's right answers, in runs/demo. Both
+# are compared with the base on the same held-out problems: under five minutes on two CPU cores.
 #
 # In runs/NAME/, beside this script: prompts-RRR.jsonl, rollouts-RRR.jsonl, scored-RRR.jsonl and the
 # model round-RRR/ of each round; of these the last K rounds are kept. Then test.jsonl,
@@ -227,17 +228,17 @@ one_round() {
 }
 
 tell() {  # ROUND METRICS SECONDS..: a line on stdout, the means over the round's updates
-  python - "$updates" "$@" << 'END'
+  python - "$name" "$updates" "$@" << 'END'
 import json
 import sys
 
-updates, number, path, *seconds = sys.argv[1:]
+name, updates, number, path, *seconds = sys.argv[1:]
 with open(path, encoding="utf-8") as file:
     rows = [json.loads(line) for line in file][-int(updates):]
 means = [sum(row[key] for row in rows) / len(rows)
          for key in ("pass@1", "entropy", "completion_len", "truncated_frac")]
-print("{:5}  {:6.3f}  {:7.3f}  {:6.1f}  {:9.3f}  {:>7}  {:>7}  {:>7}".format(
-    int(number), *means, *(f"{second} s" for second in seconds)), flush=True)
+print("{:5}  {:6.3f}  {:7.3f}  {:6.1f}  {:9.3f}  {:>7}  {:>7}  {:>7}  {}".format(
+    int(number), *means, *(f"{second} s" for second in seconds), name), flush=True)
 END
 }
 
@@ -260,7 +261,8 @@ set_aside() {  # an evaluation with other --eval-* flags keeps its files, in a f
 }
 
 evaluate() {
-  local test=$eval_prompts id index files=() names=() models=()
+  local test=$eval_prompts label=${method##*:} id index files=() names=() models=()
+  [ "$rehearse" -eq 0 ] || label+=+rehearsal
   id=$(printf %03d "$rounds")
   if [ -z "$test" ]; then
     test=$dir/test.jsonl
@@ -272,7 +274,7 @@ evaluate() {
     index=$(printf %03d "$(last_round "${here}runs/$against")")
     files+=("$against-$index") names+=("$against") models+=("${here}runs/$against/round-$index")
   fi
-  files+=("trained-$id") names+=("${method##*:}") models+=("$(round_path "$rounds")")
+  files+=("trained-$id") names+=("$label") models+=("$(round_path "$rounds")")
   for index in "${!files[@]}"; do
     if [ "${files[index]}" = "trained-$id" ] && [ ! -d "${models[index]}" ] &&
       [ -e "$dir/trained-$id.scored.jsonl" ]; then
@@ -304,9 +306,11 @@ END
 }
 
 # ---- The whole -----------------------------------------------------------------------------------
-demonstration() {
-  (main --name demo-grpo --method grpo --eval-problems 0)
-  (main --name demo --against demo-grpo)
+demonstration() {  # two runs side by side; then three curves. xargs passes Ctrl-C on, & does not
+  local runs=("--name demo-grpo --method grpo" "--name demo --rehearse 1920")
+  printf '%s --eval-problems 0\n' "${runs[@]}" |
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} xargs -P 2 -L 1 bash "$0"
+  main ${runs[1]} --against demo-grpo
 }
 
 main() {
@@ -328,7 +332,7 @@ main() {
   fi
   if [ "$rounds" -gt "$last" ]; then
     [ "$rehearse" -eq 0 ] || rehearsal
-    echo "round  Pass@1  entropy  length  truncated   sample   verify   update"
+    echo "round  Pass@1  entropy  length  truncated   sample   verify   update  run"
   fi
   for ((round = last + 1; round <= rounds; round++)); do
     echo "== $name: round $round of $rounds" >&2

@@ -242,17 +242,33 @@ def test_a_line_a_round_on_stdout(loop):
     code, err = loop(*TINY, "--keep", "2")
     assert code == 0, err
     head, one, two, *table = loop.out.splitlines()
-    assert head.split() == "round Pass@1 entropy length truncated sample verify update".split()
+    assert head.split() == "round Pass@1 entropy length truncated sample verify update run".split()
     updates = loop.files()["round-002/metrics.jsonl"]
     for line, rows, number in ((one, updates[:2], "1"), (two, updates[2:], "2")):
         told, mean = line.split(), lambda key: sum(row[key] for row in rows) / 2
-        assert told[0] == number and len(line) <= 80 and line.count(" s") == 3
+        assert told[0] == number and told[-1] == "demo" and len(line) <= 80 and line.count(" s") == 3
         assert told[1:5] == [f"{mean('pass@1'):.3f}", f"{mean('entropy'):.3f}",
                              f"{mean('completion_len'):.1f}", f"{mean('truncated_frac'):.3f}"]
     assert table[0].startswith("6 problems, n 4") and not any("no_answer" in line for line in table)
     code, err = loop(*TINY, "--keep", "2")
     assert code == 0, err
     assert loop.out.splitlines() == table  # nothing is told of rounds that were there
+
+
+@pytest.mark.slow
+def test_the_demonstration(loop):
+    """Without a flag: two real runs side by side, and three curves on the same problems."""
+    done = subprocess.run(["bash", "run.sh"], cwd=loop.folder, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{loop.bin}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [line.split()[-1] for line in done.stdout.splitlines() if line.count(" s") == 3]
+    assert sorted(told) == ["demo"] * 8 + ["demo-grpo"] * 8
+    with open(loop.folder / "runs/demo/eval-008-demo-grpo.json") as file:
+        runs = json.load(file)["runs"]
+    assert [run["name"] for run in runs] == ["base", "demo-grpo", "ds-grpo+rehearsal"]
+    base, *trained = [run["pass_at_k"]["1"]["value"] for run in runs]
+    assert min(trained) > base + 0.03 and (loop.folder / "runs/demo/passk.png").stat().st_size
+    assert done.stdout.splitlines()[-1].startswith("Pass@1 and Pass@64: base ")
 
 
 def test_flags_for_generate_and_train_reach_them_and_are_recorded(loop):
