@@ -29,7 +29,7 @@ from experiments.figures import interval, plt
 from experiments.suite import read_csv
 
 LABELS = {
-    **figures.LABELS, "ds-token": "DS-GRPO", "grpo-longer": "GRPO, ten rounds more",
+    **figures.LABELS, "ds-token": "DS-GRPO", "grpo-longer": "GRPO, 31 rounds more",
     "rehearsal": "rehearsal alone", "grpo-rehearsal": "GRPO + rehearsal",
     "ds-rehearsal": "DS-GRPO + rehearsal",
     "ds-entropy-rehearsal": "differential entropy + rehearsal"}
