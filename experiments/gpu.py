@@ -5,8 +5,8 @@
     python experiments/gpu.py --out gpu.json --dry              # toy sizes on a CPU: two minutes
     python experiments/gpu.py --cost 7b --gpus 8 [--out gpu.json]     # see experiments/cost.md
 
-    kernel    the kernel's tests, the stages beside those of the CPU (tests/test_cuda.py), the
-              kernel's table (bench_kernel.py) and its gates
+    kernel    the kernel's table (bench_kernel.py) and its gates
+    tests     the kernel's tests, and the stages beside those of the CPU (tests/test_cuda.py)
     generate  generate.py with and without --compile: 256 rows at once of 128 + 256 tokens, bf16
     update    train.py: its share of the matrix peak, its peak memory beside what it announces
     pipeline  two rounds by their commands, process starts included; and this machine's rates of
@@ -41,7 +41,7 @@ import time
 from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PARTS = ("kernel", "generate", "update", "pipeline", "peers")
+PARTS = ("kernel", "tests", "generate", "update", "pipeline", "peers")
 
 
 def parse_args(argv=None):
@@ -225,16 +225,6 @@ GATES = (  # what, gate, target: as the README has them for 8192 x 151936 logits
     ("lm_head fused in, 4096 x 4096 x 131072, both passes, ms", "41", "34"))
 
 
-def gpu_tests(part, names):
-    """The tests of these files but those of Triton's interpreter, which every CPU runs."""
-    chosen = ["-k", "no_rows or ignored or two_rounds" if part.dry else "not interpreter"]
-    chosen += ["-n", "8"] if importlib.util.find_spec("xdist") else []  # pytest-xdist: in a third
-    said, seconds = part.command("-m", "pytest", "-p", "no:cacheprovider", *chosen,
-                                 *(f"tests/test_{name}.py" for name in names))
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped)", said)}
-    yield {"passed": counts.get("passed", 0), "skipped": counts.get("skipped", 0), "s": seconds}
-
-
 def kernel_table(part, form, shape, found):
     """The lines of bench_kernel.py's table; found[form] = {provider: its figures}."""
     rounds = 2 if part.dry else 5
@@ -263,8 +253,6 @@ def gates(found):
 
 
 def measure_kernel(part):
-    files = ["kernel", "linear_kernel", "cuda"]
-    part.add("tests", ", ".join(files), gpu_tests(part, files))
     shapes = {"logits": (8192, 151936), "linear": (4096, 4096, 131072)}
     if part.dry:
         shapes = {"logits": (64, 999), "linear": (64, 32, 999)}
@@ -273,6 +261,22 @@ def measure_kernel(part):
         title = f"{form} {'x'.join(map(str, shape))}, {part.bench.dtype}".replace("torch.", "")
         part.add(title, form, kernel_table(part, form, shape, found))
     part.add("gates", "gates", gates(found))
+
+
+# ---- tests ---------------------------------------------------------------------------------------
+def gpu_tests(part, name):
+    """The tests of one file but those of Triton's interpreter, which every CPU runs."""
+    chosen = ["-k", "no_rows or ignored or two_rounds" if part.dry else "not interpreter"]
+    chosen += ["-n", "8"] if importlib.util.find_spec("xdist") else []  # pytest-xdist: in a third
+    said, seconds = part.command("-m", "pytest", "-p", "no:cacheprovider", *chosen,
+                                 f"tests/{name}")
+    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped)", said)}
+    yield {"passed": counts.get("passed", 0), "skipped": counts.get("skipped", 0), "s": seconds}
+
+
+def measure_tests(part):
+    for name in "test_kernel.py", "test_linear_kernel.py", "test_cuda.py":
+        part.add("tests", name, gpu_tests(part, name))
 
 
 # ---- generate ------------------------------------------------------------------------------------
@@ -454,8 +458,8 @@ def measure_peers(part):
 
 
 # ---- Main ----------------------------------------------------------------------------------------
-MEASURES = {"kernel": measure_kernel, "generate": measure_generate, "update": measure_update,
-            "pipeline": measure_pipeline, "peers": measure_peers}
+MEASURES = {"kernel": measure_kernel, "tests": measure_tests, "generate": measure_generate,
+            "update": measure_update, "pipeline": measure_pipeline, "peers": measure_peers}
 
 
 def in_turn(args):

@@ -184,7 +184,7 @@ def test_every_part_at_toy_size(tmp_path):
     subprocess.run([sys.executable, SCRIPT, "--out", out, "--dry"], check=True)
     with open(out, encoding="utf-8") as file:
         found = json.load(file)
-    assert list(found["parts"]) == ["kernel", "generate", "update", "pipeline", "peers"]
+    assert list(found["parts"]) == ["kernel", "tests", "generate", "update", "pipeline", "peers"]
     rows = [(table, row) for part in found["parts"].values()
             for table, content in part["tables"].items() for row in content]
     for table, row in rows:
