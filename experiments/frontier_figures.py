@@ -11,7 +11,9 @@ of one seed are compared
     at equal Pass@1   at the largest Pass@1 that both reach, linear between checkpoints,
     by their gap      the area between them from the base to there, divided by the Pass@1 covered:
                       the mean difference of the measure at equal Pass@1,
-    at equal rollouts at their last checkpoints, whatever their Pass@1.
+    at equal rounds   at the last checkpoint that both have, whatever their Pass@1; beside the base
+                      and beside grpo-longer, which has the rollouts of a rehearsal arm, at the last
+                      one of each.
 
 Every figure is a mean over seeds with a 95 % Student t interval over seeds; differences are
 paired by seed, and in brackets behind them stands the share of seeds with that sign.
@@ -29,7 +31,7 @@ from experiments.figures import interval, plt
 from experiments.suite import read_csv
 
 LABELS = {
-    **figures.LABELS, "ds-token": "DS-GRPO", "grpo-longer": "GRPO, 31 rounds more",
+    **figures.LABELS, "ds-token": "DS-GRPO", "grpo-longer": "GRPO, 41 rounds",
     "rehearsal": "rehearsal alone", "grpo-rehearsal": "GRPO + rehearsal",
     "ds-rehearsal": "DS-GRPO + rehearsal",
     "ds-entropy-rehearsal": "differential entropy + rehearsal"}
@@ -38,7 +40,7 @@ COLOURS = {  # of the arms in the figure
     "ds-rehearsal": "#56B4E9", "ds-entropy-rehearsal": "#7FC97F"}
 
 MEASURES = ("256", "64", "16", "coverage")  # Pass@k, and the share of existing solutions found
-REFERENCES = ("grpo", "entropy-bonus", "rehearsal", "grpo-rehearsal", "base")
+REFERENCES = ("grpo", "grpo-longer", "entropy-bonus", "rehearsal", "grpo-rehearsal", "base")
 STYLES = ("-", "--")  # of an arm's learning rates
 
 
@@ -104,6 +106,14 @@ def last(points, measure):
     return points[max(points)][measure]
 
 
+def ends(arm, one, other):
+    """The checkpoints of two runs that are compared at equal rounds; arm: the reference `other`."""
+    common = max(one.keys() & other.keys())
+    if arm in ("base", "grpo-longer"):
+        return one[max(one)], other[max(other)]
+    return one[common], other[common]
+
+
 def text_of(values, signed=False):
     """'mean ± half' or, signed, 'mean [low, high] (seeds with its sign/seeds)'."""
     mean, half = interval(values)
@@ -143,7 +153,7 @@ def end_points(runs_of):
 
 
 def differences(runs_of, reference):
-    """Every arm minus a reference, (arm, lr): at equal rollouts, then at equal Pass@1."""
+    """Every arm minus a reference, (arm, lr): at equal rounds, then at equal Pass@1."""
     pairs, others = {}, runs_of[reference]
     for key, runs in runs_of.items():
         both = [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
@@ -151,10 +161,11 @@ def differences(runs_of, reference):
             pairs[key] = both
     if not pairs:
         return
-    minus, ends = f"minus {name_of(*reference)}", ("1", "16", "64", "256", "coverage")
-    header(f"{minus}, equal rollouts", *(f"Pass@{k}" for k in ends[:4]), "coverage")
+    minus, measures = f"minus {name_of(*reference)}", ("1", "4", "16", "64", "256", "coverage")
+    header(f"{minus}, equal rounds", *(f"Pass@{k}" for k in measures[:5]), "coverage")
     for key, both in pairs.items():
-        cells = [[last(a, measure) - last(b, measure) for a, b in both] for measure in ends]
+        points = [ends(reference[0], a, b) for a, b in both]
+        cells = [[a[measure] - b[measure] for a, b in points] for measure in measures]
         row_of(name_of(*key), *(text_of(cell, signed=True) for cell in cells))
     if reference[0] == "base":  # every path begins there
         return

@@ -88,8 +88,10 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     assert {arguments[1].regime for arguments in tuning} == {"weak-base", "strong-base"}
     assert not any(label.seed > 100 for label in reported) and {arguments[4] for arguments in reported.values()} == {"test"}
     # four rounds on the way, 256 samples on 300 problems; three seeds, five for the contrasts
-    assert {tuple(arguments[3]) for key, arguments in reported.items() if key.arm not in ("base", "grpo-longer")} == {(5, 10, 15, 20)}
-    assert {tuple(arguments[3]) for key, arguments in reported.items() if key.arm == "grpo-longer"} == {(51,)}
+    assert {tuple(arguments[3]) for key, arguments in reported.items()
+            if key.arm not in ("base", "grpo-longer") and "rehearsal" not in key.arm} == {(5, 10, 15, 20)}
+    assert {tuple(arguments[3]) for key, arguments in reported.items() if "rehearsal" in key.arm} == {(5, 10)}
+    assert {tuple(arguments[3]) for key, arguments in reported.items() if key.arm == "grpo-longer"} == {(41,)}
     assert {arguments[5:] for arguments in reported.values()} == {(300, 256, "cpu")}
     seeds = lambda arm: {label.seed for label in reported if label.arm == arm and label.regime == "fixed"}
     assert seeds("grpo") == seeds("base") == {1, 2, 3, 4, 5} and seeds("ds-negative") == {1, 2, 3} and seeds("cispo") == {1, 2}
@@ -203,9 +205,16 @@ def test_differences_are_paired_by_seed_with_student_t(capsys):
              ("ds-token", "1e-4"): {1: run_of(0.2, 0.6), 2: run_of(0.2, 0.8), 4: run_of(0.9, 0.9)}}
     frontier_figures.differences(table, ("grpo", "1e-4"))
     out = capsys.readouterr().out
-    assert out.count("+0.200 [-1.071, +1.471] (2/2)") == 4 + 4  # Pass@16, 64, 256, coverage twice: without seeds 3 and 4
-    assert "equal rollouts" in out and "equal Pass@1" in out and "+0.000 [+0.000, +0.000] (2/2)" in out  # Pass@1
+    assert out.count("+0.200 [-1.071, +1.471] (2/2)") == 5 + 4  # Pass@4 once, 16, 64, 256, coverage twice: without seeds 3 and 4
+    assert "equal rounds" in out and "equal Pass@1" in out and "+0.000 [+0.000, +0.000] (2/2)" in out  # Pass@1
     assert "+0.100 [-0.535, +0.735] (2/2)" in out  # the gap: both begin at the base, so half of the end's
+
+
+def test_rounds_are_compared_that_both_have():
+    long, short, base = ({number: {"1": number} for number in rounds} for rounds in ((0, 5, 10, 20), (0, 5, 10), (0,)))
+    assert frontier_figures.ends("grpo", short, long) == ({"1": 10}, {"1": 10})
+    assert frontier_figures.ends("base", long, base) == ({"1": 20}, {"1": 0})
+    assert frontier_figures.ends("grpo-longer", short, long) == ({"1": 10}, {"1": 20})
 
 
 def test_the_figure_and_tables_of_a_whole_suite(runs, tmp_path, capsys):
