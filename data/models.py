@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from data.files import fail
-from data.shards import read_rows_of, tensor_files, write
+from data.shards import all_finite, read_rows_of, tensor_files, write
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each weight
 # Beginnings of the names of what only train.py reads in the folder of a round.
@@ -103,7 +103,7 @@ def load_model(name, dtype, device, options):
     if missing:
         fail(f"{name}: {len(missing)} weights are missing, {min(missing)} among them")
     for key, weight in model.state_dict().items():
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             fail(f"{name}: weight {key} is not finite")
     return model.to(device).eval()
 

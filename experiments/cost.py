@@ -56,17 +56,18 @@ class Round:
         return self.rollouts() * self.new_tokens
 
 
-HERE = "measured on one core of a 2-core x86-64 VM (Intel Xeon)"
+HERE = "measured on a machine with one H100 80GB"
 RATES = {  # name: (value, unit, where it is from)
     "start": (5.3, "s", "measured: start and imports of generate.py or train.py (README, Speed)"),
-    "hash": (1.4e9, "bytes/s", f"sha256; {HERE}"),
-    "load": (0.7e9, "bytes/s", f"load_model with its check of every weight; {HERE}"),
-    "save": (0.46e9, "bytes/s", f"write and fsync, the best of three; {HERE}"),
+    "hash": (0.88e9, "bytes/s", f"sha256; {HERE}"),
+    "load": (7.0e9, "bytes/s", "load_model with its check of every weight, files in memory; "
+                               "measured on one core of a 2-core x86-64 VM (AMD EPYC)"),
+    "save": (1.28e9, "bytes/s", f"write and fsync; {HERE}"),
     "row_bytes": (33.0, "bytes/token", "measured: id 7.3, log-prob 21.7, text about 4"),
     "score": (430.0, "rows/s", "measured: maths verdicts, one core (README, Verdicts)"),
-    "step": (0.009, "s", f"decode step of 28 layers, toy width: Python and PyTorch alone; {HERE}"),
-    "copy": (3.0e12, "bytes/s", "assumed: an H100's memory"),
-    "product": (8.0e14, "FLOP/s", "assumed: an H100's bf16 matrix products"),
+    "step": (0.030, "s", f"decode step of 24 layers, 256 rows: Python and launches; {HERE}"),
+    "copy": (3.03e12, "bytes/s", HERE),
+    "product": (7.7e14, "FLOP/s", f"bf16 matrix products; {HERE}"),
     "sampling_share": (0.4, "", "assumed: of the roofline, where a step is longer than `step`"),
     "update_share": (0.4, "", "assumed: of `product`"),
 }

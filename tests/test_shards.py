@@ -104,3 +104,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
         with pytest.raises(ValueError, match=told):
             filled(tmp_path)
     assert shards.tensor_files(str(tmp_path), "optimizer") == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_seen_and_a_large_sum_is_no_reason(dtype):
+    inf, nan, large = float("inf"), float("nan"), torch.finfo(dtype).max
+    for values, finite in (([], True), ([0, 1], True), ([large, large], True), ([-large] * 3, True),
+                           ([1, nan], False), ([inf, 1], False), ([inf, -inf], False), ([large, large, -inf], False)):
+        assert shards.all_finite(torch.tensor(values, dtype=dtype)) == finite, values
