@@ -306,10 +306,15 @@ END
 }
 
 # ---- The whole -----------------------------------------------------------------------------------
-demonstration() {  # two runs side by side; then three curves. xargs passes Ctrl-C on, & does not
+demonstration() {  # two runs side by side, then three curves
   local runs=("--name demo-grpo --method grpo" "--name demo --rehearse 1920")
-  printf '%s --eval-problems 0\n' "${runs[@]}" |
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} xargs -P 2 -L 1 bash "$0"
+  set -m  # a process group of their own, which ends with this script
+  (printf '%s --eval-problems 0\n' "${runs[@]}" |
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} xargs -P 2 -L 1 bash "$0") &
+  trap 'kill -- -$! 2> /dev/null' INT TERM
+  wait $! || die "a run ended early, it says above why; the same command goes on"
+  trap - INT TERM
+  set +m
   main ${runs[1]} --against demo-grpo
 }
 

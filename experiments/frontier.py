@@ -15,10 +15,10 @@ training problems, too (split "train"). An end point says how far an arm went; a
 it went a better way, and a learning rate is not mistaken for a method.
 
 Rehearsal arms first sample the base 64 times on 1,500 training problems (fixed: 500 times on their
-192): 96,000 rollouts, worth 31 rounds, which the arms of a seed share. They run for ten rounds,
-where on the tune split Pass@128 is within 0.01 of the base's (after twenty: 0.02). `grpo-longer` is
-GRPO after 41 rounds, that is with as many rollouts as they have; `rehearsal` is rehearsal alone,
-with advantage 0.
+192): 96,000 rollouts, worth 31 rounds, in a file that the arms of a seed share. They run for ten
+rounds, where on the tune split Pass@128 is within 0.01 of the base's (after twenty: 0.02).
+`grpo-longer` is GRPO after 41 rounds, that is with as many rollouts as they have; `rehearsal` is
+rehearsal alone, with advantage 0.
 
 What is tuned is tuned on the tune split by this rule, fixed before any reported run: for each
 base, by runs of ten rounds with seeds 101 and 102, on 200 problems with 128 samples each; what is
@@ -37,7 +37,8 @@ Writes, after every run, in --tables:
                        distinct, completion_len, entropy (of the round's rollouts), train_s (seconds
                        of train.py's updates so far), device
   frontier_tuning.csv  regime, arm, lr, setting, seed, k, pass_at_k: everything that was tried
-Runs stand in runs/frontier/ until their figures are in the tables.
+Runs stand in runs/frontier/ until their figures are in the tables; what is rehearsed stays there,
+65 MB a regime and seed, and --check samples it anew only where it is gone.
 """
 import argparse
 import collections
@@ -60,6 +61,8 @@ RATES = ("5e-5", "1e-4", "2e-4")
 CHECKPOINTS = (5, 10, 15, 20)  # rounds after which a run is evaluated
 TUNING_ROUNDS, TUNING_SEEDS = 10, (101, 102)
 SAMPLING = "--max-new-tokens 24"
+# Problems, and the base's samples of each, that are rehearsed.
+REHEARSED = {"weak-base": (1500, 64), "strong-base": (1500, 64), "fixed": (192, 500)}
 # Flags of generate.py and of train.py: fp32 everywhere, and on a GPU few and large passes.
 DEVICES = {"cpu": ("--device cpu", "--device cpu"),
            "cuda": ("--device cuda --dtype float32 --max-batch-tokens 1000000",
@@ -138,14 +141,14 @@ def draw_of(label, number):
     """Flags of data/countdown.py for the problems of a round; 0: those of the rehearsal."""
     if label.regime == "fixed":
         number = 0  # the same ones in every round
-    fresh = 192 if number or label.regime == "fixed" else 1500
-    return f"--n {fresh} --split train --seed {label.seed * 100_000 + number}"
+    problems = 192 if number else REHEARSED[label.regime][0]
+    return f"--n {problems} --split train --seed {label.seed * 100_000 + number}"
 
 
 def rehearsal_of(label, device):
     """The base's own scored rollouts on training problems: a file, which a seed's arms share."""
     stem = f"runs/frontier/rehearsal-{label.regime}-{label.seed}"
-    samples = 500 if label.regime == "fixed" else 64
+    samples = REHEARSED[label.regime][1]
     with open(f"{stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first one samples, those beside it wait
         return sampled(stem, MODELS[label.regime], draw_of(label, 0),

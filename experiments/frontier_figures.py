@@ -106,10 +106,10 @@ def last(points, measure):
     return points[max(points)][measure]
 
 
-def ends(arm, one, other):
-    """The checkpoints of two runs that are compared at equal rounds; arm: the reference `other`."""
+def ends(arms, one, other):
+    """The checkpoints of two runs that are compared; arms: both names."""
     common = max(one.keys() & other.keys())
-    if arm in ("base", "grpo-longer"):
+    if {"base", "grpo-longer"} & set(arms):
         return one[max(one)], other[max(other)]
     return one[common], other[common]
 
@@ -162,9 +162,10 @@ def differences(runs_of, reference):
     if not pairs:
         return
     minus, measures = f"minus {name_of(*reference)}", ("1", "4", "16", "64", "256", "coverage")
-    header(f"{minus}, equal rounds", *(f"Pass@{k}" for k in measures[:5]), "coverage")
+    rounds = "last" if reference[0] in ("base", "grpo-longer") else "equal"
+    header(f"{minus}, {rounds} rounds", *(f"Pass@{k}" for k in measures[:5]), "coverage")
     for key, both in pairs.items():
-        points = [ends(reference[0], a, b) for a, b in both]
+        points = [ends((key[0], reference[0]), a, b) for a, b in both]
         cells = [[a[measure] - b[measure] for a, b in points] for measure in measures]
         row_of(name_of(*key), *(text_of(cell, signed=True) for cell in cells))
     if reference[0] == "base":  # every path begins there

@@ -267,7 +267,7 @@ def measure_kernel(part):
 def gpu_tests(part, name):
     """The tests of one file but those of Triton's interpreter, which every CPU runs."""
     chosen = ["-k", "no_rows or ignored or two_rounds" if part.dry else "not interpreter"]
-    chosen += ["-n", "8"] if importlib.util.find_spec("xdist") else []  # pytest-xdist: in a third
+    chosen += ["-n", "4"] if importlib.util.find_spec("xdist") else []  # pytest-xdist: in a third
     said, seconds = part.command("-m", "pytest", "-p", "no:cacheprovider", *chosen,
                                  f"tests/{name}")
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped)", said)}

@@ -1,5 +1,5 @@
-"""The stages on a GPU beside the same stages on the CPU: same rows in fp32, metrics close in bf16, a
-compiled step that changes nothing. Skipped where there is no GPU."""
+"""The stages on a GPU beside the same stages on the CPU: the same rows and updates in fp32, most rows
+in bf16, a compiled step that changes nothing. Skipped where there is no GPU."""
 import json
 import os
 import subprocess
@@ -28,7 +28,7 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def rollouts(tmp_path_factory):
-    """rollouts(device, *flags): 32 problems x 8 samples from the embedded model; the same draws."""
+    """rollouts(name, device, *flags): 32 problems x 8 samples from the embedded model; the same draws."""
     folder = tmp_path_factory.mktemp("cuda")
     prompts = folder / "prompts.jsonl"
     call("data/countdown.py", "--out", prompts, "--n", 32, "--seed", 3)

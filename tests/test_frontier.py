@@ -1,6 +1,7 @@
 """The frontier: experiments/frontier.py tunes by its rule, does every run once, carries on and checks;
 experiments/frontier_figures.py compares paths as worked out by hand; the weak base is weak."""
 import csv
+import glob
 import json
 import os
 import subprocess
@@ -212,9 +213,10 @@ def test_differences_are_paired_by_seed_with_student_t(capsys):
 
 def test_rounds_are_compared_that_both_have():
     long, short, base = ({number: {"1": number} for number in rounds} for rounds in ((0, 5, 10, 20), (0, 5, 10), (0,)))
-    assert frontier_figures.ends("grpo", short, long) == ({"1": 10}, {"1": 10})
-    assert frontier_figures.ends("base", long, base) == ({"1": 20}, {"1": 0})
-    assert frontier_figures.ends("grpo-longer", short, long) == ({"1": 10}, {"1": 20})
+    assert frontier_figures.ends(("rehearsal", "grpo"), short, long) == ({"1": 10}, {"1": 10})
+    assert frontier_figures.ends(("grpo", "base"), long, base) == ({"1": 20}, {"1": 0})
+    for arms in ("rehearsal", "grpo-longer"), ("grpo-longer", "rehearsal"):
+        assert frontier_figures.ends(arms, short, long) == ({"1": 10}, {"1": 20})
 
 
 def test_the_figure_and_tables_of_a_whole_suite(runs, tmp_path, capsys):
@@ -234,7 +236,7 @@ def test_without_a_base_there_is_no_path(runs, tmp_path):
         frontier_figures.main(["--tables", str(tmp_path)])
 
 
-def test_the_weak_base_is_small_whole_and_says_how_it_was_made():
+def test_the_weak_base_is_weak_and_says_how_it_was_made(tmp_path):
     folder = os.path.join(suite.ROOT, "data", "weak-countdown")
     both = [os.path.join(suite.ROOT, "data", name) for name in ("weak-countdown", "tiny-countdown")]
     assert sum(os.path.getsize(os.path.join(one, name)) for one in both for name in os.listdir(one)) < 9e6
@@ -245,29 +247,41 @@ def test_the_weak_base_is_small_whole_and_says_how_it_was_made():
     assert made["commands"][-1].partition("  #")[0] in text
     with open(os.path.join(folder, "curve.jsonl")) as file:
         losses = [json.loads(line)["tune_loss"] for line in file]
-    assert len(losses) == 1 and losses[0] < 0.8
+    assert len(losses) == 1
+    sample = "--n 32 --max-new-tokens 24 --seed 1 --device cpu"
+    report = suite.evaluated(str(tmp_path / "weak"), folder, "--n 40 --split test --seed 1", sample)
+    assert 0.005 < report["pass_at_k"]["1"]["value"] < 0.04
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_and_a_check_repeats_its_bits():
-    """Two rounds and two evaluations at toy size, whole, and stopped after the first round."""
+@pytest.mark.parametrize("setting", ["--method ds-grpo", "--method grpo --rehearse FILE --rehearse-coef 1.0"])
+def test_a_stopped_run_goes_on_and_a_check_repeats_its_bits(setting):
+    """Two rounds and two evaluations at toy size, whole, and stopped after the first round; what is rehearsed is
+    sampled once for both."""
+    seed = os.getpid()  # a file of rehearsed rows of its own
     code = """
 import json, sys
-from experiments.frontier import Label, one_run
-label = Label("fixed", "ds-token", "1e-4", 1)
+from experiments import frontier
+frontier.REHEARSED["fixed"] = (192, 2)
+label = frontier.Label("fixed", "an arm", "1e-4", int(sys.argv[3]))
 for rounds in json.loads(sys.argv[2]):
-    figures = one_run(sys.argv[1], label, "--method ds-grpo", rounds, "test", 6, 4, "cpu")
+    figures = frontier.one_run(sys.argv[1], label, sys.argv[4], rounds, "test", 6, 4, "cpu")
 print(json.dumps(figures), file=sys.__stdout__)
 """
     results = []
     for i, rounds in enumerate(([[1, 2]], [[1], [1, 2]])):
-        name = f"test-frontier-{os.getpid()}-{i}"
+        name = f"frontier/test-{seed}-{i}"
         try:
-            shown = subprocess.run([sys.executable, "-c", code, name, json.dumps(rounds)], cwd=suite.ROOT, check=True, capture_output=True,
+            shown = subprocess.run([sys.executable, "-c", code, name, json.dumps(rounds), str(seed), setting], cwd=suite.ROOT, check=True, capture_output=True,
                                    text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
         finally:
             subprocess.run(["rm", "-rf", os.path.join(suite.ROOT, "runs", name)])
         results.append([{key: value for key, value in figure.items() if key != "train_s"} for figure in json.loads(shown)])
+    rehearsed = glob.glob(os.path.join(suite.ROOT, "runs", "frontier", f"rehearsal-fixed-{seed}*"))
+    for path in rehearsed:
+        os.remove(path)
+    assert sorted(path.rpartition("-")[2] for path in rehearsed) == [f"{seed}.{end}" for end in (
+        "lock", "scored.jsonl", "scored.jsonl.meta.json")] * ("FILE" in setting)
     assert results[0] == results[1]
     assert [(figure["round"], figure["split"]) for figure in results[0]] == [(1, "test"), (1, "train"), (2, "test"), (2, "train")]
     assert all(0 <= value <= 1 for figure in results[0] for value in figure["pass_at_k"].values())
