@@ -198,11 +198,12 @@ def panels_of(paths):
 # ---- The figure --------------------------------------------------------------------------------
 def draw(panels, path):
     """Pass@1 against Pass@256: an arm a path, from the base, which is a star, through the mean over
-    seeds at each checkpoint; an arm's second learning rate dashed; in brackets the seeds."""
+    seeds at each checkpoint; an arm's second learning rate dashed; in brackets the seeds. The
+    learning rate is named where a panel has several."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 5.2),
                                 layout="constrained", squeeze=False)
     for axis, ((regime, split), runs_of) in zip(axes[0], panels.items()):
-        drawn = []
+        drawn, rates = [], {lr for _, lr in runs_of} - {"0"}
         for (arm, lr), runs in runs_of.items():
             if arm not in COLOURS:
                 continue
@@ -212,9 +213,10 @@ def draw(panels, path):
             look = {"marker": "o", "markersize": 4, "linestyle": STYLES[drawn.count(arm)]}
             if arm == "base":
                 look = {"marker": "*", "markersize": 15, "zorder": 3, "linestyle": ""}
-            axis.plot(x, y, color=COLOURS[arm], label=f"{name_of(arm, lr)} ({len(runs)})", **look)
+            axis.plot(x, y, color=COLOURS[arm], **look,
+                      label=f"{name_of(arm, lr if len(rates) > 1 else '0')} ({len(runs)})")
             drawn.append(arm)
-        axis.set(title=regime + (", its own problems" if split == "train" else ""),
+        axis.set(title=regime.replace("-", " ") + (", its own problems" if split == "train" else ""),
                  xlabel="Pass@1", ylabel="Pass@256")
         axis.grid(color="#e6e6e6")
         axis.legend(frameon=False, fontsize=8, ncol=2, loc="upper center",
