@@ -216,8 +216,8 @@ def draw(panels, path):
             axis.plot(x, y, color=COLOURS[arm], **look,
                       label=f"{name_of(arm, lr if len(rates) > 1 else '0')} ({len(runs)})")
             drawn.append(arm)
-        axis.set(title=regime.replace("-", " ") + (", its own problems" if split == "train" else ""),
-                 xlabel="Pass@1", ylabel="Pass@256")
+        problems = ", its own problems" if split == "train" else ""
+        axis.set(title=regime.replace("-", " ") + problems, xlabel="Pass@1", ylabel="Pass@256")
         axis.grid(color="#e6e6e6")
         axis.legend(frameon=False, fontsize=8, ncol=2, loc="upper center",
                     bbox_to_anchor=(0.5, -0.13))
