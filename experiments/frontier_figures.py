@@ -41,6 +41,7 @@ COLOURS = {  # of the arms in the figure
 
 MEASURES = ("256", "64", "16", "coverage")  # Pass@k, and the share of existing solutions found
 REFERENCES = ("grpo", "grpo-longer", "entropy-bonus", "rehearsal", "grpo-rehearsal", "base")
+WHOLE = {"base", "grpo-longer"}  # compared at their last checkpoint, whatever the other's
 STYLES = ("-", "--")  # of an arm's learning rates
 
 
@@ -109,7 +110,7 @@ def last(points, measure):
 def ends(arms, one, other):
     """The checkpoints of two runs that are compared; arms: both names."""
     common = max(one.keys() & other.keys())
-    if {"base", "grpo-longer"} & set(arms):
+    if WHOLE & set(arms):
         return one[max(one)], other[max(other)]
     return one[common], other[common]
 
@@ -162,7 +163,7 @@ def differences(runs_of, reference):
     if not pairs:
         return
     minus, measures = f"minus {name_of(*reference)}", ("1", "4", "16", "64", "256", "coverage")
-    rounds = "last" if reference[0] in ("base", "grpo-longer") else "equal"
+    rounds = "last" if reference[0] in WHOLE else "equal"
     header(f"{minus}, {rounds} rounds", *(f"Pass@{k}" for k in measures[:5]), "coverage")
     for key, both in pairs.items():
         points = [ends((key[0], reference[0]), a, b) for a, b in both]
@@ -171,12 +172,12 @@ def differences(runs_of, reference):
     if reference[0] == "base":  # every path begins there
         return
     header(f"{minus}, equal Pass@1", "at Pass@1", *(f"Pass@{k}" for k in MEASURES[:3]),
-           "coverage", "gap in Pass@256")
+           "coverage", "gap in Pass@256", "gap in Pass@64")
     for key, both in pairs.items():
         paths = {measure: [(path_of(a, measure), path_of(b, measure)) for a, b in both]
                  for measure in MEASURES}
         cells = [[at_equal(*pair) for pair in paths[measure]] for measure in MEASURES]
-        cells.append([gap(*pair) for pair in paths["256"]])
+        cells += [[gap(*pair) for pair in paths[measure]] for measure in ("256", "64")]
         row_of(name_of(*key), text_of([shared(*pair) for pair in paths["256"]]),
                *(text_of(cell, signed=True) for cell in cells))
 
