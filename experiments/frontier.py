@@ -16,9 +16,9 @@ it went a better way, and a learning rate is not mistaken for a method.
 
 Rehearsal arms first sample the base 64 times on 1,500 training problems (fixed: 500 times on their
 192): 96,000 rollouts, worth 31 rounds, in a file that the arms of a seed share. They run for ten
-rounds, where on the tune split Pass@128 is within 0.01 of the base's (after twenty: 0.02).
-`grpo-longer` is GRPO after 41 rounds, that is with as many rollouts as they have; `rehearsal` is
-rehearsal alone, with advantage 0.
+rounds, by hand: in one run on the tune split Pass@128 was then within 0.01 of the base's (after
+twenty: 0.02). `grpo-longer` is GRPO after 41 rounds, that is with as many rollouts as they have;
+`rehearsal` is rehearsal alone, with advantage 0.
 
 What is tuned is tuned on the tune split by this rule, fixed before any reported run: for each
 base, by runs of ten rounds with seeds 101 and 102, on 200 problems with 128 samples each; what is
@@ -277,8 +277,7 @@ def tuning_jobs(args, arms, rates):
             if (base, arm, lr, setting, seed) not in done:
                 label = Label(base, arm, lr, seed)
                 name = f"frontier/tune-{'-'.join(map(str, label))}-{i}"
-                rounds = (TUNING_ROUNDS if setting else 0,)
-                run_of = (name, label, setting, rounds, "tune", 200, 128, args.device)
+                run_of = (name, label, setting, (TUNING_ROUNDS,), "tune", 200, 128, args.device)
                 jobs.append(((label, setting), run_of))
     return jobs
 
