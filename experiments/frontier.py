@@ -9,16 +9,17 @@
 
 Regimes: `weak-base` trains data/weak-countdown/ and `strong-base` data/tiny-countdown/ on fresh
 problems every round; `fixed` trains the strong base on the same 192 problems every round (others
-for each seed). A round is 192 problems x 16 samples and 4 updates. At four rounds of a run the
-policy is sampled on 300 held-out problems, 256 times each; in the fixed regime on its own
-training problems, too (split "train"). An end point says how far an arm went; a path says whether
-it went a better way, and a learning rate is not mistaken for a method.
+for each seed). A round is 192 problems x 16 samples and 4 updates. At four of a run's twenty rounds
+(two of ten for the neighbours) the policy is sampled on 300 held-out problems, 256 times each; in
+the fixed regime on its own training problems, too (split "train"). An end point says how far an arm
+went; a path says whether it went a better way, and a learning rate is not mistaken for a method.
 
 Rehearsal arms first sample the base 64 times on 1,500 training problems (fixed: 500 times on their
 192): 96,000 rollouts, worth 31 rounds, in a file that the arms of a seed share. They run for ten
-rounds, by hand: in one run on the tune split Pass@128 was then within 0.01 of the base's (after
-twenty: 0.02). `grpo-longer` is GRPO after 41 rounds, that is with as many rollouts as they have;
-`rehearsal` is rehearsal alone, with advantage 0.
+rounds at the best learning rate and for twenty at the second best, which keep the base's Pass@k
+best; both lengths are chosen by hand (experiments/README.md says from what). `grpo-longer` is GRPO
+after 51 rounds, that is with as many rollouts as the longer ones have; `rehearsal` is rehearsal
+alone, with advantage 0.
 
 What is tuned is tuned on the tune split by this rule, fixed before any reported run: for each
 base, by runs of ten rounds with seeds 101 and 102, on 200 problems with 128 samples each; what is
@@ -58,7 +59,7 @@ from experiments.suite import (
 MODELS = {"weak-base": "data/weak-countdown", "strong-base": "data/tiny-countdown",
           "fixed": "data/tiny-countdown"}
 RATES = ("5e-5", "1e-4", "2e-4")
-CHECKPOINTS = (5, 10, 15, 20)  # rounds after which a run is evaluated
+CHECKPOINTS = (5, 10, 15, 20)  # rounds after which a run is evaluated; the last one ends it
 TUNING_ROUNDS, TUNING_SEEDS = 10, (101, 102)
 SAMPLING = "--max-new-tokens 24"
 # Problems, and the base's samples of each, that are rehearsed.
@@ -101,7 +102,7 @@ FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-re
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo")  # two seeds
 # The others run at the best rate alone.
-TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
+TWO_RATES = ("grpo", "ds-token", "rehearsal", "grpo-rehearsal", "ds-rehearsal")
 
 Label = collections.namedtuple("Label", "regime arm lr seed")
 
@@ -295,6 +296,18 @@ def labels_of(args):
     return [label for *_, label in sorted(labels, key=lambda entry: entry[:3])]
 
 
+def rounds_of(folder, label):
+    """The rounds after which a run is evaluated; the last one ends it."""
+    if label.arm in ("base", "grpo-longer"):
+        return (0,) if label.arm == "base" else (51,)
+    if label.arm in NEIGHBOURS:
+        return CHECKPOINTS[:2]
+    if label.arm.endswith("rehearsal"):
+        best = label.lr == rates_of(folder, label.regime)[0]
+        return CHECKPOINTS[:2] if best else CHECKPOINTS[1::2]
+    return CHECKPOINTS
+
+
 def label_of(row):
     """The run that a row of a table belongs to."""
     return Label(row["regime"], row["arm"], row["lr"], int(row["seed"]))
@@ -306,9 +319,8 @@ def reported_jobs(args):
     for label in labels_of(args):
         if args.check or label not in done:
             name = f"frontier/{'check-' * args.check}{'-'.join(map(str, label))}"
-            rounds = {"base": (0,), "grpo-longer": (41,)}.get(label.arm, CHECKPOINTS)
-            rounds = rounds[:2] if label.arm.endswith("rehearsal") else rounds
-            rounds = [number for number in rounds if number <= (args.until or number)]
+            rounds = [number for number in rounds_of(args.tables, label)
+                      if number <= (args.until or number)]
             setting = setting_of(args.tables, label.regime, label.arm)
             if rounds:
                 jobs.append((label, (name, label, setting, rounds, "test", 300, 256, args.device)))

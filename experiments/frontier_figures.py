@@ -31,7 +31,7 @@ from experiments.figures import interval, plt
 from experiments.suite import read_csv
 
 LABELS = {
-    **figures.LABELS, "ds-token": "DS-GRPO", "grpo-longer": "GRPO, 41 rounds",
+    **figures.LABELS, "ds-token": "DS-GRPO", "grpo-longer": "GRPO, 51 rounds",
     "rehearsal": "rehearsal alone", "grpo-rehearsal": "GRPO + rehearsal",
     "ds-rehearsal": "DS-GRPO + rehearsal",
     "ds-entropy-rehearsal": "differential entropy + rehearsal"}

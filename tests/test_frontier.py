@@ -89,10 +89,10 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     assert {arguments[1].regime for arguments in tuning} == {"weak-base", "strong-base"}
     assert not any(label.seed > 100 for label in reported) and {arguments[4] for arguments in reported.values()} == {"test"}
     # four rounds on the way, 256 samples on 300 problems; three seeds, five for the contrasts
-    assert {tuple(arguments[3]) for key, arguments in reported.items()
-            if key.arm not in ("base", "grpo-longer") and "rehearsal" not in key.arm} == {(5, 10, 15, 20)}
-    assert {tuple(arguments[3]) for key, arguments in reported.items() if "rehearsal" in key.arm} == {(5, 10)}
-    assert {tuple(arguments[3]) for key, arguments in reported.items() if key.arm == "grpo-longer"} == {(41,)}
+    rounds = lambda *arms: {(arguments[3][0], arguments[3][-1], key.lr) for key, arguments in reported.items() if key.arm in arms}
+    assert rounds("grpo") == {(5, 20, "1e-4"), (5, 20, "2e-4")} and rounds("entropy-bonus", "ds-negative") == {(5, 20, "1e-4")}
+    assert rounds("rehearsal") == rounds("ds-rehearsal") == {(5, 10, "1e-4"), (10, 20, "2e-4")}
+    assert rounds("grpo-longer") == {(51, 51, "1e-4")} and rounds(*frontier.NEIGHBOURS) == {(5, 10, "1e-4")}
     assert {arguments[5:] for arguments in reported.values()} == {(300, 256, "cpu")}
     seeds = lambda arm: {label.seed for label in reported if label.arm == arm and label.regime == "fixed"}
     assert seeds("grpo") == seeds("base") == {1, 2, 3, 4, 5} and seeds("ds-negative") == {1, 2, 3} and seeds("cispo") == {1, 2}
