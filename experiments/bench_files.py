@@ -53,15 +53,24 @@ def write_rollouts(path, rows, repeat, n=50):
                            f'"logprobs": [{logprobs}], "finish_reason": "stop"}}\n')
 
 
-def cost(*command):
-    """(CPU seconds, peak bytes) of a command that must succeed."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    errors = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(command)}: {errors}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+# A process starts with the peak memory of the one that starts it: hence a small one in between,
+# which reports as JSON.
+STARTER = """import json, resource, subprocess, sys, time
+began = time.perf_counter()
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps({"wall_s": time.perf_counter() - began, "cpu_s": used.ru_utime + used.ru_stime,
+                  "peak_bytes": used.ru_maxrss * 1024}))
+sys.exit(done.stderr[-500:] if done.returncode else 0)"""
+
+
+def usage(*command):
+    """Wall and CPU seconds and the peak memory of a Python process on one thread."""
+    said = subprocess.run([sys.executable, "-c", STARTER, sys.executable, *command],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    if said.returncode:  # the process itself has told why
+        sys.exit(f"failed: {' '.join(command)}")
+    return json.loads(said.stdout)
 
 
 def digest(path):
@@ -79,8 +88,9 @@ def measure(checkouts, rows, rounds, repeat, folder):
             scored, out = f"{folder}/{name}-{turn}.jsonl", f"{folder}/{name}-{turn}.json"
             for stage, command in {"score.py": [rollouts, "--out", scored],
                                    "evaluate.py": [scored, "--out", out]}.items():
-                seconds, peak = cost(f"{path}/{stage}", *command)
-                found.setdefault((stage, name), []).append((rows / seconds, peak))
+                used = usage(f"{path}/{stage}", *command)
+                speed = rows / used["cpu_s"]
+                found.setdefault((stage, name), []).append((speed, used["peak_bytes"]))
             digests.add(digest(scored))
             os.remove(scored)
         if len(digests) > 1:

@@ -73,13 +73,13 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports
 
-sys.path[:0] = [ROOT, os.path.join(ROOT, "experiments")]
-import bench
-import bench_kernel
-import cost
+sys.path.insert(0, ROOT)
 import torch
 import transformers
-from bench import generate
+
+import generate
+from experiments import bench, bench_kernel, cost, roofline
+from experiments.roofline import SIZES, generate_flags
 
 BATCH = 16  # problems a chunk and an update; times 16 samples: 256 rows
 CHUNKS = 3  # the first one warms up
@@ -113,12 +113,8 @@ class Report:
         self.write()
 
     def write(self):
-        text = json.dumps(self.found, indent=1) + "\n"
-        tables = self.out.removesuffix(".json") + ".md"
-        for path, content in (self.out, text), (tables, markdown(self.found)):
-            with open(path + ".partial", "w", encoding="utf-8") as file:
-                file.write(content)
-            os.replace(file.name, path)
+        roofline.write(self.out, json.dumps(self.found, indent=1) + "\n")
+        roofline.write(self.out.removesuffix(".json") + ".md", markdown(self.found))
 
 
 def shown(column, value):
@@ -153,14 +149,13 @@ class Part:
     def __init__(self, args, report, folder):
         self.dry, self.report, self.folder = args.dry, report, folder
         self.deadline = time.monotonic() + 60 * args.minutes
-        flags = ["--device", "cpu"] if args.dry else []
-        self.bench = bench.Bench(bench.parse_args([*flags, "--rounds", "2"]), folder)
+        self.bench = roofline.Bench(folder, "cpu" if args.dry else "auto", rounds=2)
         self.device = self.bench.device.split(":")[0]
         self.names = ["toy"] if args.dry else args.sizes
         for name in self.names if not args.dry else ():
-            bench.SIZES[name] = dataclasses.replace(bench.SIZES[name], prompts=CHUNKS * BATCH,
-                                                    n=16, new_tokens=256)
-        where = torch.cuda.get_device_name() if self.device == "cuda" else bench.processor()
+            SIZES[name] = dataclasses.replace(SIZES[name], prompts=CHUNKS * BATCH, n=16,
+                                              new_tokens=256)
+        where = torch.cuda.get_device_name() if self.device == "cuda" else roofline.processor()
         report.begin(args.part, f"{where}, torch {torch.__version__}" + ", dry run" * args.dry)
         self.copy, self.product = roofs(self.device, self.bench.dtype)
         torch.cuda.empty_cache()  # train.py and pytest are processes beside this one
@@ -191,7 +186,7 @@ class Part:
     def make_folder(self, name):
         """A model folder and a prompt file of this size, made on the GPU: in a minute less."""
         with torch.device(self.device):
-            made = bench.make_folder(self.bench, name)
+            made = roofline.make_folder(self.bench, name)
         torch.cuda.empty_cache()
         return made
 
@@ -282,23 +277,22 @@ def measure_tests(part):
 # ---- generate ------------------------------------------------------------------------------------
 def sampled(part, name, problems, *flags):
     """generate.py on CHUNKS chunks of `problems` problems each; the first one is the warm-up."""
-    size, (folder, prompts) = bench.SIZES[name], part.make_folder(name)
+    size, (folder, prompts) = SIZES[name], part.make_folder(name)
     chunks, run_chunk, config = [], generate.run_chunk, transformers.Qwen2Config(**size.config)
 
     def timed(chunk, *rest):
-        meter = bench.Meter(part.bench.device)
-        meter.start()
+        meter = roofline.Meter(part.bench.device).start()
         lines = run_chunk(chunk, *rest)
         meter.stop()
-        rows = bench.groups_of([json.loads(line) for line in lines], size.n)
+        rows = roofline.groups_of([json.loads(line) for line in lines], size.n)
         tokens = sum(length for _, lengths in rows for length in lengths)
-        work = bench.needed(config, rows, part.bench.dtype.itemsize, training=False)
+        work = roofline.needed(config, rows, part.bench.dtype.itemsize, training=False)
         chunks.append((meter.wall, tokens, *work, meter.extra))
         return lines
 
     budget = problems * size.n * (size.prompt_tokens + size.new_tokens)
-    settings = {"device": part.device, "limit": CHUNKS * problems, "max-batch-tokens": budget}
-    argv = bench.generate_flags(size, folder, prompts, part.bench.fresh("rollouts"), **settings)
+    argv = generate_flags(size, folder, prompts, part.bench.fresh("rollouts"), device=part.device,
+                          limit=CHUNKS * problems, max_batch_tokens=budget)
     with mock.patch.object(generate, "run_chunk", timed):
         generate.main(generate.parse_args([*argv, *flags]))
     first, *later = chunks
@@ -309,39 +303,25 @@ def sampled(part, name, problems, *flags):
 
 
 def measure_generate(part):
-    flags = vars(generate.parse_args(["--model", "-", "--prompts", "-", "--out", "-"]))
     for name in part.names:
-        many = max(1, bench.SIZES[name].prompts // CHUNKS)
-        label = f"{name}, {many} x {bench.SIZES[name].n} rows"
+        many = max(1, SIZES[name].prompts // CHUNKS)
+        label = f"{name}, {many} x {SIZES[name].n} rows"
         part.add("generate.py", label, sampled(part, name, many))
-        if "compile" in flags:
-            part.add("generate.py", f"{label}, --compile", sampled(part, name, many, "--compile"))
-        else:
-            part.report.add("generate.py", {"": f"{label}, --compile: not there"})
+        part.add("generate.py", f"{label}, --compile", sampled(part, name, many, "--compile"))
         # So few rows that a step waits for Python alone.
-        label = f"{name}, 1 x {bench.SIZES[name].n} rows"
+        label = f"{name}, 1 x {SIZES[name].n} rows"
         for row in part.add("generate.py", label, sampled(part, name, 1)):
             part.report.rate("step", row["ms a step"] / 1e3)
 
 
 # ---- update --------------------------------------------------------------------------------------
-def write_scored(path, size):
-    """Rollouts of full length, every other one right, of token ids that every model here has."""
-    with open(path, "w", encoding="utf-8") as file:
-        for problem in range(size.prompts):
-            for k in range(size.n):
-                ids = [3 + (problem + k * place) % 40 for place in range(size.new_tokens)]
-                row = {"id": f"{problem}", "sample": k, "prompt_ids": ids[:1] * size.prompt_tokens,
-                       "completion_ids": ids, "logprobs": [-1.0] * len(ids),
-                       "finish_reason": "stop", "correct": k % 2 == 0, "reward": (k + 1) % 2}
-                file.write(json.dumps(row) + "\n")
-
-
 def updated(part, name, *flags):
     """train.py: the figures of all updates but the first one."""
-    size, (folder, _) = bench.SIZES[name], part.make_folder(name)
+    size, (folder, _) = SIZES[name], part.make_folder(name)
     rollouts, out = part.bench.fresh("scored.jsonl"), part.bench.fresh("round")
-    write_scored(rollouts, size)
+    prompts = [[3 + problem % 40] * size.prompt_tokens for problem in range(size.prompts)]
+    roofline.write_scored(rollouts, prompts, size.n, size.config["vocab_size"],
+                          [size.new_tokens] * 2)
     said, seconds = part.command(
         "train.py", "--model", folder, "--rollouts", rollouts, "--out", out, "--temperature", "1",
         "--device", part.device, "--updates", str(min(CHUNKS, size.prompts)), *flags)
@@ -351,7 +331,7 @@ def updated(part, name, *flags):
     speed = statistics.median(line["tokens_per_s"] for line in metrics)
     static, passing = re.search(r"memory: ([\d.]+) GiB .*, about ([\d.]+) GiB", said).groups()
     group = [(size.prompt_tokens, [size.new_tokens] * size.n)]
-    flop, _ = bench.needed(transformers.Qwen2Config(**size.config), group, 4, training=True)
+    flop, _ = roofline.needed(transformers.Qwen2Config(**size.config), group, 4, training=True)
     yield {"tokens/s": speed,
            "of products": speed * flop / (size.n * size.new_tokens) / part.product,
            "announced GiB": float(static) + float(passing),
@@ -409,15 +389,15 @@ def staged(part, path, command):
 
 def measure_pipeline(part):
     name = part.names[-1]
-    size, (model, prompts) = bench.SIZES[name], part.make_folder(name)
+    size, (model, prompts) = SIZES[name], part.make_folder(name)
     part.add("rates", "this machine", disk_rates(part, model))
     budget = -(-size.prompts // CHUNKS) * size.n * (size.prompt_tokens + size.new_tokens)
     for turn in (1,) if part.dry else (1, 2):  # the second one carries on with Adam's moments
         rollouts, scored, out = (part.bench.fresh(one) for one in ("rollouts", "scored", "round"))
-        settings = {"device": part.device, "max-batch-tokens": budget}
+        flags = generate_flags(size, model, prompts, rollouts, device=part.device,
+                               max_batch_tokens=budget)
         commands = {
-            rollouts: ["generate.py", *bench.generate_flags(size, model, prompts, rollouts,
-                                                            **settings)],
+            rollouts: ["generate.py", *flags],
             scored: ["score.py", rollouts, "--out", scored],
             out: ["train.py", "--model", model, "--rollouts", scored, "--out", out, "--device",
                   part.device, "--updates", "2", "--micro-batch-tokens", "8192"]}
@@ -437,10 +417,9 @@ def arms(part, what, name, function):
         if "missing" in one:
             yield {"": f"{arm}: {one['missing']}"}
             continue
-        middle, low, high = one["ours_is_faster"]
         yield {"": arm, "tokens/s": one["tokens_per_s"], "of the roofline": one["roofline"],
                "extra MiB": one["extra_bytes"] / 2**20,
-               "ours is faster by": f"{middle:.2f} [{low:.2f}, {high:.2f}]"}
+               "ours is faster by": roofline.RATIO.format(*one["ours_is_faster"])}
 
 
 def measure_peers(part):
@@ -448,12 +427,9 @@ def measure_peers(part):
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     name = part.names[0]
     if not part.dry:
-        bench.SIZES[name] = dataclasses.replace(bench.SIZES[name], prompts=4, new_tokens=64,
-                                                batches=(32, 64))
+        SIZES[name] = dataclasses.replace(SIZES[name], prompts=4, new_tokens=64, batches=(32, 64))
     part.make_folder(name)
-    functions = {"generate": bench.bench_generate, "update": bench.bench_update,
-                 "step": bench.bench_step}
-    for what, function in functions.items():
+    for what, function in bench.MEASURES.items():
         part.add(f"{what}, {name}", what, arms(part, what, name, function))
 
 

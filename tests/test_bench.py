@@ -1,12 +1,14 @@
-"""experiments/bench.py at toy size: its arms run, its counts of work are right, its report holds what the README quotes.
+"""experiments/bench.py and bench_scale.py at toy size: its arms run, its counts of work are right, its report holds what the README quotes.
 No test looks at a time."""
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 
-from experiments import bench
+from experiments import bench, bench_files, roofline
 
 
 @pytest.fixture(autouse=True)
@@ -69,9 +71,7 @@ def test_plain_update_is_the_update_of_train(tmp_path, tiny_model):
         model = bench.policies.load_model(folder, torch.float32, "cpu", bench.train.check_model(folder))
         if folder == tiny_model:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-            plain = [{"prompt": row["prompt_ids"], "completion": row["completion_ids"],
-                      "advantage": 2 * row["reward"] - 1} for row in rows]
-            bench.plain_update(model, optimizer, plain, 16384)
+            bench.plain_update(model, optimizer, rows, 16384)
         moved.append(torch.cat([weight.flatten() for weight in model.parameters()]))
     assert torch.nn.functional.cosine_similarity(*(one.double() for one in moved), dim=0) > 1 - 1e-9
     # AdamW's first step is lr * sign of the gradient: 2e-3 wherever the signs differ
@@ -80,7 +80,7 @@ def test_plain_update_is_the_update_of_train(tmp_path, tiny_model):
 
 def test_needed_work_counts_each_prompt_once():
     """Against a count in loops: every product of every token that must be computed."""
-    config = bench.transformers.Qwen2Config(**bench.SIZES["toy"].config)
+    config = bench.transformers.Qwen2Config(**roofline.SIZES["toy"].config)
     width, kv, middle, layers, vocab = 32, 16, 64, 2, 64
     flop = read = 0
     for prompt, lengths in (shape := [(5, [3, 1]), (2, [4, 4])]):
@@ -92,8 +92,8 @@ def test_needed_work_counts_each_prompt_once():
                 read += layers * 2 * kv * context
         flop += sum(lengths) * 2 * width * vocab
     read += 4 * (layers * (width * width * 2 + width * kv * 2 + 3 * width * middle) + vocab * width)
-    assert bench.needed(config, shape, 4, training=False) == (flop, 4 * read)
-    assert bench.needed(config, shape, 4, training=True) == (3 * flop, 0)
+    assert roofline.needed(config, shape, 4, training=False) == (flop, 4 * read)
+    assert roofline.needed(config, shape, 4, training=True) == (3 * flop, 0)
 
 
 def test_same_tokens_tells_samplers_apart():
@@ -108,8 +108,7 @@ def test_same_tokens_tells_samplers_apart():
 
 
 def test_meter_sees_the_peak_and_not_what_is_outside():
-    meter = bench.Meter("cpu")
-    meter.start()
+    meter = roofline.Meter("cpu").start()
     torch.ones(2**22).sum()
     meter.outside(lambda: torch.ones(2**25).sum())()
     meter.stop()
@@ -118,8 +117,22 @@ def test_meter_sees_the_peak_and_not_what_is_outside():
 
 def test_random_rollouts_are_judged(tmp_path):
     path, out = str(tmp_path / "rollouts.jsonl"), str(tmp_path / "scored.jsonl")
-    bench.write_rollouts(path, 100, repeat=False)
+    bench_files.write_rollouts(path, 100, repeat=False)
     bench.score.main(bench.score.parse_args([path, "--out", out]))
     with open(out) as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == 100 and {row["reason"] for row in rows} <= {"ok", "value"}
+
+
+@pytest.mark.slow
+def test_scale_and_fixed(tmp_path, tiny_model):
+    out, picture = tmp_path / "bench.json", tmp_path / "scale.png"
+    out.write_text('{"entries": {"update/toy": {}}}')
+    subprocess.run([sys.executable, os.path.join(bench.ROOT, "experiments", "bench_scale.py"), "--rows", "20", "--rollouts", "16",
+                    "--rounds", "1", "--embedded", tiny_model, "--out", out, "--plot", picture], check=True)
+    entries = json.loads(out.read_text())["entries"]
+    rows = {name: [one["rows"] for one in results] for name, results in entries["scale"]["stages"].items()}
+    assert rows == {"generate.py": [16], "score.py": [20], "train.py": [16], "evaluate.py": [20]}
+    commands = entries["fixed"]["commands"]  # the peak is the process's own, not that of the script, which holds torch
+    assert commands["python -c pass"]["peak_bytes"] < commands["import torch"]["peak_bytes"] / 5
+    assert "update/toy" in entries and picture.stat().st_size > 0

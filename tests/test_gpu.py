@@ -10,11 +10,9 @@ import sys
 
 import pytest
 
+from experiments import cost
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.join(ROOT, "experiments"))
-
-import cost
-
 SCRIPT = os.path.join(ROOT, "experiments", "gpu.py")
 RATES = {name: value for name, (value, *_) in cost.RATES.items()}
 
@@ -98,7 +96,7 @@ def test_measured_rates_replace_assumed_ones():
 # ---- The report ----------------------------------------------------------------------------------
 @pytest.fixture
 def gpu():
-    import gpu
+    from experiments import gpu
 
     return gpu
 
@@ -137,7 +135,7 @@ def test_a_part_goes_on_after_a_failure_and_ends_in_time(tmp_path, gpu, monkeypa
         raise RuntimeError("broken\nhere")
 
     assert part.add("table", "first", broken()) == [{"": "first", "figure": 1.0}]
-    part.add("table", "second", (gpu.bench.generate.fail("unfit") for _ in [0]))
+    part.add("table", "second", (gpu.generate.fail("unfit") for _ in [0]))
     part.deadline = 0
     assert part.add("table", "late", iter([{"figure": 2.0}])) == []
     rows = report.part["tables"]["table"]
