@@ -13,10 +13,9 @@
 
 Sizes: `tiny` is the embedded model with its own prompts and its end-of-text token, a quarter of a
 round of the suite, `tiny-64` the same with 150 prompts x 64 samples of 18 tokens at most. The
-others are random Qwen2 models which never stop early: 25m, and the shapes of Qwen2.5-0.5B and 1.5B
-with their vocabulary of 151,936. On a GPU the same arms run in bf16 (fp32 masters in the updates);
-there --sizes 0.5b 1.5b is what makes sense, and 1.5b-2048, a round of the recipe for
-Qwen2.5-Math-1.5B: 32 x 8 rollouts of 2048 tokens.
+others are random Qwen2 models which never stop early: 25m, and the shapes of Qwen2.5-0.5B and
+1.5B. On a GPU the same arms run in bf16 (fp32 masters in the updates); there 0.5b, 1.5b make sense
+and 1.5b-2048, a round of the recipe for Qwen2.5-Math-1.5B: 32 x 8 rollouts of 2048 tokens.
 
 Before the first round each arm runs once, sampling with a quarter of the new tokens. A round
 measures the machine's rates and runs all arms once; a ratio is taken within a round, and the table
@@ -157,13 +156,8 @@ class Samplers:
                 os._exit(0)
         for child in children:
             os.waitpid(child, 0)
-
-        def read():
-            for number in range(len(chunks)):
-                with open(f"{out}-{number}") as file:
-                    yield from ((0, json.loads(line)["completion_ids"]) for line in file)
-
-        return lambda: list(read())
+        return lambda: [(0, row["completion_ids"]) for number in range(len(chunks))
+                        for *_, row in read_rows(f"{out}-{number}")]
 
     def settings(self, new_tokens):
         return transformers.GenerationConfig(
@@ -373,8 +367,7 @@ def our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed
             score.main(score.parse_args([rollouts, "--out", scored]))
     run_train(bench, meter, folder, learner, tokenizer, scored, False)
     meter.stop()
-    with open(rollouts) as file:
-        return [json.loads(line) for line in file]
+    return [row for *_, row in read_rows(rollouts)]
 
 
 def bench_step(bench, name):

@@ -91,10 +91,8 @@ def write_prompts(path, count, tokens=None):
 
 
 def write_scored(path, prompts, n, vocab, lengths):
-    """Scored rollouts, n a prompt (token ids), every second one right; returns the rows.
-
-    The completions are random, of lengths[0] to lengths[1] tokens.
-    """
+    """Scored rollouts, n a prompt (token ids), every second one right, of lengths[0] to lengths[1]
+    random tokens; returns the rows."""
     rng, rows = random.Random(0), []
     for problem, prompt in enumerate(prompts):
         for k in range(n):
@@ -112,8 +110,7 @@ def generate_flags(size, folder, prompts, out, **more):
     """The command line of generate.py for a size; more: other flags, with _ for -."""
     flags = {"model": folder, "prompts": prompts, "out": out, "n": size.n,
              "max_new_tokens": size.new_tokens, **more}
-    words = [word for key, value in flags.items()
-             for word in (f"--{key.replace('_', '-')}", str(value))]
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
     return words + ["--ignore-eos"] * bool(size.config)
 
 
