@@ -28,6 +28,7 @@ import numpy as np
 
 from experiments import figures
 from experiments.figures import interval, plt
+from experiments.frontier import NEIGHBOURS
 from experiments.suite import read_csv
 
 LABELS = {
@@ -237,10 +238,17 @@ def main(argv=None):
         sys.exit(f"{args.tables}/results.csv: no run together with the base of its seed")
     for (regime, split), runs_of in panels.items():
         print(f"\n### {regime}, {'held-out problems' if split == 'test' else 'its own problems'}")
-        end_points(runs_of)
+        core, others = ({key: runs for key, runs in runs_of.items()
+                         if (key[0] in NEIGHBOURS) == neighbour} for neighbour in (False, True))
+        end_points(core)
         for arm in REFERENCES:
-            for reference in [key for key in runs_of if key[0] == arm]:
-                differences(runs_of, reference)
+            for reference in [key for key in core if key[0] == arm]:
+                differences(core, reference)
+        if others:
+            print("\n#### Neighbours")
+            end_points(others)
+            for reference in [key for key in core if key[0] == "grpo"]:
+                differences(others | {reference: core[reference]}, reference)
     draw(panels, f"{args.tables}/frontier.png")
 
 
