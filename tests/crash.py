@@ -97,6 +97,7 @@ def serve(path, base):
 def answer(connection, modules):
     """Run one request in a child of our own, and end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the child may be hit at its first instruction
     request, handles, _, _ = socket.recv_fds(connection, 2**16, 3)
     request = json.loads(request)
     pid = os.fork()
@@ -108,14 +109,17 @@ def answer(connection, modules):
                 os.dup2(handle, number)
             os.closerange(3, connection.fileno() + 4)  # a lock of this process must not outlive it in another
             os.chdir(request["cwd"])
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
             sys.argv = request["argv"]
             stage = modules[os.path.basename(sys.argv[0]).removesuffix(".py")]
             args = stage.parse_args(sys.argv[1:])
             if request["fault"]:
                 inject(**request["fault"])
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            importlib.import_module("data.files").run(stage.main, args)
+            files = importlib.import_module("data.files")
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python starts: the stage replaces it
+            files.tell_signals()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            files.run(stage.main, args)
             code = 0
         except SystemExit as end:
             code = end.code or 0
