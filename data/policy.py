@@ -19,7 +19,7 @@ from data.shards import fill, model_without_weights
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.append(os.path.join(ROOT, "kernels"))
 from fused_linear_entropy import CHUNK, fused_linear_entropy
-from shared_prompt import repeated_hidden, shared_hidden
+from shared_prompt import attention_of, repeated_hidden, shared_hidden
 
 
 def load_policy(name, options, temperature, rows, args, device, world, trained=True):
@@ -125,7 +125,7 @@ def announce(job, static, activations):
     print(f"{args.model} on {job.device} x {job.world}"
           f"{' sharded' if args.shard and job.world > 1 else ''}, "
           f"{str(job.dtype).removeprefix('torch.')} over fp32 weights, attention "
-          f"{job.policy.model.config._attn_implementation}, prompts "
+          f"{attention_of(job.policy.model)}, prompts "
           f"{'shared' if args.share_prompts else 'repeated'}: {groups} groups x {n}, "
           f"{args.updates} updates of {args.method}, T = {job.policy.temperature}; memory: "
           f"{static / 2**30:.2f} GiB for weights, gradients and Adam, about "

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 import data.chunks
 import generate
 from data.files import claim
-from shared_prompt import RoomyLayer, SharedLayer, cache_keyword, shared_attention, with_cache
+from shared_prompt import RoomyLayer, SharedLayer, attention_of, become, cache_keyword, shared_attention, with_cache
 
 ROOT = os.path.dirname(os.path.abspath(generate.__file__))
 
@@ -434,6 +435,14 @@ def test_the_keyword_of_the_cache_is_the_models(tiny_model):
             warnings.simplefilter("error")
             with_cache(module, cache, input_ids=torch.tensor([[3, 4, 5]]))
         assert cache.get_seq_length() == 3
+
+
+def test_a_version_of_transformers_that_keeps_things_elsewhere_is_told():
+    """Not by an AttributeError in the middle of a chunk: the message names the file that says which versions were tried."""
+    for broken in (lambda: attention_of(SimpleNamespace(config=SimpleNamespace())),
+                   lambda: become(SimpleNamespace(keys=None, values=torch.zeros(1)), RoomyLayer)):
+        with pytest.raises(ValueError, match="this version of transformers .* requirements.txt names those that do"):
+            broken()
 
 
 def test_both_attentions_sample_the_same(tiny_model, prompts, tmp_path, capfd):
