@@ -114,8 +114,8 @@ def add_flags(add):
     add("--temperature", type=float,
         help="sampling temperature of rollouts whose meta does not say it")
     add("--allow-off-policy", action="store_true",
-        help="take rollouts of a truncated or penalised sampler (top-p, top-k, repetition "
-             "penalty), whose log-probs are not those of the policy")
+        help="take rollouts drawn with top-p, top-k or a repetition penalty, whose log-probs are "
+             "not those of the policy")
     # the advantage
     add("--method", default="ds-grpo", metavar="ds-grpo|grpo|FILE.py:NAME",
         help="the objective; the last: function NAME of a file of yours (default ds-grpo)")
@@ -209,7 +209,7 @@ import transformers
 from tqdm import tqdm
 
 from data.metrics import Metrics
-from data.models import (autocast, check_model, device_and_dtype, earlier_metrics,
+from data.models import (OF_TRAINING, autocast, check_model, device_and_dtype, earlier_metrics,
                          load_optimizer, load_tokenizer, save_round, source_of)
 from data.plan import plan_update
 from data.policy import (Policy, announce, checkpoint_activations, load_policy,
@@ -474,7 +474,8 @@ def train(args):
     whole = try_method(advantage, loss, groups, verdicts_of(groups, fields, "cpu"))
     device, dtype = device_and_dtype(args)
     if rank == 0:
-        meta = describe(args, inputs, sampling=sampling, device=device,
+        unread = OF_TRAINING if args.reset_optimizer else ()
+        meta = describe(args, inputs, unread, sampling=sampling, device=device,
                         dtype=str(dtype).removeprefix("torch."), world_size=world)
         if not claim_empty(args.out, meta, FREE_FLAGS):
             return

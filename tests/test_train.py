@@ -807,7 +807,7 @@ def test_the_folder_is_an_ordinary_model(tied, rollouts, tmp_path):
     assert not os.path.exists(run(folder, rollouts, tmp_path / "none").folder + "/generation_config.json")
 
 
-def test_the_next_round_goes_on(model, rollouts, tmp_path, fp64):
+def test_the_next_round_goes_on(model, rollouts, tmp_path, fp64, capsys):
     """Two rounds through files are two rounds in one process: weights, moments, Adam's step, warm-up and metrics are carried on."""
     rows = make_rows(model, seed=9)
     flags, second = ["--lr", 0.01, "--warmup-steps", 4, "--updates", 2], write(tmp_path / "rows.jsonl", rows)
@@ -827,6 +827,13 @@ def test_the_next_round_goes_on(model, rollouts, tmp_path, fp64):
         os.remove(bare / name)
     reset, fresh = run(one.folder, second, tmp_path / "reset", "--reset-optimizer"), run(str(bare), second, tmp_path / "fresh")
     assert reset.step == 1 and len(reset.metrics) == 1 and distance(reset.weights, fresh.weights) == 0
+    # Moments that are not read are no input, and are not hashed.
+    os.truncate(f"{one.folder}/optimizer.safetensors", 9)
+    train.main(arguments(one.folder, second, tmp_path / "reset", "--reset-optimizer"))
+    assert "complete, left alone" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(arguments(one.folder, second, tmp_path / "two", *flags))
+    assert "made with other inputs;" in capsys.readouterr().err
 
 
 def test_the_same_command_twice_gives_the_same_bits(model, rollouts, tmp_path):
