@@ -59,8 +59,8 @@ def parse_args(argv=None):
     add("--k", nargs="+", type=positive,
         help="samples, at most n (default: powers of two up to n)")
     # The intervals
-    add("--resamples", type=positive, default=10_000, help="bootstrap resamples (default: 10000)")
-    add("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
+    add("--resamples", type=positive, help="bootstrap resamples (default: 10000)")
+    add("--seed", type=int, help="seed of the resamples (default: 0)")
     # What to write, besides the table on the terminal
     add("--out", metavar="EVAL.json", help="all figures (default: none)")
     add("--plot", metavar="FILE.png", help="the curves, as .png, .svg or .pdf (default: none)")
@@ -68,8 +68,12 @@ def parse_args(argv=None):
         "folder, a model folder or a metrics.jsonl (default: none)")
     args = parser.parse_args(argv)
 
-    if bool(args.training) == bool(args.files) or args.training and (args.out or not args.plot):
+    of_files = args.out, args.k, args.names, args.resamples, args.seed
+    if not args.training and not args.files:
         parser.error("give one or more SCORED.jsonl, or --training RUN --plot FILE.png")
+    if args.training and (args.files or not args.plot or any(one is not None for one in of_files)):
+        parser.error("--training RUN goes with --plot FILE.png and nothing else")
+    args.resamples, args.seed = args.resamples or 10_000, args.seed or 0
     if args.plot and not args.plot.endswith((".png", ".svg", ".pdf")):
         parser.error(f"--plot {args.plot}: the name must end in .png, .svg or .pdf")
     if args.seed < 0:

@@ -27,7 +27,6 @@ an answer that was still being judged after --timeout seconds, or used up a work
 import collections
 import os
 import re
-import sys
 import time
 import typing
 from importlib import import_module
@@ -36,7 +35,7 @@ import msgspec
 from tqdm import tqdm
 
 from data.files import (REASONS, Parser, Rollout, Verdict, claim, describe, fail, publish,
-                        read_rows, run, sampling_of)
+                        read_rows, run, sampling_of, say)
 from data.workers import Job, Workers
 
 TASKS = {  # what stands in a row's `task`: the file that judges it
@@ -154,14 +153,6 @@ def show(row, fields):
         f"  completion (its end) {row.completion[-300:]!r}\n"
         f"  answer {str(fields['pred'])[:200]!r}: {fields['reason']}, "
         f"reward {fields['reward']:g}")
-
-
-def say(text):
-    """Print, as long as somebody reads; score.py ... | head still completes its output."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(args):

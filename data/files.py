@@ -98,7 +98,7 @@ class Verdict(msgspec.Struct):
     reward: float | None = None  # 1.0 if correct, else 0.0, unless the task says otherwise
 
 
-# ---- Errors --------------------------------------------------------------------------------------
+# ---- What is said to people ----------------------------------------------------------------------
 def fail(message, code=2):
     """End the stage with one line on stderr: `score.py: error: rows.jsonl:17: missing field
     'id'`."""
@@ -107,6 +107,14 @@ def fail(message, code=2):
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     print(f"{STAGE}: error: {line}", file=sys.stderr)
     sys.exit(code)
+
+
+def say(text):
+    """Print, as long as somebody reads: a stage | head still completes its output, and quietly."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tell_signals():

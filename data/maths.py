@@ -40,7 +40,8 @@ import sys
 if __name__ == "__main__":  # the repository's root, not this folder
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from data.files import Parser, Rollout, Verdict, claim, describe, fail, publish, read_rows, run
+from data.files import (Parser, Rollout, Verdict, claim, describe, fail, publish, read_rows, run,
+                        say)
 from data.latex import (ALIKE, MULTIPLIED, PERCENT, boxes, is_name, join_thousands, multiplied,
                         normal, parts_of, sides_of, signs_of, split_parts, split_unit, unit_name,
                         words)
@@ -464,7 +465,7 @@ def main(args):
         fail(f"{args.input}: no problem has at most {args.max_chars} characters (--max-chars)")
     publish(args.out, meta)
     left_out = f"; {too_long} longer ones left out" if too_long else ""
-    print(f"{args.out}: {len(seen)} problems{left_out}")
+    say(f"{args.out}: {len(seen)} problems{left_out}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import msgspec
 import numpy as np
 
-from data.files import fail, read_rows
+from data.files import fail, read_rows, say
 
 VALUE = ("value", "low", "high")  # of a cell of eval.json
 DIFFERENCE = ("diff", "diff_low", "diff_high")
@@ -63,9 +63,9 @@ def print_table(report):
                 grid.append([label] + [cell_text(entry, name, k, diff) for entry, diff in entries])
     widths = [max(map(len, column)) for column in zip(*filter(None, grid))]
     every = " | ".join(dict.fromkeys(settings))
-    print(f"{runs[0]['problems']} problems, {every}; [95 % interval over problems]\n")
+    say(f"{runs[0]['problems']} problems, {every}; [95 % interval over problems]\n")
     for line in grid:
-        print("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        say("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",

@@ -13,7 +13,7 @@ import sys
 if __name__ == "__main__":  # the repository's root, not this folder
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from data.files import Parser, Problem, claim, describe, fail, publish, read_rows, run
+from data.files import Parser, Problem, claim, describe, fail, publish, read_rows, run, say
 
 
 def parse_args(argv=None):
@@ -61,7 +61,7 @@ def main(args):
     with open(partial, "wb") as file:
         file.writelines(lines[index] + b"\n" for index in chosen)
     publish(args.out, meta)
-    print(f"{args.out}: {len(chosen)} of {len(lines)} problems")
+    say(f"{args.out}: {len(chosen)} of {len(lines)} problems")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import array
 import itertools
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -312,6 +313,17 @@ def test_table(tmp_path, capsys):
     assert lines[3].count("[") == 3 and lines[3].count("+") == 3
 
 
+def test_nobody_need_read_the_table(tmp_path):
+    """evaluate.py ... | head: quiet, and exit 0, wherever the reader stops; here it is gone before the first line."""
+    scored, out = write(tmp_path / "a.jsonl", random_rows(1)), tmp_path / "eval.json"
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "evaluate.py", scored, "--out", str(out), "--resamples", "9"], stdout=written,
+                          stderr=subprocess.PIPE, text=True)
+    os.close(written)
+    assert (done.returncode, [line for line in done.stderr.splitlines() if "rows" not in line]) == (0, []) and out.exists()
+
+
 def test_other_sampling_settings_are_told(tmp_path, capsys):
     alike = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
     a = write(tmp_path / "a.jsonl", random_rows(1), alike)
@@ -428,9 +440,10 @@ def test_bad_files_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, told", [
-    ([], "give one or more SCORED.jsonl"), (["a", "--training", "b", "--plot", "c.png"], "give one or more"),
-    (["--training", "b"], "give one or more"),
-    (["--training", "b", "--plot", "c.png", "--out", "d"], "give one or more"),
+    ([], "give one or more SCORED.jsonl"), (["--plot", "c.png"], "give one or more SCORED.jsonl"),
+    (["--training", "b"], "--training RUN goes with --plot FILE.png"), (["a", "--training", "b", "--plot", "c.png"], "and nothing else"),
+    *((["--training", "b", "--plot", "c.png", *flag], "and nothing else")
+      for flag in (["--out", "d"], ["--k", "1"], ["--names", "x"], ["--resamples", "9"], ["--seed", "0"])),
     (["a", "b", "--names", "x"], "2 different names"), (["a", "b", "--names", "x", "x"], "2 different names"),
     (["x/a.jsonl", "y/a.jsonl"], "2 different names"), (["a", "--k", "0"], "0 is below 1"),
     (["a", "--k", "x"], "invalid"),
