@@ -1,0 +1,93 @@
+"""What the READMEs and docstrings say of this repository is there, and the code keeps to the sizes that make it readable."""
+import ast
+import collections
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+STAGES = ("generate.py", "score.py", "train.py", "evaluate.py")
+SOURCES = sorted(path for folder in ("", "data", "kernels", "experiments") for path in (ROOT / folder).glob("*.py"))
+READMES = sorted(path for folder in ("", "data", "kernels", "experiments", "experiments/*", "tests") for path in ROOT.glob(f"{folder}/*.md".lstrip("/")))
+OF_OTHERS = {"--dist", "--no-binary"}  # pytest's and pip's
+TO_BE_MADE = {"data/reverse.py"}  # by the reader of data/README.md
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def comments_and_docstrings(path):
+    text = path.read_text()
+    if path.suffix == ".md":
+        return text
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))]
+    return "\n".join([*filter(None, map(ast.get_docstring, nodes)), *re.findall(r"#.*", text)])
+
+
+def slug(heading):
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", READMES, ids=name_of)
+def test_links_lead_somewhere(path):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", path.read_text()) if not link.startswith("http")]
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in [slug(line.lstrip("# ")) for line in target.read_text().splitlines() if line[:1] == "#"], link
+
+
+def test_what_the_map_names_stands_in_the_file_that_it_links():
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (?!question|---)(.*?) \| (.*) \|$", text[text.index("## Where is"):text.index("## Flags")], re.MULTILINE)
+    assert len(rows) > 15
+    for question, answer in rows:
+        files = [ROOT / link for link in re.findall(r"\]\(([^)#]+)\)", answer)]
+        source = "".join(file.read_text() for file in files if file.suffix == ".py")
+        for name in re.findall(r"`(\w+)`", answer):
+            assert re.search(rf"(def|class) {name}\b|^    {name}: ", source, re.MULTILINE), (question, name)
+
+
+@pytest.mark.parametrize("path", [*READMES, *SOURCES], ids=name_of)
+def test_files_and_flags_that_are_named_exist(path):
+    text = comments_and_docstrings(path)
+    for name in set(re.findall(r"(?<![\w/.])(?:data|kernels|experiments|tests)/[\w./-]*\w", text)) - TO_BE_MADE:
+        assert (ROOT / name).exists() or (ROOT / f"{name}.py").exists(), name
+    scripts = [file for file in (ROOT / "tests").glob("*.py") if not file.name.startswith("test_")]
+    code = "".join(file.read_text() for file in [*SOURCES, *scripts, ROOT / "run.sh"])
+    known = set(re.findall(r"--[a-z][a-z-]*[a-z]", "".join(re.findall(r"\"--[a-z-]+\"|^#   --.*", code, re.MULTILINE))))
+    known |= OF_OTHERS | {"--help"} | {flag.replace("--", "--no-") for flag in known}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) <= known
+
+
+def test_tests_that_tests_README_names_exist():
+    defined = re.findall(r"^def (test_\w+)", "".join(file.read_text() for file in (ROOT / "tests").glob("*.py")), re.MULTILINE)
+    named = re.findall(r"`(test_\w+)(\*?)`", (ROOT / "tests/README.md").read_text())
+    assert len(named) > 20
+    for name, star in named:
+        assert any(test.startswith(name) if star else test == name for test in defined), name
+
+
+def test_sizes():
+    assert sum(len((ROOT / stage).read_text().splitlines()) for stage in STAGES) <= 1400
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 80, f"{name_of(path)}: {node.name}"
+
+
+def test_nothing_of_six_lines_stands_twice():
+    places = collections.defaultdict(list)
+    for path in SOURCES:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith(("import ", "from "))]
+        for i in range(len(lines) - 5):
+            places["\n".join(lines[i:i + 6])].append(name_of(path))
+    assert not {six: names for six, names in places.items() if len(names) > 1}
+
+
+def test_names_of_transformers_that_may_change_stand_in_one_place():
+    private = re.compile(r"_attn_implementation\b|\.__class__ =|\bpast_key_values\b|\b_raise_")
+    assert [name_of(path) for path in SOURCES if private.search(path.read_text().replace("set_attn_implementation", ""))] == [
+        "kernels/shared_prompt.py"]
