@@ -969,6 +969,28 @@ def test_bad_models_end_with_one_line_and_run_no_code(make, tiny_model, prompts,
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out.jsonl").exists()
 
 
+def test_code_of_a_model_runs_where_it_is_asked_for(tiny_model, prompts, base, tmp_path, monkeypatch):
+    """--trust-remote-code: the folder's own classes, here Qwen2 under another name, sample what Qwen2 samples."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = copy_of(tiny_model, tmp_path / "model", config={"model_type": "mine", "auto_map": {
+        "AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}})
+    (tmp_path / "model" / "mine.py").write_text(f"""import os
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+os.makedirs({str(tmp_path / 'executed')!r}, exist_ok=True)
+
+
+class MineConfig(Qwen2Config):
+    model_type = "mine"
+
+
+class Mine(Qwen2ForCausalLM):
+    config_class = MineConfig
+""")
+    rows = run(folder, prompts, tmp_path / "out.jsonl", "--trust-remote-code", "--temperature", 0.7, "--max-batch-tokens", 700)
+    assert (tmp_path / "executed").exists() and ids_of(rows) == ids_of(base[1])
+
+
 def test_a_model_in_a_folder_needs_no_network(tiny_model, prompts, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: asked.append(args))
