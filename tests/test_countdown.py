@@ -130,3 +130,24 @@ def test_shuffled_answers_stay_the_same_solution():
                 assert countdown.judge(answer, tuple(numbers), target) == ("ok", text)
                 seen.add(answer)
     assert len(seen) > 100
+
+
+def test_make_tiny_leaves_snapshots_and_starts_from_them(tmp_path, monkeypatch):
+    """Its flags at toy size: a model folder at every --save-every steps, which says how it was made; --init goes on from its weights."""
+    import make_tiny
+
+    solved = make_tiny.solved
+    monkeypatch.setattr(make_tiny, "solved", lambda n, *more: solved(min(n, 12), *more))
+
+    def made(name, *flags):
+        make_tiny.main(make_tiny.parse_args(["--out", str(tmp_path / name), "--threads", "1", "--problems", "12", "--batch", "4", *flags]))
+        with open(tmp_path / name / "curve.jsonl") as file:
+            return [json.loads(line) for line in file]
+
+    first = made("one", "--steps", "3", "--save-every", "2", "--max-target", "40")
+    assert [line["step"] for line in first] == [2, 3] and (tmp_path / "one-2" / "model.safetensors").exists()
+    with open(tmp_path / "one-2" / "made_from.json") as file:
+        made_from = json.load(file)
+    assert made_from["steps_done"] == 2 and made_from["flags"]["max_target"] == 40
+    (last,) = made("two", "--steps", "1", "--lr", "0", "--max-target", "40", "--init", str(tmp_path / "one"))
+    assert last["tune_loss"] == first[-1]["tune_loss"]  # at a rate of 0 the weights are those it began with
