@@ -10,6 +10,10 @@ from tqdm import tqdm
 
 from data.files import fail, read_rows
 
+# The tasks whose verdicts say which solution was found. In the rows of another one `solution` may
+# be the data's own, worked out.
+WITH_SOLUTIONS = ("countdown",)
+
 
 class Row(msgspec.Struct):
     """A line of scored.jsonl, as far as evaluate.py reads it."""
@@ -19,7 +23,7 @@ class Row(msgspec.Struct):
     correct: bool
     finish_reason: Literal["stop", "length"]
     completion_ids: list[int]  # their number alone counts
-    solution: Any = msgspec.UNSET  # Countdown: canonical form of a correct answer
+    solution: Any = msgspec.UNSET  # WITH_SOLUTIONS: canonical form of a correct answer
     pred: Any = msgspec.UNSET  # maths: the extracted answer, or null
     # What the problem is
     source: str = ""  # the benchmark
@@ -65,7 +69,7 @@ def read_problems(path):
         problem.tokens += len(row.completion_ids)
         if row.task == "math":
             add_vote(problem, row, where)
-        elif row.task == "countdown":  # elsewhere `solution` may be the data's own, worked out
+        elif row.task in WITH_SOLUTIONS:
             add_solution(problem, row, where)
 
     first = next(iter(problems))

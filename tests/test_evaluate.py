@@ -207,11 +207,18 @@ def test_more_solutions_than_exist_are_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("n_solutions", [None, 4])
 def test_the_data_s_own_solution_was_not_found_by_the_model(tmp_path, n_solutions):
-    """A task of one's own may carry a worked-out `solution`; only Countdown's verifier writes there what it found."""
+    """A task of one's own may carry a worked-out `solution`; only some verifiers write there what they found."""
     rows = [row("p", s, True, task="reverse", solution=["worked", "out"], n_solutions=n_solutions) for s in range(2)]
     run = report(tmp_path, write(tmp_path / "a.jsonl", rows))["runs"][0]
     assert run["distinct"] is None and run["solution_coverage"] is None
     assert run["pass_at_k"]["1"]["value"] == 1
+
+
+def test_solutions_of_a_task_that_is_named_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(counts, "WITH_SOLUTIONS", ("countdown", "reverse"))
+    rows = [row("p", s, s < 3, task="reverse") for s in range(4)]
+    run = report(tmp_path, write(tmp_path / "a.jsonl", rows))["runs"][0]
+    assert run["distinct"] == 2 and run["solution_coverage"] == 0.5
 
 
 def test_every_row_of_an_id_is_the_same_problem(tmp_path, capsys):
