@@ -881,6 +881,24 @@ def test_policy_and_reference_of_the_hub_are_each_of_their_own_commit(model, ref
         assert list(json.load(file)["inputs"].values())[1:] == [f"owner/policy@{'1' * 40}", f"owner/reference@{'2' * 40}"]
 
 
+def test_rank_0_alone_hashes_the_inputs(model, rollouts, tmp_path, monkeypatch):
+    """Another rank reads its rows and goes on to the meeting of the ranks without a digest of its own."""
+    class Met(Exception):
+        pass
+
+    def meet(*args):
+        raise Met
+
+    os.mkdir(tmp_path / "out.partial")  # rank 0 has claimed it
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train, "start_ranks", meet)
+    for name in "describe", "claim_empty":
+        monkeypatch.setattr(train, name, None)
+    with pytest.raises(Met):
+        train.train(arguments(model, rollouts, tmp_path / "out"))
+
+
 # ---- The sampling temperature -------------------------------------------------------------------------------------------
 def test_the_temperature_is_the_samplers(model, rollouts, tmp_path):
     """From the meta, or from --temperature where there is none; log-probs and entropies are of logits / T."""
