@@ -33,8 +33,9 @@
 #   --attention A           of generate.py: auto | model | shared             (auto)
 #   --updates U             optimizer steps a round                           (4)
 #   --lr LR                 learning rate                                     (3e-4)
-#   --rehearse N            sample N problems once with the base, whose right
-#                           answers train.py rehearses; 0 is off              (0)
+#   --rehearse N            sample N problems with the base, then as often those
+#                           with at most one right answer: train.py rehearses
+#                           the right ones; 0 is off                          (0)
 #   --rehearse-coef C       their weight in the loss                          (1.0)
 #   --generate "FLAGS"      more flags for generate.py                        (none)
 #   --train "FLAGS"         more flags for train.py; without it, ds-grpo on the
@@ -208,11 +209,22 @@ problems_of() {  # ROUND COUNT OUT: so many training problems
   fi
 }
 
-rehearsal() {  # the base's own samples, once, as if of a round 0
-  mkdir -p "$dir/rehearsal"
-  problems_of 0 "$rehearse" "$dir/rehearsal/prompts.jsonl"
-  sample_and_score "$model" "$dir/rehearsal/prompts.jsonl" "$n" $((seed * 100000)) \
-    "$dir/rehearsal/rollouts.jsonl" "$dir/rehearsal/scored.jsonl"
+rehearsal() {  # the base's own samples: half for all problems, half for those it hardly solved
+  local to=$dir/rehearsal total hard
+  mkdir -p "$to"
+  problems_of 0 "$rehearse" "$to/prompts.jsonl"
+  sample_and_score "$model" "$to/prompts.jsonl" "$n" $((seed * 100000)) \
+    "$to/rollouts.jsonl" "$to/once.jsonl"
+  say python "${here}data/hard.py" "$to/once.jsonl" --prompts "$to/prompts.jsonl" \
+    --out "$to/hard.jsonl" --at-most 1 > /dev/null
+  total=$(wc -l < "$to/prompts.jsonl") hard=$(wc -l < "$to/hard.jsonl")
+  cat "$to/once.jsonl" > "$to/scored.jsonl.partial"
+  if [ "$hard" -gt 0 ]; then
+    sample_and_score "$model" "$to/hard.jsonl" $((n * total / hard)) $((seed * 100000 + 99999)) \
+      "$to/hard-rollouts.jsonl" "$to/again.jsonl"
+    cat "$to/again.jsonl" >> "$to/scored.jsonl.partial"
+  fi
+  mv "$to/scored.jsonl.partial" "$to/scored.jsonl"
 }
 
 one_round() {
@@ -307,7 +319,7 @@ END
 
 # ---- The whole -----------------------------------------------------------------------------------
 demonstration() {  # two runs side by side, then three curves
-  local runs=("--name demo-grpo --method grpo --rounds 6" "--name demo --rehearse 1920 --rounds 6")
+  local runs=("--name demo-grpo --method grpo --rounds 6" "--name demo --rehearse 960 --rounds 6")
   set -m  # a process group of their own, which ends with this script
   (printf '%s --eval-problems 0\n' "${runs[@]}" |
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} xargs -P 2 -L 1 bash "$0") &

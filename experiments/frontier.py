@@ -48,13 +48,15 @@ import itertools
 import json
 import os
 import re
+import shutil
 import statistics
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from experiments.suite import (
-    discard, evaluated, inside, last_round, model_of, read_csv, run, sampled, stage, write_csv)
+    discard, evaluated, inside, last_round, model_of, read_csv, run, sampled, stage, verified,
+    write_csv)
 
 MODELS = {"weak-base": "data/weak-countdown", "strong-base": "data/tiny-countdown",
           "fixed": "data/tiny-countdown"}
@@ -62,8 +64,8 @@ RATES = ("5e-5", "1e-4", "2e-4")
 CHECKPOINTS = (5, 10, 15, 20)  # rounds after which a run is evaluated; the last one ends it
 TUNING_ROUNDS, TUNING_SEEDS = 10, (101, 102)
 SAMPLING = "--max-new-tokens 24"
-# Problems, and the base's samples of each, that are rehearsed.
-REHEARSED = {"weak-base": (1500, 64), "strong-base": (1500, 64), "fixed": (192, 500)}
+# What is rehearsed: problems, and the base's samples of each; the hard ones share as many again.
+REHEARSED = {"weak-base": (1500, 32), "strong-base": (1500, 32), "fixed": (192, 250)}
 # Flags of generate.py and of train.py: fp32 everywhere, and on a GPU few and large passes.
 DEVICES = {"cpu": ("--device cpu", "--device cpu"),
            "cuda": ("--device cuda --dtype float32 --max-batch-tokens 1000000",
@@ -149,12 +151,32 @@ def draw_of(label, number):
 def rehearsal_of(label, device):
     """The base's own scored rollouts on training problems: a file, which a seed's arms share."""
     stem = f"runs/frontier/rehearsal-{label.regime}-{label.seed}"
-    samples = REHEARSED[label.regime][1]
+    path = f"{stem}.scored.jsonl"
     with open(f"{stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first one samples, those beside it wait
-        return sampled(stem, MODELS[label.regime], draw_of(label, 0),
-                       f"--n {samples} {SAMPLING} --seed {label.seed * 100_000} "
-                       f"{DEVICES[device][0]}")
+        if not os.path.exists(path):
+            sample_rehearsal(stem, path, label, f"{SAMPLING} {DEVICES[device][0]}")
+    return path
+
+
+def sample_rehearsal(stem, path, label, sampling):
+    """Half of the samples for all problems, the other half for those that it hardly solved."""
+    base, seed, (problems, n) = MODELS[label.regime], label.seed * 100_000, REHEARSED[label.regime]
+    once, hard = f"{stem}-once", f"{stem}-hard"
+    stage("data.countdown", f"--out {once}.prompts.jsonl {draw_of(label, 0)}")
+    parts = [verified(once, base, f"--n {n} {sampling} --seed {seed}")]
+    stage("data.hard", f"{parts[0]} --prompts {once}.prompts.jsonl --out {hard}.prompts.jsonl")
+    with open(f"{hard}.prompts.jsonl") as file:
+        count = len(file.readlines())
+    if count:
+        again = f"--n {problems * n // count} {sampling} --seed {seed + 99_999}"
+        parts.append(verified(hard, base, again))
+    with open(path + ".partial", "wb") as file:
+        for part in parts:
+            with open(part, "rb") as source:
+                shutil.copyfileobj(source, file)
+    os.replace(path + ".partial", path)
+    discard(*parts, f"{once}.prompts.jsonl", f"{hard}.prompts.jsonl")
 
 
 def train_round(folder, number, label, setting, device):

@@ -76,17 +76,24 @@ def model_of(folder, number, base):
     return f"{folder}/round-{number:03d}" if number else base
 
 
-def sampled(stem, model, draw, sample):
-    """Draw problems, sample and score them: the path of the scored rollouts, STEM.scored.jsonl.
-    draw, sample: flags of data/countdown.py and generate.py."""
+def verified(stem, model, sample):
+    """Sample the problems of STEM.prompts.jsonl and score them: STEM.scored.jsonl, its path.
+    sample: flags of generate.py."""
     kinds = ("prompts", "rollouts", "scored")
     prompts, rollouts, scored = (f"{stem}.{kind}.jsonl" for kind in kinds)
-    if not os.path.exists(scored):
-        stage("data.countdown", f"--out {prompts} {draw}")
-        stage("generate", f"--model {model} --prompts {prompts} --out {rollouts} {sample}")
-        stage("score", f"{rollouts} --out {scored}")
-        discard(prompts, rollouts)
+    stage("generate", f"--model {model} --prompts {prompts} --out {rollouts} {sample}")
+    stage("score", f"{rollouts} --out {scored}")
+    discard(rollouts)
     return scored
+
+
+def sampled(stem, model, draw, sample):
+    """The same for problems that are drawn for it alone. draw: flags of data/countdown.py."""
+    if not os.path.exists(f"{stem}.scored.jsonl"):
+        stage("data.countdown", f"--out {stem}.prompts.jsonl {draw}")
+        verified(stem, model, sample)
+        discard(f"{stem}.prompts.jsonl")
+    return f"{stem}.scored.jsonl"
 
 
 def evaluated(stem, model, draw, sample):

@@ -71,7 +71,7 @@ def serve(path, base):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     modules = {name: importlib.import_module(name) for name in STAGES} | {
-        name: importlib.import_module(name) for name in ("maths", "shuffle")}
+        name: importlib.import_module(name) for name in ("maths", "shuffle", "hard")}
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = importlib.import_module("make_tiny").make_tokenizer()

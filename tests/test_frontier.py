@@ -106,6 +106,26 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     assert len(rows(tmp_path, "checkpoints.csv")) == len(table) / len(KS)
 
 
+def test_half_of_what_is_rehearsed_is_of_hard_problems(tmp_path, monkeypatch):
+    monkeypatch.setitem(frontier.REHEARSED, "strong-base", (12, 4))
+    monkeypatch.setitem(frontier.MODELS, "strong-base", os.path.join(suite.ROOT, "data/tiny-countdown"))
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("runs/frontier")
+    label = frontier.Label("strong-base", "grpo-rehearsal", "1e-4", 3)
+    path = frontier.rehearsal_of(label, "cpu")
+    with open(path) as file:
+        found = [json.loads(line) for line in file]
+    once, again = found[:48], found[48:]
+    right = {row["id"]: sum(one["correct"] for one in once if one["id"] == row["id"]) for row in once}
+    hard = {id for id, count in right.items() if count <= 1}
+    assert len(right) == 12 and 0 < len(hard) < 12
+    assert {row["id"] for row in again} == hard and len(again) == 48 // len(hard) * len(hard)
+    assert {(row["id"], row["completion"]) for row in again} - {(row["id"], row["completion"]) for row in once}
+    assert sorted(os.listdir("runs/frontier")) == [f"rehearsal-strong-base-3.{end}" for end in ("lock", "scored.jsonl")]
+    stamp = os.stat(path).st_mtime_ns
+    assert frontier.rehearsal_of(label, "cpu") == path and os.stat(path).st_mtime_ns == stamp  # made once
+
+
 def test_it_carries_on_where_it_was_stopped(runs, tmp_path):
     names = ("frontier_tuning.csv", "checkpoints.csv", "results.csv")
     whole = [key for key, _ in runs("--regimes", "weak-base")]

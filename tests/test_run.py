@@ -4,6 +4,7 @@ Every stage is real; only python3 is a stand-in that has it forked from a warm p
 crash.py), with a tiny random model. With KILL set, python3, rm and mv kill run.sh the first time
 that they have run for it with these arguments.
 """
+import collections
 import json
 import os
 import re
@@ -393,7 +394,13 @@ def test_rehearsal_samples_the_base_once(loop):
     assert code == 0, err
     files = loop.files()
     base = [json.loads(line) for line in files["rehearsal/scored.jsonl"].splitlines()]
-    assert len({row["id"] for row in base}) == 8 and len(base) == 32
+    # 8 problems x 4 samples, then nearly as many for those with at most one right answer
+    once, again = base[:32], base[32:]
+    right = collections.Counter(row["id"] for row in once if row["correct"])
+    hard = {row["id"] for row in once if right[row["id"]] <= 1}
+    assert len({row["id"] for row in once}) == 8 and {row["id"] for row in again} == hard and 0 < len(hard) < 8
+    assert len(again) == len(hard) * (32 // len(hard))
+    assert not {row["completion"] for row in again} <= {row["completion"] for row in once}  # other draws, not the same ones
     meta = files["rehearsal/rollouts.jsonl.meta.json"]["flags"]
     assert meta["model"] == "data/tiny-countdown" and meta["seed"] == 0
     flags_of_train = files["round-002.meta.json"]["flags"]
