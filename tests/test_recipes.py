@@ -16,7 +16,7 @@ from test_run import Loop, warm  # noqa: F401  the fixture
 
 TOY = {  # flag: its value in the dry run; all others stay as they are
     "--prompts-per-round": "4", "--n": "4", "--max-new-tokens": "8", "--eval-problems": "3",
-    "--eval-n": "2", "--nproc": "2"}
+    "--eval-n": "2", "--nproc": "2", "--at-most": "1"}
 
 
 def recipes():
@@ -118,7 +118,7 @@ def rows(path):
 def test_hard_problems_come_twice(loop):
     run(loop, toy(recipes()[4][1]), os.path.dirname(sys.executable))
     for number in (1, 2):
-        both, hard = (rows(loop.folder / f"{name}-{number}.jsonl") for name in ("both", "hard"))
+        both, hard = (rows(loop.folder / f"{name}-{number}.jsonl") for name in ("both", "renamed"))
         right = {id: sum(row["correct"] for row in both if row["id"] == id)
                  for id in {row["id"] for row in both}}
         once = [id for id in right if not id.endswith("/again")]
