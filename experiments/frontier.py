@@ -10,16 +10,16 @@
 Regimes: `weak-base` trains data/weak-countdown/ and `strong-base` data/tiny-countdown/ on fresh
 problems every round; `fixed` trains the strong base on the same 192 problems every round (others
 for each seed). A round is 192 problems x 16 samples and 4 updates. At four of a run's twenty rounds
-(two of ten for the neighbours) the policy is sampled on 300 held-out problems, 256 times each; in
-the fixed regime on its own training problems, too (split "train"). An end point says how far an arm
-went; a path says whether it went a better way, and a learning rate is not mistaken for a method.
+(two of ten for the neighbours and `-even`) the policy is sampled on 300 held-out problems, 256
+times each; in the fixed regime on its own training problems, too (split "train"). An end point says
+how far an arm went; a path says whether it went a better way, and a learning rate is not mistaken
+for a method.
 
-Rehearsal arms first sample the base 64 times on 1,500 training problems (fixed: 500 times on their
-192): 96,000 rollouts, worth 31 rounds, in a file that the arms of a seed share. They run for ten
-rounds at the best learning rate and for twenty at the second best, which keep the base's Pass@k
-best; both lengths are chosen by hand (experiments/README.md says from what). `grpo-longer` is GRPO
-after 51 rounds, that is with as many rollouts as the longer ones have; `rehearsal` is rehearsal
-alone, with advantage 0.
+Rehearsal arms first sample the base on 1,500 training problems: 32 times each, then those with at
+most one right answer as many times in all (fixed: 250 times on their 192). That is 96,000 rollouts,
+worth 31 rounds, in a file that the arms of a seed share; `grpo-rehearsal-even` spends them evenly.
+`grpo-longer` is GRPO after 51 rounds, that is with as many rollouts as the rehearsal arms have;
+`rehearsal` is rehearsal alone, with advantage 0.
 
 What is tuned is tuned on the tune split by this rule, fixed before any reported run: for each
 base, by runs of ten rounds with seeds 101 and 102, on 200 problems with 128 samples each; what is
@@ -96,15 +96,17 @@ CANDIDATES = {
 }
 # The arms that are made of what was chosen for others.
 PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longer": ("grpo",),
-         "rehearsal": ("grpo-rehearsal",), "ds-rehearsal": ("ds-token", "grpo-rehearsal"),
+         "rehearsal": ("grpo-rehearsal",), "grpo-rehearsal-even": ("grpo-rehearsal",),
+         "ds-rehearsal": ("ds-token", "grpo-rehearsal"),
          "ds-entropy-rehearsal": ("ds-entropy", "grpo-rehearsal")}
 ARMS = (*CANDIDATES, *PARTS)
 FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
               "ds-rehearsal")  # the README's contrasts
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo")  # two seeds
+SHORT = (*NEIGHBOURS, "grpo-rehearsal-even")  # ten rounds
 # The others run at the best rate alone.
-TWO_RATES = ("grpo", "ds-token", "rehearsal", "grpo-rehearsal", "ds-rehearsal")
+TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
 
 Label = collections.namedtuple("Label", "regime arm lr seed")
 
@@ -150,32 +152,42 @@ def draw_of(label, number):
 
 def rehearsal_of(label, device):
     """The base's own scored rollouts on training problems: a file, which a seed's arms share."""
-    stem = f"runs/frontier/rehearsal-{label.regime}-{label.seed}"
+    even = label.arm.endswith("-even")
+    stem = f"runs/frontier/rehearsal{'-even' * even}-{label.regime}-{label.seed}"
     path = f"{stem}.scored.jsonl"
     with open(f"{stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first one samples, those beside it wait
         if not os.path.exists(path):
-            sample_rehearsal(stem, path, label, f"{SAMPLING} {DEVICES[device][0]}")
+            base, sampling = MODELS[label.regime], f"{SAMPLING} {DEVICES[device][0]}"
+            seed, (_, n) = label.seed * 100_000, REHEARSED[label.regime]
+            if even:
+                sampled(stem, base, draw_of(label, 0), f"--n {2 * n} {sampling} --seed {seed}")
+            else:
+                sample_twice(stem, base, draw_of(label, 0), n, sampling, seed)
     return path
 
 
-def sample_rehearsal(stem, path, label, sampling):
-    """Half of the samples for all problems, the other half for those that it hardly solved."""
-    base, seed, (problems, n) = MODELS[label.regime], label.seed * 100_000, REHEARSED[label.regime]
+def lines_of(path):
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)
+
+
+def sample_twice(stem, base, draw, n, sampling, seed):
+    """n samples of each problem, then as many in all of those with at most one right answer:
+    STEM.scored.jsonl."""
     once, hard = f"{stem}-once", f"{stem}-hard"
-    stage("data.countdown", f"--out {once}.prompts.jsonl {draw_of(label, 0)}")
+    stage("data.countdown", f"--out {once}.prompts.jsonl {draw}")
     parts = [verified(once, base, f"--n {n} {sampling} --seed {seed}")]
     stage("data.hard", f"{parts[0]} --prompts {once}.prompts.jsonl --out {hard}.prompts.jsonl")
-    with open(f"{hard}.prompts.jsonl") as file:
-        count = len(file.readlines())
-    if count:
-        again = f"--n {problems * n // count} {sampling} --seed {seed + 99_999}"
+    problems, few = (lines_of(f"{part}.prompts.jsonl") for part in (once, hard))
+    if few:
+        again = f"--n {n * problems // few} {sampling} --seed {seed + 99_999}"
         parts.append(verified(hard, base, again))
-    with open(path + ".partial", "wb") as file:
+    with open(f"{stem}.partial", "wb") as file:
         for part in parts:
             with open(part, "rb") as source:
                 shutil.copyfileobj(source, file)
-    os.replace(path + ".partial", path)
+    os.replace(f"{stem}.partial", f"{stem}.scored.jsonl")
     discard(*parts, f"{once}.prompts.jsonl", f"{hard}.prompts.jsonl")
 
 
@@ -318,16 +330,11 @@ def labels_of(args):
     return [label for *_, label in sorted(labels, key=lambda entry: entry[:3])]
 
 
-def rounds_of(folder, label):
+def rounds_of(label):
     """The rounds after which a run is evaluated; the last one ends it."""
     if label.arm in ("base", "grpo-longer"):
         return (0,) if label.arm == "base" else (51,)
-    if label.arm in NEIGHBOURS:
-        return CHECKPOINTS[:2]
-    if label.arm.endswith("rehearsal"):
-        best = label.lr == rates_of(folder, label.regime)[0]
-        return CHECKPOINTS[:2] if best else CHECKPOINTS[1::2]
-    return CHECKPOINTS
+    return CHECKPOINTS[:2] if label.arm in SHORT else CHECKPOINTS
 
 
 def label_of(row):
@@ -341,7 +348,7 @@ def reported_jobs(args):
     for label in labels_of(args):
         if args.check or label not in done:
             name = f"frontier/{'check-' * args.check}{'-'.join(map(str, label))}"
-            rounds = [number for number in rounds_of(args.tables, label)
+            rounds = [number for number in rounds_of(label)
                       if number <= (args.until or number)]
             setting = setting_of(args.tables, label.regime, label.arm)
             if rounds:

@@ -34,6 +34,7 @@ from experiments.suite import read_csv
 LABELS = {
     **figures.LABELS, "ds-token": "DS-GRPO", "grpo-longer": "GRPO, 51 rounds",
     "rehearsal": "rehearsal alone", "grpo-rehearsal": "GRPO + rehearsal",
+    "grpo-rehearsal-even": "GRPO + rehearsal, sampled evenly",
     "ds-rehearsal": "DS-GRPO + rehearsal",
     "ds-entropy-rehearsal": "differential entropy + rehearsal"}
 COLOURS = {  # of the arms in the figure

@@ -1,5 +1,6 @@
 """The frontier: experiments/frontier.py tunes by its rule, does every run once, carries on and checks;
 experiments/frontier_figures.py compares paths as worked out by hand; the weak base is weak."""
+import collections
 import csv
 import glob
 import json
@@ -91,7 +92,8 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     # four rounds on the way, 256 samples on 300 problems; three seeds, five for the contrasts
     rounds = lambda *arms: {(arguments[3][0], arguments[3][-1], key.lr) for key, arguments in reported.items() if key.arm in arms}
     assert rounds("grpo") == {(5, 20, "1e-4"), (5, 20, "2e-4")} and rounds("entropy-bonus", "ds-negative") == {(5, 20, "1e-4")}
-    assert rounds("rehearsal") == rounds("ds-rehearsal") == {(5, 10, "1e-4"), (10, 20, "2e-4")}
+    assert rounds("rehearsal") == {(5, 20, "1e-4")} and rounds("ds-rehearsal") == {(5, 20, "1e-4"), (5, 20, "2e-4")}
+    assert rounds("grpo-rehearsal-even") == {(5, 10, "1e-4")}
     assert rounds("grpo-longer") == {(51, 51, "1e-4")} and rounds(*frontier.NEIGHBOURS) == {(5, 10, "1e-4")}
     assert {arguments[5:] for arguments in reported.values()} == {(300, 256, "cpu")}
     seeds = lambda arm: {label.seed for label in reported if label.arm == arm and label.regime == "fixed"}
@@ -124,6 +126,9 @@ def test_half_of_what_is_rehearsed_is_of_hard_problems(tmp_path, monkeypatch):
     assert sorted(os.listdir("runs/frontier")) == [f"rehearsal-strong-base-3.{end}" for end in ("lock", "scored.jsonl")]
     stamp = os.stat(path).st_mtime_ns
     assert frontier.rehearsal_of(label, "cpu") == path and os.stat(path).st_mtime_ns == stamp  # made once
+    with open(frontier.rehearsal_of(label._replace(arm="grpo-rehearsal-even"), "cpu")) as file:
+        even = [json.loads(line) for line in file]
+    assert collections.Counter(row["id"] for row in even) == dict.fromkeys(right, 8)
 
 
 def test_it_carries_on_where_it_was_stopped(runs, tmp_path):
