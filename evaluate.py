@@ -102,7 +102,7 @@ def pass_at_k(n, k):
 def majority_at_k(votes, k):
     """Share of the floor(n / k) blocks of k samples whose most frequent answer is correct.
 
-    votes: (n,), as in `Problem`. Answers with equally many votes share the block.
+    votes: (n,), as in `Tally`. Answers with equally many votes share the block.
     """
     score, blocks = 0.0, len(votes) // k
     for block in range(blocks):

@@ -17,7 +17,7 @@ What an answer is and what is right is told in the file of the task: data/countd
 data/maths.py, data/gym.py. A task is a file that holds
 
     Row                        its rows: a Rollout with the fields that its verdict needs
-    verify(completion, row)    the Verdict, or a Job for a process that can be killed
+    verify(completion, row)    the Verdict, or a Pending one for a process that can be killed
                                (data/workers.py)
 
 and one line in TASKS below; data/README.md shows one being made. A completion that was cut at the
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from data.files import (REASONS, Parser, Rollout, Verdict, claim, describe, fail, publish,
                         read_rows, run, sampling_of, say)
-from data.workers import Job, Workers
+from data.workers import Pending, Workers
 
 TASKS = {  # what stands in a row's `task`: the file that judges it
     "countdown": import_module("data.countdown"),
@@ -90,7 +90,7 @@ def told(row, verdict):
 def judged(rows, pools, workers, timeout):
     """Yield (line, row, Verdict) in the rows' order. Most are judged at once; while workers are at
     it, a bounded number of rows waits behind theirs. pools: {Judge: its Workers}, filled here."""
-    waiting = collections.deque()  # (line, row, Verdict or Job, list for a worker's word or None)
+    waiting = collections.deque()  # (line, row, Verdict or Pending, list for its word or None)
 
     def finished(most):
         while waiting and (len(waiting) > most or waiting[0][3] != []):
@@ -103,7 +103,7 @@ def judged(rows, pools, workers, timeout):
 
     for line, row in rows:
         verdict = VERIFY[type(row)](row.completion, row)
-        if isinstance(verdict, Job):
+        if isinstance(verdict, Pending):
             if verdict.judge not in pools:
                 pools[verdict.judge] = Workers(verdict.judge, workers, timeout)
             word = pools[verdict.judge].submit(verdict)

@@ -36,7 +36,7 @@ class Row(msgspec.Struct):
 
 
 @dataclasses.dataclass(slots=True)
-class Problem:
+class Tally:
     """What is kept of a problem's samples."""
     stated: tuple  # the fields that say what the problem is, the prompt's two in front
     source: str
@@ -51,14 +51,14 @@ class Problem:
 
 
 def read_problems(path):
-    """({id: Problem}, n) of one scored file."""
+    """({id: Tally}, n) of one scored file."""
     problems = {}
     for where, _, row in tqdm(read_rows(path, Row), desc=path, unit=" rows", disable=None):
         stated = (row.prompt, row.messages, row.source, row.task, row.numbers, row.target,
                   row.answer, row.n_solutions)
         problem = problems.get(row.id)
         if problem is None:
-            problem = problems[row.id] = Problem(stated, row.source, row.n_solutions)
+            problem = problems[row.id] = Tally(stated, row.source, row.n_solutions)
         elif problem.stated != stated:
             fail(f"{where}: '{row.id}' is another problem than in the rows above")
         if problem.seen >> row.sample & 1:

@@ -23,7 +23,7 @@ if __name__ == "__main__":  # the repository's root, not this folder
 
 from data.countdown import OPERATE, last_answer, parse
 from data.files import Parser, Rollout, Verdict, claim, describe, fail, publish, run
-from data.workers import Job, Judge
+from data.workers import Judge, Pending
 
 LONGEST = 10_000  # characters of an answer
 EVALUATED = ("bitwise_arithmetic", "intermediate_integration", "polynomial_multiplication",
@@ -62,11 +62,11 @@ class Row(Rollout, tag_field="task", tag="gym"):
 
 
 def verify(completion, row):
-    """The Verdict on a completion, or the Job that makes it."""
+    """The Verdict on a completion, or one that is Pending."""
     answer = ((last_answer(completion) or "") if "<answer>" in completion else completion).strip()
     if not answer or len(answer) > LONGEST:
         return Verdict(answer[:LONGEST] or None, "parse" if answer else "no_answer")
-    return Job(answer, JUDGE, [answer, row.gym, row.entry])
+    return Pending(answer, JUDGE, [answer, row.gym, row.entry])
 
 
 def read_literal(text):

@@ -45,7 +45,7 @@ from data.files import (Parser, Rollout, Verdict, claim, describe, fail, publish
 from data.latex import (ALIKE, MULTIPLIED, PERCENT, boxes, is_name, join_thousands, multiplied,
                         normal, parts_of, sides_of, signs_of, split_parts, split_unit, unit_name,
                         words)
-from data.workers import Job, Judge
+from data.workers import Judge, Pending
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -137,12 +137,12 @@ def extract(completion, parts):
 
 
 def verify(completion, row):
-    """The Verdict on a completion, or the Job that makes it."""
+    """The Verdict on a completion, or one that is Pending."""
     golds = gold_of(row)
     pred = extract(completion, len(golds))
     if pred is None or len(pred) > LONGEST:
         return Verdict(pred, "no_answer" if pred is None else "parse")
-    return Job(pred, JUDGE, [pred, golds])
+    return Pending(pred, JUDGE, [pred, golds])
 
 
 def symbols(text):

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from data.files import fail
-from data.shards import all_finite, read_rows_of, tensor_files, write
+from data.shards import all_finite, read_shard, tensor_files, write
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each weight
 # Beginnings of the names of what only train.py reads in the folder of a round.
@@ -184,7 +184,7 @@ def load_optimizer(optimizer, policy, folder):
         for name, weight in policy.model.named_parameters():
             state = {}
             for key in MOMENTS:
-                moment = read_rows_of(weight, files[f"{name}.{key}"], f"{name}.{key}")
+                moment = read_shard(weight, files[f"{name}.{key}"], f"{name}.{key}")
                 state[key] = moment.to(weight.device)
             # The fused optimizer of a GPU counts its steps there.
             where = weight.device if weight.device.type == "cuda" else "cpu"

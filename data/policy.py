@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from data.files import fail
 from data.models import autocast, load_model, loading_told
-from data.ranks import spread
+from data.ranks import over_ranks
 from data.shards import fill, model_without_weights
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
@@ -37,7 +37,7 @@ def load_policy(name, options, temperature, rows, args, device, world, trained=T
     if not files:
         model = load_model(name, torch.float32, device, options)
     policy = Policy(model, temperature, args.share_prompts, by_rows=bool(files))
-    module, no_sync = spread(policy, device, world if trained or shard else 1, shard)
+    module, no_sync = over_ranks(policy, device, world if trained or shard else 1, shard)
     if files:
         with loading_told(name):
             fill(model, files)

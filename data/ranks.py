@@ -57,7 +57,7 @@ def start_ranks(device, world, timeout):
                                 timeout=datetime.timedelta(seconds=timeout))
 
 
-def spread(policy, device, world, shard):
+def over_ranks(policy, device, world, shard):
     """(the module to call, a context in which backward passes keep a rank's gradients to itself).
 
     DDP: a copy of the policy on every rank. shard: FSDP2, every decoder layer, then the rest, in

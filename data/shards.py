@@ -86,7 +86,7 @@ def all_finite(weight):
     return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
 
 
-def read_rows_of(like, path, name):
+def read_shard(like, path, name):
     """The tensor `name` of a safetensors file, or this rank's rows of it where `like` is sharded.
 
     like: DTensor, sharded by rows (dimension 0) over one mesh, or an ordinary tensor.
@@ -119,7 +119,7 @@ def fill(model, files):
     weights, filled = model.state_dict(keep_vars=True), {}
     for name, weight in weights.items():
         if id(weight) not in filled and name in files:
-            own = read_rows_of(weight, files[name], name)
+            own = read_shard(weight, files[name], name)
             if isinstance(weight, torch.nn.Parameter):
                 own = torch.nn.Parameter(own, weight.requires_grad)
             filled[id(weight)] = own  # tied weights are one, whichever name the files hold

@@ -1,7 +1,7 @@
 """Processes that can be killed, for verdicts that may hang, explode or eat memory.
 
-They know no task. A task whose verdict needs one returns a Job from its `verify`: the answer, and
-what is to be called with which arguments in a worker. The module named there has
+They know no task. A task whose verdict needs one returns a Pending from its `verify`: the answer,
+and what is to be called with which arguments in a worker. The module named there has
 
     prepare()            imports what the function needs, warms it up, and returns the beginnings
                          of the source texts that its libraries write and compile themselves
@@ -44,7 +44,7 @@ class Judge(NamedTuple):
     package: str
 
 
-class Job(NamedTuple):
+class Pending(NamedTuple):
     """A verdict that is still to be made: the answer's text (or null), and who judges it."""
     pred: str | None
     judge: Judge
@@ -88,8 +88,9 @@ def peak_meter():
 
 
 def work(module, function, seconds):
-    """Read a job a line from stdin, answer one word a line. Ends with its stdin, and dies by the
-    kernel's alarm should the parent be gone when an answer takes too long."""
+    """Read arguments, those of a Pending a line, from stdin, and answer one word a line. Ends with
+    its stdin, and dies by the kernel's alarm should the parent be gone when an answer takes too
+    long."""
     module = importlib.import_module(module)
     out = os.dup(1)
     os.dup2(2, 1)  # nothing else may speak on the line to the parent
@@ -133,7 +134,7 @@ class Workers:
             stderr=subprocess.DEVNULL)
         self.busy[process] = (time.monotonic() + START, None)
 
-    def submit(self, job):
+    def submit(self, pending):
         """A list that will hold the verdict's word."""
         while not self.free:
             for _ in range(self.count - len(self.busy)):
@@ -142,7 +143,7 @@ class Workers:
         process, word = self.free.pop(), []
         self.busy[process] = (time.monotonic() + self.timeout, word)
         with contextlib.suppress(BrokenPipeError):  # it has died: wait() will see it
-            process.stdin.write(json.dumps(job.arguments).encode() + b"\n")
+            process.stdin.write(json.dumps(pending.arguments).encode() + b"\n")
         return word
 
     def wait(self):
