@@ -39,7 +39,7 @@ def toy(commands):
 
 def test_toy_changes_values_alone_and_every_recipe_has_commands():
     found = recipes()
-    assert len(found) == 8 and all(commands for _, commands in found)
+    assert len(found) == 9 and all(commands for _, commands in found)
     for _, commands in found:
         flags = re.compile(r"(?<!\S)\"?(--[a-z-]+)")
         assert flags.findall(toy(commands)) == flags.findall(commands)
@@ -130,20 +130,32 @@ def test_hard_problems_come_twice(loop):
 
 
 @pytest.mark.slow
+def test_what_is_rehearsed(loop):
+    fewer = {"1500": "8", "32": "16", "124": "6"}
+    commands = re.sub(r"(?<=--n )\d+", lambda found: fewer[found[0]], recipes()[5][1])
+    run(loop, commands, os.path.dirname(sys.executable))
+    once, more, both = (rows(loop.folder / f"{name}.jsonl") for name in ("once.scored", "more.scored", "rehearse"))
+    hard = {row["id"] for row in rows(loop.folder / "few.jsonl")}
+    assert both == once + more and hard == {row["id"] for row in more} and 0 < len(hard) < 8
+    metrics = rows(loop.folder / "rehearsed" / "metrics.jsonl")
+    assert len(metrics) == 4 and all(line["rehearse_nll"] > 0 for line in metrics)
+
+
+@pytest.mark.slow
 def test_negative_first_and_many_samples(loop):
-    run(loop, toy(recipes()[5][1]))
+    run(loop, toy(recipes()[6][1]))
     last = report(loop, "negative-grpo/round-001.meta.json")
     assert last["flags"]["method"] == "grpo" and "runs/negative/round-001" in last["flags"]["model"]
     first = report(loop, "negative/round-001.meta.json")["flags"]
     assert first["arm"] == {"positive_weight": 0} and first["method"].endswith(":w_reinforce")
     assert report(loop, "negative-grpo/round-001/trainer_state.json")["step"] == 8
-    run(loop, toy(recipes()[6][1]))
+    run(loop, toy(recipes()[7][1]))
     assert report(loop, "broad/round-001.meta.json")["flags"]["updates"] == 4
 
 
 @pytest.mark.slow
 def test_averaged_weights(loop):
-    run(loop, toy(recipes()[7][1]), os.path.dirname(sys.executable))
+    run(loop, toy(recipes()[8][1]), os.path.dirname(sys.executable))
     folders = ("data/tiny-countdown", "runs/ends/round-001", "averaged")
     base, trained, mixed = (load_file(loop.folder / folder / "model.safetensors")
                             for folder in folders)
