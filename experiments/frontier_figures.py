@@ -42,7 +42,7 @@ COLOURS = {  # of the arms in the figure
     "ds-rehearsal": "#56B4E9", "ds-entropy-rehearsal": "#7FC97F"}
 
 MEASURES = ("256", "64", "16", "coverage")  # Pass@k, and the share of existing solutions found
-REFERENCES = ("grpo", "grpo-longer", "entropy-bonus", "rehearsal", "grpo-rehearsal", "base")
+REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal", "base")
 WHOLE = {"base", "grpo-longer"}  # compared at their last checkpoint, whatever the other's
 STYLES = ("-", "--")  # of an arm's learning rates
 
