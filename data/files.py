@@ -224,6 +224,9 @@ def read_rows(path, kind=dict):
         fail(f"{path}: no rows in this file")
 
 
+FIRST = {"sample": "generate.py", "correct": "score.py", "reward": "score.py"}  # who adds a field
+
+
 def in_our_words(error, kind):
     """msgspec's message as a stage tells it: the field first, as the row spells it."""
     text = str(error)
@@ -231,8 +234,8 @@ def in_our_words(error, kind):
         return text.removesuffix(" - at `$`")
     missing = re.fullmatch(r"Object missing required field `(.*?)`( - at `.*`)?", text)
     if missing:
-        unscored = missing[1] in ("correct", "reward")
-        return f"missing field '{missing[1]}'" + "; run score.py first" * unscored
+        first = FIRST.get(missing[1])
+        return f"missing field '{missing[1]}'" + (f"; run {first} first" if first else "")
     what, _, place = text.replace("`", "").partition(" - at $")
     field = re.sub(r"\[[^]]*\]$", "", place.lstrip("."))  # of a value in a list, the list's name
     if not field:  # the whole row, or a value of a field that has no type here
