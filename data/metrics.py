@@ -1,4 +1,4 @@
-"""The metrics of an update: the line of metrics.jsonl, which README.md explains key by key."""
+"""The metrics of an update: the line of metrics.jsonl, which data/README.md explains key by key."""
 import resource
 
 import torch
