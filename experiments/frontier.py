@@ -17,7 +17,7 @@ for a method.
 
 Rehearsal arms first sample the base on 1,500 training problems: 32 times each, then those with at
 most one right answer as many times in all (fixed: 250 times on their 192). That is 96,000 rollouts,
-worth 31 rounds, in a file that the arms of a seed share; `grpo-rehearsal-even` spends them evenly.
+worth 31 rounds, in a file that the arms of a seed share; arms named -even spend them evenly.
 `grpo-longer` is GRPO after 51 rounds, that is with as many rollouts as the rehearsal arms have;
 `rehearsal` is rehearsal alone, with advantage 0.
 
@@ -96,15 +96,15 @@ CANDIDATES = {
 }
 # The arms that are made of what was chosen for others.
 PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longer": ("grpo",),
-         "rehearsal": ("grpo-rehearsal",), "grpo-rehearsal-even": ("grpo-rehearsal",),
-         "ds-rehearsal": ("ds-token", "grpo-rehearsal"),
+         "rehearsal": ("grpo-rehearsal",), "ds-rehearsal": ("ds-token", "grpo-rehearsal"),
          "ds-entropy-rehearsal": ("ds-entropy", "grpo-rehearsal")}
-ARMS = (*CANDIDATES, *PARTS)
+EVEN = tuple(f"{arm}-even" for arm in ("rehearsal", "grpo-rehearsal", "ds-rehearsal"))
+ARMS = (*CANDIDATES, *PARTS, *EVEN)
 FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
               "ds-rehearsal")  # the README's contrasts
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo")  # two seeds
-SHORT = (*NEIGHBOURS, "grpo-rehearsal-even")  # ten rounds
+SHORT = (*NEIGHBOURS, *EVEN)  # ten rounds
 # The others run at the best rate alone.
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
 
@@ -290,14 +290,20 @@ def chosen(folder, regime, arm):
     return max(CANDIDATES[arm], key=merit)
 
 
+def parts_of(arm):
+    """The arms with candidates that an arm is made of."""
+    plain = arm.removesuffix("-even")
+    return PARTS.get(plain, (plain,))
+
+
 def setting_of(folder, regime, arm):
     """The flags with which an arm is reported."""
-    parts = [chosen(folder, regime, part) for part in PARTS.get(arm, (arm,))]
+    parts = [chosen(folder, regime, part) for part in parts_of(arm)]
     if arm == "ds-positive":
         return re.sub(r"(--gamma-n) \S+", r"\1 0", parts[0])
     if arm == "ds-negative":
         return re.sub(r"(--gamma-p) \S+", r"\1 0", parts[0])
-    if arm == "rehearsal":
+    if arm in ("rehearsal", "rehearsal-even"):
         return parts[0].replace("--method grpo", "--method experiments/arms.py:nothing")
     return parts[0] + parts[1].removeprefix("--method grpo") if len(parts) > 1 else parts[0]
 
@@ -413,7 +419,7 @@ def main(args):
         differences.append(compare(folder, label, figures))
 
     bases = dict.fromkeys(map(tuned_base, args.regimes)) if args.arms != ["base"] else {}
-    parts = {part for arm in args.arms for part in PARTS.get(arm, (arm,))}
+    parts = {part for arm in args.arms for part in parts_of(arm)}
     tuned = [arm for arm in CANDIDATES if arm in parts and len(CANDIDATES[arm]) > 1]
     phase("learning rate", tuning_jobs(args, ["grpo"], dict.fromkeys(bases, RATES)), keep_tuning)
     best = {base: rates_of(args.tables, base)[:1] for base in bases}

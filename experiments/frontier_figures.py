@@ -34,7 +34,6 @@ from experiments.suite import read_csv
 LABELS = {
     **figures.LABELS, "ds-token": "DS-GRPO", "grpo-longer": "GRPO, 51 rounds",
     "rehearsal": "rehearsal alone", "grpo-rehearsal": "GRPO + rehearsal",
-    "grpo-rehearsal-even": "GRPO + rehearsal, sampled evenly",
     "ds-rehearsal": "DS-GRPO + rehearsal",
     "ds-entropy-rehearsal": "differential entropy + rehearsal"}
 COLOURS = {  # of the arms in the figure
@@ -42,7 +41,8 @@ COLOURS = {  # of the arms in the figure
     "ds-rehearsal": "#56B4E9", "ds-entropy-rehearsal": "#7FC97F"}
 
 MEASURES = ("256", "64", "16", "coverage")  # Pass@k, and the share of existing solutions found
-REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal", "base")
+REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
+              "base")
 WHOLE = {"base", "grpo-longer"}  # compared at their last checkpoint, whatever the other's
 STYLES = ("-", "--")  # of an arm's learning rates
 
@@ -139,7 +139,8 @@ def header(*cells):
 
 
 def name_of(arm, lr):
-    return LABELS.get(arm, arm) + (f", lr {lr}" if float(lr) else "")
+    even = ", even" * arm.endswith("-even")
+    return LABELS.get(arm.removesuffix("-even"), arm) + even + (f", lr {lr}" if float(lr) else "")
 
 
 def end_points(runs_of):
@@ -190,7 +191,8 @@ def panels_of(paths):
 
     def place(item):
         _, _, arm, lr = item[0]
-        return names.index(arm) if arm in names else len(names), arm, -float(lr)
+        plain = arm.removesuffix("-even")
+        return names.index(plain) if plain in names else len(names), arm, -float(lr)
 
     for (regime, split, arm, lr), runs in sorted(paths.items(), key=place):
         if runs:
