@@ -1,6 +1,6 @@
-"""Draw the frontier and print its tables in Markdown, from what experiments/frontier.py leaves.
+"""Draw the frontier, and write its tables in Markdown, from what experiments/frontier.py leaves.
 
-    python experiments/frontier_figures.py                      # frontier.png beside the tables
+    python experiments/frontier_figures.py      # frontier.png and frontier.md beside the tables
     python experiments/frontier_figures.py --tables FOLDER
 
 A run is a path: the base, then its checkpoints, each with its Pass@1 and another measure
@@ -19,6 +19,7 @@ Every figure is a mean over seeds with a 95 % Student t interval over seeds; dif
 paired by seed, and in brackets behind them stands the share of seeds with that sign.
 """
 import argparse
+import contextlib
 import os
 import sys
 
@@ -45,6 +46,12 @@ REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "
               "base")
 WHOLE = {"base", "grpo-longer"}  # compared at their last checkpoint, whatever the other's
 STYLES = ("-", "--")  # of an arm's learning rates
+TITLE = """# The frontier's tables
+
+Written by `python experiments/frontier_figures.py` from results.csv and checkpoints.csv. "Gap": the
+mean difference at equal Pass@1, from the base to the largest Pass@1 that both reach. Intervals:
+95 % Student t over seeds, differences paired by seed; in brackets behind them the share of seeds
+with that sign."""
 
 
 def load(folder):
@@ -185,6 +192,25 @@ def differences(runs_of, reference):
                *(text_of(cell, signed=True) for cell in cells))
 
 
+def tables_of(runs_of):
+    """A regime's tables: the core arms and their differences, then the neighbours."""
+    core, others = ({key: runs for key, runs in runs_of.items()
+                     if (key[0] in NEIGHBOURS) == neighbour} for neighbour in (False, True))
+    end_points(core)
+    for arm in REFERENCES:
+        for reference in [key for key in core if key[0] == arm]:
+            differences(core, reference)
+    for reference in [key for key in core if key[0] == "grpo"] if others else ():
+        longest = max(max(points) for runs in others.values() for points in runs.values())
+        others[reference] = {  # as far as the neighbours go
+            seed: {number: point for number, point in points.items() if number <= longest}
+            for seed, points in core[reference].items()}
+        print(f"\n### Neighbours, and {name_of(*reference)}")
+        end_points(others)
+        differences(others, reference)
+        del others[reference]
+
+
 def panels_of(paths):
     """{(regime, split): {(arm, lr): {seed: points}}}, without empty ones; arms as in LABELS."""
     names, panels = list(LABELS), {}
@@ -234,24 +260,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", default=HERE,
-                        help="folder of the tables and the picture (default: experiments)")
+                        help="folder of all of these files (default: experiments)")
     args = parser.parse_args(argv)
     panels = panels_of(with_base(load(args.tables)))
     if not panels:
         sys.exit(f"{args.tables}/results.csv: no run together with the base of its seed")
-    for (regime, split), runs_of in panels.items():
-        print(f"\n### {regime}, {'held-out problems' if split == 'test' else 'its own problems'}")
-        core, others = ({key: runs for key, runs in runs_of.items()
-                         if (key[0] in NEIGHBOURS) == neighbour} for neighbour in (False, True))
-        end_points(core)
-        for arm in REFERENCES:
-            for reference in [key for key in core if key[0] == arm]:
-                differences(core, reference)
-        if others:
-            print("\n#### Neighbours")
-            end_points(others)
-            for reference in [key for key in core if key[0] == "grpo"]:
-                differences(others | {reference: core[reference]}, reference)
+    with open(f"{args.tables}/frontier.md", "w") as file, contextlib.redirect_stdout(file):
+        print(TITLE)
+        for (regime, split), runs_of in panels.items():
+            problems = "held-out problems" if split == "test" else "its own problems"
+            print(f"\n## {regime}, {problems}")
+            tables_of(runs_of)
     draw(panels, f"{args.tables}/frontier.png")
 
 

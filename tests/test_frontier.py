@@ -5,6 +5,7 @@ import csv
 import glob
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -245,15 +246,26 @@ def test_rounds_are_compared_that_both_have():
         assert frontier_figures.ends(arms, short, long) == ({"1": 10}, {"1": 20})
 
 
-def test_the_figure_and_tables_of_a_whole_suite(runs, tmp_path, capsys):
+def test_the_figure_and_tables_of_a_whole_suite(runs, tmp_path):
     runs("--seeds", "1", "2")
     frontier_figures.main(["--tables", str(tmp_path)])
-    out = capsys.readouterr().out
-    for title in ("### weak-base, held-out", "### strong-base, held-out", "### fixed, held-out", "### fixed, its own"):
+    out = (tmp_path / "frontier.md").read_text()
+    for title in ("## weak-base, held-out", "## strong-base, held-out", "## fixed, held-out", "## fixed, its own"):
         assert title in out
-    assert out.index("### weak-base") < out.index("### strong-base") < out.index("### fixed")
+    assert out.index("## weak-base") < out.index("## strong-base") < out.index("## fixed")
+    neighbours = out.partition("### Neighbours, and GRPO, lr 1e-4")[2].partition("\n\n|")[2].partition("\n\n")[0].splitlines()
+    assert len(neighbours) == 2 + len(frontier.NEIGHBOURS) + 1 and all("| 2 | 10 |" in line for line in neighbours[2:])
     assert "minus GRPO, lr 1e-4, equal Pass@1" in out and "minus GRPO, lr 2e-4" in out and "minus uniform bonus" in out
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_in_the_repository_are_those_of_its_runs(tmp_path):
+    names = ("results.csv", "checkpoints.csv", "frontier.md")
+    for name in names:
+        shutil.copy(os.path.join(suite.ROOT, "experiments", name), tmp_path)
+    before = (tmp_path / "frontier.md").read_text()
+    frontier_figures.main(["--tables", str(tmp_path)])
+    assert (tmp_path / "frontier.md").read_text() == before
 
 
 def test_without_a_base_there_is_no_path(runs, tmp_path):
