@@ -1,10 +1,14 @@
 """What the READMEs and docstrings say of this repository is there, and the code keeps to the sizes that make it readable."""
 import ast
 import collections
+import importlib
 import pathlib
 import re
+import shlex
 
 import pytest
+
+from data import files
 
 ROOT = pathlib.Path(__file__).parent.parent
 STAGES = ("generate.py", "score.py", "train.py", "evaluate.py")
@@ -61,6 +65,33 @@ def test_files_and_flags_that_are_named_exist(path):
     known = set(re.findall(r"--[a-z][a-z-]*[a-z]", "".join(re.findall(r"\"--[a-z-]+\"|^#   --.*", code, re.MULTILINE))))
     known |= OF_OTHERS | {"--help"} | {flag.replace("--", "--no-") for flag in known}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) <= known
+
+
+def commands():
+    """(script, its arguments) of every command of a stage or of data/ that is shown somewhere, but for those with variables."""
+    for path in [*READMES, *SOURCES]:
+        text = comments_and_docstrings(path).replace("\\\n", " ")
+        for script, rest in re.findall(r"(?:python|--) ((?:data/)?\w+\.py)((?: [^`\n#;&|><)]*)?)", text):
+            if not re.search(r"[$\[{]|\.\.\.", rest) and script not in TO_BE_MADE and "parse_args" in (ROOT / script).read_text() and rest.strip():
+                yield script, tuple(shlex.split(rest))
+
+
+def test_commands_that_are_shown_have_flags_that_exist(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").touch()  # of README.md's example
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "STAGE", files.STAGE)
+    shown = sorted(set(commands()))
+    assert len(shown) > 40
+    for script, args in shown:
+        parse_args = importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_args
+        if script == "data/make_tiny.py":  # argparse's own parser, without --check-flags
+            parse_args(list(args))
+            continue
+        with pytest.raises(SystemExit) as end:
+            parse_args([*args, "--check-flags"])
+        assert not end.value.code, (script, args, capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["experiments", "mine.py"]  # nothing was made
 
 
 def test_tests_that_tests_README_names_exist():
