@@ -65,7 +65,7 @@ read_flags() {
   name=demo model=${here}data/tiny-countdown method=ds-grpo rounds=8 seed=0 keep=2
   prompts='' prompts_per_round=192 n=16 temperature=1.0 max_new_tokens=24 attention=auto
   updates=4 lr=3e-4 rehearse=0 rehearse_coef=1.0 generate='' train='' countdown=''
-  eval_prompts='' eval_problems=300 eval_n=64 against='' nproc=1
+  eval_prompts='' eval_problems=300 eval_n=64 against='' nproc=1 given=''
   while [ $# -gt 0 ]; do
     case "$1" in
       -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
@@ -74,7 +74,7 @@ read_flags() {
       --generate|--train|--countdown|\
       --eval-prompts|--eval-problems|--eval-n|--against|--nproc)
         [ $# -gt 1 ] || die "$1 needs a value"
-        key=${1#--}
+        key=${1#--} given+=" $1 "
         printf -v "${key//-/_}" '%s' "$2"
         shift 2 ;;
       *) die "unknown flag $1 (see --help)" ;;
@@ -116,8 +116,14 @@ check_flags() {  # everything that can be wrong with them, before the first roun
   for key in prompts eval_prompts; do
     [ -z "${!key}" ] || [ -f "${!key}" ] || die "--${key//_/-}: no file ${!key}"
   done
+  [ -z "$against" ] || [ "$eval_problems" -gt 0 ] ||
+    die "--against: nothing is evaluated with --eval-problems 0"
   [ -z "$against" ] || [ "$(last_round "${here}runs/$against")" -gt 0 ] ||
     die "--against: no round in ${here}runs/$against"
+  [[ "$given" != *' --rehearse-coef '* || "$rehearse" -gt 0 ]] ||
+    die "--rehearse-coef belongs to --rehearse"
+  [ -z "$countdown" ] || [ -z "$prompts" ] || [ "$eval_problems" -gt 0 -a -z "$eval_prompts" ] ||
+    die "--countdown: no problem is drawn, all are of --prompts and --eval-prompts"
   command -v python3 > /dev/null || die "no python3 on the PATH"
   [ "$nproc" -eq 1 ] || command -v torchrun > /dev/null || die "--nproc: no torchrun on the PATH"
 

@@ -42,7 +42,7 @@ import sys
 import time
 import typing
 
-from data.files import Parser, describe, fail, publish, run
+from data.files import Parser, describe, fail, files_of, publish, run
 from data.plugins import check_method, load_arm, setting, split_name, try_method
 
 
@@ -447,6 +447,8 @@ def sources(args):
     """What the round is made from, and the from_pretrained options of --model and --ref-model."""
     options, ref_options = check_model(args.model, args.trust_remote_code), None
     inputs = [args.rollouts, source_of(args.model, options)]
+    if not args.reset_optimizer:  # of a reference, and by generate.py, the weights alone are read
+        inputs += [file for name, file in files_of(args.model) if name.startswith(OF_TRAINING)]
     if args.ref_model:
         ref_options = check_model(args.ref_model, args.trust_remote_code)
         inputs.append(source_of(args.ref_model, ref_options))
@@ -474,8 +476,7 @@ def train(args):
     whole = try_method(advantage, loss, groups, verdicts_of(groups, fields, "cpu"))
     device, dtype = device_and_dtype(args)
     if rank == 0:
-        unread = OF_TRAINING if args.reset_optimizer else ()
-        meta = describe(args, inputs, unread, sampling=sampling, device=device,
+        meta = describe(args, inputs, OF_TRAINING, sampling=sampling, device=device,
                         dtype=str(dtype).removeprefix("torch."), world_size=world)
         if not claim_empty(args.out, meta, FREE_FLAGS):
             return

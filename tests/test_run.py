@@ -115,6 +115,10 @@ def test_help_names_every_flag_and_needs_no_python(tmp_path):
     (["--name", ""], "--name is a folder's name in runs/, not ''"),
     (["--prompts", "gone.jsonl"], "--prompts: no file gone.jsonl"),
     (["--eval-prompts", "data"], "--eval-prompts: no file data"),
+    (["--rehearse-coef", "0.5"], "--rehearse-coef belongs to --rehearse"),
+    (["--eval-problems", "0", "--against", "x"], "--against: nothing is evaluated with --eval-problems 0"),
+    (["--prompts", "run.sh", "--eval-problems", "0", "--countdown", "--numbers=3"],
+     "--countdown: no problem is drawn, all are of --prompts and --eval-prompts"),
     (["--generate", "--stop 'a"], "--generate: a quote in it is not closed"),
     (["--generate", "--n 4"],
      "--generate: --n is given to the stage by run.sh itself (see --help)"),
@@ -220,8 +224,9 @@ def write_problems(path, count):
 
 def test_prompts_of_a_file_are_taken_in_turn_shuffled_anew_each_pass(loop):
     write_problems(loop.folder / "seed=1 mine.jsonl", 5)
-    code, err = loop(*TINY, "--eval-problems", "0", "--keep", "9", "--rounds", "5",
-                     "--prompts", "seed=1 mine.jsonl", "--prompts-per-round", "3")
+    flags = [*TINY, "--countdown", "", "--eval-problems", "0", "--keep", "9", "--rounds", "5",
+             "--prompts", "seed=1 mine.jsonl", "--prompts-per-round", "3"]
+    code, err = loop(*flags)
     files = loop.files()
     assert code == 0, err
     asked = [[json.loads(line)["id"] for line in files[f"prompts-00{number}.jsonl"].splitlines()]
@@ -234,8 +239,7 @@ def test_prompts_of_a_file_are_taken_in_turn_shuffled_anew_each_pass(loop):
     assert sorted(os.listdir(loop.folder)) == sorted([
         "experiments", "base", "bin", "data", "evaluate.py", "generate.py", "kernels", "marks",
         "seed=1 mine.jsonl", "run.sh", "runs", "score.py", "train.py"])  # an id is no file name
-    assert loop(*TINY, "--eval-problems", "0", "--rounds", "5", "--prompts", "seed=1 mine.jsonl",
-                "--prompts-per-round", "3", "--seed", "2", "--name", "two", "--keep", "9")[0] == 0
+    assert loop(*flags, "--seed", "2", "--name", "two")[0] == 0
     assert loop.files("two")["prompts-001.jsonl"] != files["prompts-001.jsonl"]
 
 
@@ -287,7 +291,7 @@ def test_flags_for_generate_and_train_reach_them_and_are_recorded(loop):
 
 
 def test_a_settings_file_that_a_power_cut_emptied_locks_nobody_out(loop):
-    quick = [*TINY, "--eval-problems", "0", "--rounds", "1"]
+    quick = [*TINY, "--countdown", "", "--eval-problems", "0", "--rounds", "1"]
     assert loop(*quick)[0] == 0
     settings = loop.folder / "runs/demo/settings"
     before = settings.read_text()
@@ -336,7 +340,7 @@ def test_the_same_run_from_anywhere_and_with_a_slash_at_the_models_end(loop):
     (loop.folder / "caller/models").mkdir(parents=True)
     (loop.folder / "caller/models/mine").symlink_to(loop.folder / "base")
     write_problems(loop.folder / "caller/train.jsonl", 6)
-    quick = [*TINY, "--eval-problems", "0", "--rounds", "1"]
+    quick = [*TINY, "--countdown", "", "--eval-problems", "0", "--rounds", "1"]
     here = [*quick, "--model", "models/mine/", "--prompts", "train.jsonl"]
     for script in ("../run.sh", str(loop.folder / "run.sh")):
         code, err = loop(*here, script=script, cwd=loop.folder / "caller")

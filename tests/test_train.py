@@ -827,8 +827,12 @@ def test_the_next_round_goes_on(model, rollouts, tmp_path, fp64, capsys):
         os.remove(bare / name)
     reset, fresh = run(one.folder, second, tmp_path / "reset", "--reset-optimizer"), run(str(bare), second, tmp_path / "fresh")
     assert reset.step == 1 and len(reset.metrics) == 1 and distance(reset.weights, fresh.weights) == 0
-    # Moments that are not read are no input, and are not hashed.
+    # Moments that are not read are no input, and are not hashed; those of a reference are not.
+    kl = ["--kl-coef", 0.1, "--ref-model", one.folder]
+    run(model, rollouts, tmp_path / "kl", *kl)
     os.truncate(f"{one.folder}/optimizer.safetensors", 9)
+    train.main(arguments(model, rollouts, tmp_path / "kl", *kl))
+    assert "complete, left alone" in capsys.readouterr().err
     train.main(arguments(one.folder, second, tmp_path / "reset", "--reset-optimizer"))
     assert "complete, left alone" in capsys.readouterr().err
     with pytest.raises(SystemExit):
