@@ -192,6 +192,18 @@ def differences(runs_of, reference):
                *(text_of(cell, signed=True) for cell in cells))
 
 
+def along(runs_of):
+    """The rehearsal arms minus the base at every checkpoint: at which k do they keep it?"""
+    ks = ("1", "4", "16", "32", "64", "128", "256")
+    rehearsed = {key: runs for key, runs in runs_of.items() if "rehearsal" in key[0]}
+    if rehearsed:
+        header("minus base", "round", *(f"Pass@{k}" for k in ks))
+    for key, runs in rehearsed.items():
+        for number in sorted(set.intersection(*map(set, runs.values())) - {0}):
+            cells = [[points[number][k] - points[0][k] for points in runs.values()] for k in ks]
+            row_of(name_of(*key), number, *(text_of(cell, signed=True) for cell in cells))
+
+
 def tables_of(runs_of):
     """A regime's tables: the core arms and their differences, then the neighbours."""
     core, others = ({key: runs for key, runs in runs_of.items()
@@ -200,6 +212,7 @@ def tables_of(runs_of):
     for arm in REFERENCES:
         for reference in [key for key in core if key[0] == arm]:
             differences(core, reference)
+    along(core)
     for reference in [key for key in core if key[0] == "grpo"] if others else ():
         longest = max(max(points) for runs in others.values() for points in runs.values())
         others[reference] = {  # as far as the neighbours go

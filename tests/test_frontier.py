@@ -255,6 +255,11 @@ def test_the_figure_and_tables_of_a_whole_suite(runs, tmp_path):
     assert out.index("## weak-base") < out.index("## strong-base") < out.index("## fixed")
     neighbours = out.partition("### Neighbours, and GRPO, lr 1e-4")[2].partition("\n\n|")[2].partition("\n\n")[0].splitlines()
     assert len(neighbours) == 2 + len(frontier.NEIGHBOURS) + 1 and all("| 2 | 10 |" in line for line in neighbours[2:])
+    # GRPO + rehearsal of the stand-in: 0.06 + 1 % a round, the base 0.02, at k = 1; 0.8 + 1 % a round less 0.5 at others
+    path = [line for line in out.partition("| minus base | round |")[2].splitlines() if line.startswith("| GRPO + rehearsal, lr 1e-4 |")]
+    assert [line.split(" | ")[1:3] for line in path[:4]] == [
+        [str(number), f"{0.06 * (1 + number / 100) - 0.02:+.3f} [{0.06 * (1 + number / 100) - 0.02:+.3f}, "
+         f"{0.06 * (1 + number / 100) - 0.02:+.3f}] (2/2)"] for number in (5, 10, 15, 20)]
     assert "minus GRPO, lr 1e-4, equal Pass@1" in out and "minus GRPO, lr 2e-4" in out and "minus uniform bonus" in out
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
