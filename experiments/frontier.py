@@ -10,10 +10,10 @@
 Regimes: `weak-base` trains data/weak-countdown/ and `strong-base` data/tiny-countdown/ on fresh
 problems every round; `fixed` trains the strong base on the same 192 problems every round (others
 for each seed). A round is 192 problems x 16 samples and 4 updates. At four of a run's twenty rounds
-(two of ten for the neighbours and `-even`) the policy is sampled on 300 held-out problems, 256
-times each; in the fixed regime on its own training problems, too (split "train"). An end point says
-how far an arm went; a path says whether it went a better way, and a learning rate is not mistaken
-for a method.
+(two of ten for the neighbours, `rehearsal` and `-even`) the policy is sampled on 300 held-out
+problems, 256 times each; in the fixed regime on its own training problems, too (split "train"). An
+end point says how far an arm went; a path says whether it went a better way, and a learning rate is
+not mistaken for a method.
 
 Rehearsal arms first sample the base on 1,500 training problems: 32 times each, then those with at
 most one right answer as many times in all (fixed: 250 times on their 192). That is 96,000 rollouts,
@@ -104,7 +104,7 @@ FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-re
               "ds-rehearsal")  # the README's contrasts
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo")  # two seeds
-SHORT = (*NEIGHBOURS, *EVEN)  # ten rounds
+SHORT = (*NEIGHBOURS, *EVEN, "rehearsal")  # ten rounds
 # The others run at the best rate alone.
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
 

@@ -93,7 +93,7 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     # four rounds on the way, 256 samples on 300 problems; three seeds, five for the contrasts
     rounds = lambda *arms: {(arguments[3][0], arguments[3][-1], key.lr) for key, arguments in reported.items() if key.arm in arms}
     assert rounds("grpo") == {(5, 20, "1e-4"), (5, 20, "2e-4")} and rounds("entropy-bonus", "ds-negative") == {(5, 20, "1e-4")}
-    assert rounds("rehearsal") == {(5, 20, "1e-4")} and rounds("ds-rehearsal") == {(5, 20, "1e-4"), (5, 20, "2e-4")}
+    assert rounds("rehearsal") == {(5, 10, "1e-4")} and rounds("ds-rehearsal") == {(5, 20, "1e-4"), (5, 20, "2e-4")}
     assert rounds(*frontier.EVEN) == {(5, 10, "1e-4")}
     assert all(setting(arm) == setting(arm.removesuffix("-even")) for arm in frontier.EVEN)
     assert rounds("grpo-longer") == {(51, 51, "1e-4")} and rounds(*frontier.NEIGHBOURS) == {(5, 10, "1e-4")}
