@@ -325,7 +325,7 @@ END
 
 # ---- The whole -----------------------------------------------------------------------------------
 demonstration() {  # two runs side by side, then three curves
-  local runs=("--name demo-grpo --method grpo --rounds 6" "--name demo --rehearse 960 --rounds 6")
+  local runs=("--name demo-grpo --method grpo --rounds 6" "--name demo --rehearse 720 --rounds 6")
   set -m  # a process group of their own, which ends with this script
   (printf '%s --eval-problems 0\n' "${runs[@]}" |
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} xargs -P 2 -L 1 bash "$0") &
