@@ -15,7 +15,7 @@ if __name__ == "__main__":  # the repository's root, not this folder
 
 import msgspec
 
-from data.files import Parser, Problem, claim, describe, fail, publish, read_rows, run
+from data.files import Parser, Problem, claim, describe, fail, publish, read_rows, run, say
 
 
 class Judged(msgspec.Struct):
@@ -54,7 +54,7 @@ def main(args):
                 hard += 1
                 file.write(line + b"\n")
     publish(args.out, meta)
-    print(f"{args.out}: {hard} of {problems} problems")
+    say(f"{args.out}: {hard} of {problems} problems")
 
 
 if __name__ == "__main__":

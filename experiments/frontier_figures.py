@@ -215,13 +215,12 @@ def tables_of(runs_of):
     along(core)
     for reference in [key for key in core if key[0] == "grpo"] if others else ():
         longest = max(max(points) for runs in others.values() for points in runs.values())
-        others[reference] = {  # as far as the neighbours go
-            seed: {number: point for number, point in points.items() if number <= longest}
-            for seed, points in core[reference].items()}
+        as_far = {seed: {number: point for number, point in points.items() if number <= longest}
+                  for seed, points in core[reference].items()}
+        beside = others | {reference: as_far}
         print(f"\n### Neighbours, and {name_of(*reference)}")
-        end_points(others)
-        differences(others, reference)
-        del others[reference]
+        end_points(beside)
+        differences(beside, reference)
 
 
 def panels_of(paths):
