@@ -10,10 +10,11 @@
 Regimes: `weak-base` trains data/weak-countdown/ and `strong-base` data/tiny-countdown/ on fresh
 problems every round; `fixed` trains the strong base on the same 192 problems every round (others
 for each seed). A round is 192 problems x 16 samples and 4 updates. At four of a run's twenty rounds
-(two of ten for the neighbours, `rehearsal` and `-even`) the policy is sampled on 300 held-out
-problems, 256 times each; in the fixed regime on its own training problems, too (split "train"). An
-end point says how far an arm went; a path says whether it went a better way, and a learning rate is
-not mistaken for a method.
+(two of ten for the neighbours, `rehearsal` and `-even`; two of twenty in the fixed regime and at
+the second rate) the policy is sampled on 300 held-out problems, 256 times each; in the fixed regime
+on its own training problems, too (split "train"). An end point says how far an arm went; a path
+says whether it went a better way, and a learning rate is not mistaken for a method. The neighbours
+are run from the weak base alone, the -even ones from the strong one.
 
 Rehearsal arms first sample the base on 1,500 training problems: 32 times each, then those with at
 most one right answer as many times in all (fixed: 250 times on their 192). That is 96,000 rollouts,
@@ -101,7 +102,7 @@ PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longe
 EVEN = tuple(f"{arm}-even" for arm in ("rehearsal", "grpo-rehearsal", "ds-rehearsal"))
 ARMS = (*CANDIDATES, *PARTS, *EVEN)
 FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
-              "ds-rehearsal")  # the README's contrasts
+              "ds-rehearsal")  # the README's contrasts, from both bases at the best rate
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo")  # two seeds
 SHORT = (*NEIGHBOURS, *EVEN, "rehearsal")  # ten rounds
@@ -119,7 +120,7 @@ def parse_args(argv=None):
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS),
                         help="only these arms (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int,
-                        help="these seeds (default: 1..5 for the contrasts, 1..2 for the "
+                        help="these seeds (default: 1..5 for the README's contrasts, 1..2 for the "
                         "neighbours, 1..3 for the rest)")
     parser.add_argument("--rates", nargs="+", type=int, choices=(1, 2), default=[1, 2],
                         help="the best learning rate, the second best or both (default: both)")
@@ -324,23 +325,40 @@ def tuning_jobs(args, arms, rates):
 
 
 # ---- The reported runs -------------------------------------------------------------------------
+def is_reported(regime, arm, rate):
+    """Whether an arm is run in a regime at the best learning rate (1), at the second best (2)."""
+    if rate == 2:
+        return arm in TWO_RATES and regime != "fixed"
+    only = "weak-base" if arm in NEIGHBOURS else "strong-base" if arm in EVEN else regime
+    return regime == only
+
+
+def seeds_of(regime, arm, rate):
+    """How many seeds an arm is reported with."""
+    if arm in NEIGHBOURS:
+        return 2
+    return 5 if arm in FIVE_SEEDS and rate == 1 and regime != "fixed" else 3
+
+
 def labels_of(args):
     """The chosen runs: three seeds of everything before the other two, seed by seed."""
     labels = []
     for regime, arm, rate in itertools.product(args.regimes, args.arms, args.rates):
-        if rate == 1 or arm in TWO_RATES:
+        if is_reported(regime, arm, rate):
             lr = "0" if arm == "base" else rates_of(args.tables, regime)[rate - 1]
-            seeds = 5 if arm in FIVE_SEEDS else 2 if arm in NEIGHBOURS else 3
-            for seed in args.seeds or range(1, seeds + 1):
+            for seed in args.seeds or range(1, seeds_of(regime, arm, rate) + 1):
                 labels.append((seed > 3, rate, seed, Label(regime, arm, lr, seed)))
     return [label for *_, label in sorted(labels, key=lambda entry: entry[:3])]
 
 
-def rounds_of(label):
+def rounds_of(folder, label):
     """The rounds after which a run is evaluated; the last one ends it."""
     if label.arm in ("base", "grpo-longer"):
         return (0,) if label.arm == "base" else (51,)
-    return CHECKPOINTS[:2] if label.arm in SHORT else CHECKPOINTS
+    rounds = CHECKPOINTS[:2] if label.arm in SHORT else CHECKPOINTS
+    if label.regime == "fixed" or label.lr != rates_of(folder, label.regime)[0]:
+        rounds = [number for number in rounds if number % 10 == 0]
+    return rounds
 
 
 def label_of(row):
@@ -354,7 +372,7 @@ def reported_jobs(args):
     for label in labels_of(args):
         if args.check or label not in done:
             name = f"frontier/{'check-' * args.check}{'-'.join(map(str, label))}"
-            rounds = [number for number in rounds_of(label)
+            rounds = [number for number in rounds_of(args.tables, label)
                       if number <= (args.until or number)]
             setting = setting_of(args.tables, label.regime, label.arm)
             if rounds:

@@ -90,16 +90,24 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     assert {arguments[1].seed for arguments in tuning} == {101, 102} and {arguments[4] for arguments in tuning} == {"tune"}
     assert {arguments[1].regime for arguments in tuning} == {"weak-base", "strong-base"}
     assert not any(label.seed > 100 for label in reported) and {arguments[4] for arguments in reported.values()} == {"test"}
-    # four rounds on the way, 256 samples on 300 problems; three seeds, five for the contrasts
-    rounds = lambda *arms: {(arguments[3][0], arguments[3][-1], key.lr) for key, arguments in reported.items() if key.arm in arms}
-    assert rounds("grpo") == {(5, 20, "1e-4"), (5, 20, "2e-4")} and rounds("entropy-bonus", "ds-negative") == {(5, 20, "1e-4")}
-    assert rounds("rehearsal") == {(5, 10, "1e-4")} and rounds("ds-rehearsal") == {(5, 20, "1e-4"), (5, 20, "2e-4")}
-    assert rounds(*frontier.EVEN) == {(5, 10, "1e-4")}
-    assert all(setting(arm) == setting(arm.removesuffix("-even")) for arm in frontier.EVEN)
-    assert rounds("grpo-longer") == {(51, 51, "1e-4")} and rounds(*frontier.NEIGHBOURS) == {(5, 10, "1e-4")}
+    # rounds on the way, 256 samples on 300 problems; fewer in the fixed regime and at the second rate
+    rounds = lambda arm, regime, lr="1e-4", seed=1: tuple(reported[regime, arm, lr, seed][3])
+    for base in ("weak-base", "strong-base"):
+        assert rounds("grpo", base) == rounds("ds-negative", base) == rounds("ds-rehearsal", base, seed=5) == (5, 10, 15, 20)
+        assert rounds("grpo", base, "2e-4", 3) == rounds("ds-rehearsal", base, "2e-4", 3) == (10, 20)
+        assert rounds("rehearsal", base) == (5, 10) and rounds("grpo-longer", base) == (51,)
+    assert rounds("ds-token", "fixed") == (10, 20) and rounds("rehearsal", "fixed") == (10,) and rounds("base", "fixed", "0") == (0,)
+    assert all(rounds(arm, "weak-base", seed=2) == (5, 10) for arm in frontier.NEIGHBOURS)
+    assert all(rounds(arm, "strong-base", seed=3) == (5, 10) for arm in frontier.EVEN)
+    assert all(setting(arm, "strong-base") == setting(arm.removesuffix("-even"), "strong-base") for arm in frontier.EVEN)
     assert {arguments[5:] for arguments in reported.values()} == {(300, 256, "cpu")}
-    seeds = lambda arm: {label.seed for label in reported if label.arm == arm and label.regime == "fixed"}
-    assert seeds("grpo") == seeds("base") == {1, 2, 3, 4, 5} and seeds("ds-negative") == {1, 2, 3} and seeds("cispo") == {1, 2}
+    # three seeds, five for the contrasts from both bases; neighbours and even sampling from one base alone
+    seeds = lambda arm, regime, lr="1e-4": {label.seed for label in reported if label[:3] == (regime, arm, lr)}
+    assert seeds("grpo", "weak-base") == seeds("base", "strong-base", "0") == {1, 2, 3, 4, 5} and seeds("ds-negative", "weak-base") == {1, 2, 3}
+    assert seeds("grpo", "fixed") == seeds("base", "fixed", "0") == seeds("grpo", "weak-base", "2e-4") == {1, 2, 3}
+    assert {label.regime for label in reported if label.lr == "2e-4"} == {"weak-base", "strong-base"}
+    assert {(label.regime, label.seed) for label in reported if label.arm in frontier.NEIGHBOURS} == {("weak-base", 1), ("weak-base", 2)}
+    assert {(label.regime, label.seed) for label in reported if label.arm in frontier.EVEN} == {("strong-base", seed) for seed in (1, 2, 3)}
     names = [arguments[0] for _, arguments in done]
     assert len(set(names)) == len(names)  # no two runs share a folder
     table = rows(tmp_path, "results.csv")
