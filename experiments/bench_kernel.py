@@ -366,6 +366,8 @@ def main(args):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
     gpu = device == "cuda"
+    if (gpu or args.sweep) and not torch.cuda.is_available():
+        sys.exit("bench_kernel.py: error: no GPU here, which --device cuda and --sweep need")
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     logits = [(8192, 151936)] if gpu else [(512, 151936), (2048, 32000)]
     linear = [(4096, 4096, 131072)] if gpu else [(2048, 512, 151936)]

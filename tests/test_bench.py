@@ -1,5 +1,6 @@
-"""experiments/bench.py and bench_scale.py at toy size: its arms run, its counts of work are right, its report holds what the README quotes.
+"""What measures speed and memory, at toy size: its arms run, its counts of work are right, its reports hold what the READMEs quote.
 No test looks at a time."""
+import csv
 import json
 import os
 import subprocess
@@ -44,6 +45,18 @@ def test_generate_and_update_at_toy_size(tmp_path, tiny_model, monkeypatch, caps
     with open(out) as file:
         assert json.load(file) == report
     assert "made for GPUs" in capsys.readouterr().out
+
+
+def test_two_threads_are_also_two_processes(tmp_path, tiny_model):
+    report, _ = measure(tmp_path, tiny_model, "--only", "generate", "--threads", "2")
+    assert torch.get_num_threads() == 2
+    arms, size = report["entries"]["generate/toy"]["arms"], bench.SIZES["toy"]
+    rows = size.prompts * size.n
+    assert [one["tokens"] for one in arms["generate.py, 2 processes"]["rounds"]] == 2 * [rows * size.new_tokens]
+
+
+def test_the_sizes_that_help_names_are_those_there_are():
+    assert sorted(bench.NAMES) == sorted(roofline.SIZES)
 
 
 def test_step_without_trl_and_kept_entries(tmp_path, tiny_model, monkeypatch):
@@ -122,6 +135,54 @@ def test_random_rollouts_are_judged(tmp_path):
     with open(out) as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == 100 and {row["reason"] for row in rows} <= {"ok", "value"}
+
+
+def script(name, *flags, code=0):
+    """What a script of experiments/ prints, or says where it ends with `code`."""
+    done = subprocess.run([sys.executable, os.path.join(bench.ROOT, "experiments", name), *map(str, flags)], capture_output=True,
+                          text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
+
+
+@pytest.mark.parametrize("repeat", [(), ("--repeat",)])
+def test_rows_a_second_beside_another_checkout(repeat):
+    said = script("bench_files.py", "--against", bench.ROOT, "--rows", "100", "--rounds", "2", *repeat)
+    lines = [line.split() for line in said.splitlines()[1:]]
+    assert [line[:3] for line in lines] == [[stage, "100", what] for stage in ("score.py", "evaluate.py")
+                                            for what in ("before", "now", "ratio")]
+    for *_, middle, least, most in (line[:6] for line in lines):
+        assert 0 < float(least) <= float(middle) <= float(most)
+    assert "differ" not in said
+
+
+def test_kernels_beside_eager_pytorch(tmp_path):
+    table, picture = tmp_path / "kernel.csv", tmp_path / "kernel.png"
+    said = script("bench_kernel.py", "--device", "cpu", "--logits", "8x32", "4x16", "--linear", "8x16x32", "--no-compile",
+                  "--rounds", "2", "--threads", "1", "--dtype", "float32", "--csv", table, "--plot", picture)
+    assert "1 thread," in said and "2 rounds" in said and picture.stat().st_size > 0
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["shape"] for row in rows if row["provider"] == "torch eager"] == ["8x32", "4x16", "8x16x32"]
+    ours = [row for row in rows if row["provider"].startswith("fused_")]
+    assert len(ours) == 5 and all(float(row["error"]) < 1e-6 and float(row["gradient_error"]) < 1e-5 for row in ours)
+    assert {row["forward_ms"] for row in rows if row["provider"] == "torch.compile"} == {"left out"}
+    for flags in (["--sweep"], ["--device", "cuda"]):
+        assert script("bench_kernel.py", *flags, code=1) == (
+            "bench_kernel.py: error: no GPU here, which --device cuda and --sweep need\n")
+
+
+@pytest.mark.slow
+def test_shards_and_compile(tmp_path):
+    out = tmp_path / "shards.json"
+    script("bench_shards.py", "--ranks", "1", "2", "--layers", "1", "--out", out)
+    rows = json.loads(out.read_text())
+    assert [(row["files"], row["ranks"], len(row["peak_bytes"])) for row in rows] == [
+        (files, ranks, ranks) for files in ("one file", "several files") for ranks in (1, 2)]
+    assert all(row["floor_bytes"] == 16 * row["weights"] // row["ranks"] for row in rows)
+    said = script("bench_compile.py", "--size", "toy", "--rounds", "1").splitlines()
+    assert said[0].startswith("first chunk of --compile: ")
+    assert [line.partition(":")[0] for line in said[1:]] == ["--attention model", "--compile", "--attention shared"]
 
 
 @pytest.mark.slow

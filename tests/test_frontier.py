@@ -51,6 +51,7 @@ def runs(tmp_path, monkeypatch):
             for key, arguments in todo:
                 if len(done) == limit:
                     raise KeyboardInterrupt
+                start.jobs = jobs
                 keep(key, one_run(*arguments))
                 done.append((key, arguments))
         monkeypatch.setattr(frontier, "run", sequential)
@@ -171,7 +172,8 @@ def test_it_lists_and_checks(runs, tmp_path, capsys):
     assert runs("--list", "--regimes", "weak-base") == [] and "depends on these" in runs.code
     assert "learning rate: 6 runs left" in capsys.readouterr().out
     chosen = ("--regimes", "weak-base", "--arms", "grpo", "--seeds", "1", "--rates", "1")
-    runs(*chosen)
+    runs(*chosen, "--jobs", "3")
+    assert runs.jobs == 3
     runs(*chosen, "--list")
     assert "reported: 0 runs left" in capsys.readouterr().out
     runs("--regimes", "weak-base", "--arms", "grpo", "--seeds", "1", "2", "--rates", "1", "--list")

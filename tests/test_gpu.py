@@ -171,6 +171,21 @@ def test_bad_flags_and_no_gpu(tmp_path):
     assert code == 1 and "no GPU here" in said
 
 
+def test_the_cost_of_a_round_on_several_gpus():
+    command = [sys.executable, SCRIPT, "--cost", "7b", "--gpus", "4"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == "\n".join(cost.markdown("7b", 4, {})).splitlines()
+
+
+def test_a_part_ends_after_its_minutes(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, SCRIPT, "--dry", "--part", "pipeline", "--minutes", "0.001", "--out", str(out)]
+    subprocess.run(command, capture_output=True, timeout=300)
+    tables = json.loads(out.read_text())["parts"]["pipeline"]["tables"]
+    rows = [row[""] for name, rows in tables.items() if name != "roofs" for row in rows]
+    assert len(rows) == 4 and all(row.endswith("TimeoutError: no time left") for row in rows)
+
+
 # ---- All of it -----------------------------------------------------------------------------------
 WITHOUT_FIGURES = re.compile(r"not there|not installed|needs a GPU|left out|made for GPUs")
 

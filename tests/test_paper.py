@@ -43,6 +43,7 @@ def suite(tmp_path, monkeypatch):
             for label, arguments in todo:
                 if len(done) == limit:
                     raise KeyboardInterrupt
+                start.jobs = jobs
                 keep(label, run(*arguments))
                 done.append((label, arguments))
         monkeypatch.setattr(paper, "run", sequential)
@@ -83,6 +84,16 @@ def test_the_suite_chooses_by_its_rule_and_reports_every_arm(suite, tmp_path):
     assert all(len(candidates) <= 4 for candidates in paper.CANDIDATES.values())
     names = [arguments[0] for _, arguments in done]
     assert len(set(names)) == len(names)  # no two runs share a folder
+
+
+def test_it_can_stop_after_the_tuning(suite, tmp_path):
+    suite("--tune-only", "--jobs", "3")
+    assert suite.jobs == 3 and (tmp_path / "tuning.csv").exists() and not (tmp_path / "endpoints.csv").exists()
+    chosen = {row["arm"] for row in rows(tmp_path, "tuning.csv") if row["chosen"] == "yes"}
+    assert chosen == {"grpo", "ds-sequence", "ds-entropy", "entropy-bonus", "entropy-penalty"}
+    before = len(rows(tmp_path, "tuning.csv"))
+    done = suite("--arms", "base", *chosen)
+    assert suite.jobs == 2 and len(done) > 0 and len(rows(tmp_path, "tuning.csv")) == before
 
 
 def test_the_suite_carries_on_where_it_was_stopped(suite, tmp_path):

