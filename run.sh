@@ -7,9 +7,9 @@
 #   bash run.sh --name ds --train "--gamma-p 0.1 --gamma-n 0.01 --smooth-level sequence"
 #   bash run.sh --name cd --model DIR --prompts cd.jsonl --nproc 8 --generate "--stop '</answer>'"
 #
-# Without any flag it trains the embedded model twice, a core each: with GRPO in runs/demo-grpo, and
-# with the recommended recipe, DS-GRPO and rehearsal of the base's right answers, in runs/demo. Both
-# are compared with the base on the same held-out problems: under five minutes on two CPU cores.
+# Without any flag it trains the weak embedded model twice, a core each: with GRPO in runs/demo-grpo,
+# and with the recommended recipe, DS-GRPO and rehearsal of the base's right answers, in runs/demo.
+# Both are compared with the base on the same held-out problems: five minutes on two CPU cores.
 #
 # In runs/NAME/, beside this script: prompts-RRR.jsonl, rollouts-RRR.jsonl, scored-RRR.jsonl and the
 # model round-RRR/ of each round; of these the last K rounds are kept. Then test.jsonl,
@@ -19,7 +19,7 @@
 # stage. A run that goes on may be given other --rounds, --keep, --nproc and --eval-* flags.
 #
 #   --name N                run folder runs/N                                 (demo)
-#   --model DIR|HUB_ID      the base model                                    (data/tiny-countdown)
+#   --model DIR|HUB_ID      the base model                                    (data/weak-countdown)
 #   --method M              ds-grpo | grpo | FILE.py:NAME, as in train.py     (ds-grpo)
 #   --rounds R              rounds of sampling and updating                   (8)
 #   --seed S                seed of problems, samples and shuffles            (0)
@@ -38,8 +38,8 @@
 #                           the right ones; 0 is off                          (0)
 #   --rehearse-coef C       their weight in the loss                          (1.0)
 #   --generate "FLAGS"      more flags for generate.py                        (none)
-#   --train "FLAGS"         more flags for train.py; without it, ds-grpo on the
-#                           embedded model gets --gamma-p 0.3 --gamma-n 0.03
+#   --train "FLAGS"         more flags for train.py; without it, ds-grpo on an
+#                           embedded model gets the gammas tuned for it
 #   --countdown "FLAGS"     such as "--max-solutions 3", for data/countdown.py (none)
 #   --eval-prompts FILE     held-out problems; without it Countdown's test split
 #   --eval-problems E       how many; 0 skips the evaluation                  (300)
@@ -62,7 +62,7 @@ launch() {  # the -- keeps argparse of Python 3.11 from taking --n for one of to
 
 # ---- Flags ---------------------------------------------------------------------------------------
 read_flags() {
-  name=demo model=${here}data/tiny-countdown method=ds-grpo rounds=8 seed=0 keep=2
+  name=demo model=${here}data/weak-countdown method=ds-grpo rounds=8 seed=0 keep=2
   prompts='' prompts_per_round=192 n=16 temperature=1.0 max_new_tokens=24 attention=auto
   updates=4 lr=3e-4 rehearse=0 rehearse_coef=1.0 generate='' train='' countdown=''
   eval_prompts='' eval_problems=300 eval_n=64 against='' nproc=1 given=''
@@ -127,9 +127,11 @@ check_flags() {  # everything that can be wrong with them, before the first roun
   command -v python3 > /dev/null || die "no python3 on the PATH"
   [ "$nproc" -eq 1 ] || command -v torchrun > /dev/null || die "--nproc: no torchrun on the PATH"
 
-  if [ -z "$train" ] && [ "$method" = ds-grpo ] && [ "$(recorded "$model")" = data/tiny-countdown ]
-  then  # larger than the paper's 0.01 / 0.01 for models a thousand times larger; see tuning.csv
-    train="--gamma-p 0.3 --gamma-n 0.03"
+  if [ -z "$train" ] && [ "$method" = ds-grpo ]; then
+    case "$(recorded "$model")" in  # a thousand times smaller than the paper's; frontier_tuning.csv
+      data/weak-countdown) train="--gamma-p 3.0 --gamma-n 0.1" ;;
+      data/tiny-countdown) train="--gamma-p 0.3 --gamma-n 0.03" ;;
+    esac
   fi
   words generate "$generate"
   sampling=(--temperature "$temperature" --max-new-tokens "$max_new_tokens")
@@ -333,7 +335,7 @@ demonstration() {  # two runs side by side, then three curves
   wait $! || die "a run ended early, it says above why; the same command goes on"
   trap - INT TERM
   set +m
-  main ${runs[1]} --against demo-grpo
+  main ${runs[1]} --against demo-grpo --eval-problems 120 --eval-n 256
 }
 
 main() {
