@@ -327,7 +327,8 @@ END
 
 # ---- The whole -----------------------------------------------------------------------------------
 demonstration() {  # two runs side by side, then three curves
-  local runs=("--name demo-grpo --method grpo --rounds 6" "--name demo --rehearse 720 --rounds 6")
+  local runs=("--name demo-grpo --method grpo --rounds 5 --lr 2e-4"
+    "--name demo --rehearse 1500 --rounds 5 --lr 2e-4")
   set -m  # a process group of their own, which ends with this script
   (printf '%s --eval-problems 0\n' "${runs[@]}" |
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} xargs -P 2 -L 1 bash "$0") &
@@ -335,7 +336,7 @@ demonstration() {  # two runs side by side, then three curves
   wait $! || die "a run ended early, it says above why; the same command goes on"
   trap - INT TERM
   set +m
-  main ${runs[1]} --against demo-grpo --eval-problems 120 --eval-n 256
+  main ${runs[1]} --against demo-grpo --eval-problems 100 --eval-n 256
 }
 
 main() {
