@@ -216,7 +216,7 @@ def test_a_run_of_the_suite_is_a_run_of_run_sh(tmp_path, monkeypatch):
         code = f"from experiments import paper; import json; print(json.dumps(paper.one_run('{name}', '{flags}', '2e-4', 2, 1, 'main', 'test', 10, 8)))"
         here = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = json.loads(subprocess.run([sys.executable, "-c", code], cwd=paper.ROOT, env=here, check=True, capture_output=True, text=True).stdout)
-        subprocess.run(["bash", "run.sh", "--name", name + "-sh", "--rounds", "2", "--seed", "1", "--lr", "2e-4", "--eval-problems", "0", "--attention", "model",
+        subprocess.run(["bash", "run.sh", "--name", name + "-sh", "--model", "data/tiny-countdown", "--rounds", "2", "--seed", "1", "--lr", "2e-4", "--eval-problems", "0", "--attention", "model",
                         "--train", flags.partition("ds-grpo ")[2]], cwd=paper.ROOT, env=here, check=True, capture_output=True)
         for file in ("model.safetensors", "optimizer.safetensors"):
             one, two = (open(os.path.join(paper.ROOT, "runs", folder, "round-002", file), "rb").read() for folder in (name, name + "-sh"))
