@@ -243,9 +243,12 @@ def draw(panels, path):
     """Pass@1 against Pass@256: an arm a path, from the base, which is a star, through the mean over
     seeds at each checkpoint; an arm's second learning rate dashed; in brackets the seeds. The
     learning rate is named where a panel has several."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 5.2),
+    columns, lines = min(len(panels), 2), -(-len(panels) // 2)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.4 * columns, 5.2 * lines),
                                 layout="constrained", squeeze=False)
-    for axis, ((regime, split), runs_of) in zip(axes[0], panels.items()):
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
+    for axis, ((regime, split), runs_of) in zip(axes.flat, panels.items()):
         drawn, rates = [], {lr for _, lr in runs_of} - {"0"}
         for (arm, lr), runs in runs_of.items():
             if arm not in COLOURS:
