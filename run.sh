@@ -4,11 +4,11 @@
 #
 #   bash run.sh                                                  the demonstration, see below
 #   bash run.sh --name grpo --method grpo --rounds 25 --seed 1   another run, into runs/grpo/
-#   bash run.sh --name ds --train "--gamma-p 0.1 --gamma-n 0.01 --smooth-level sequence"
+#   bash run.sh --name ds --train "--gamma-p 3.0 --gamma-n 0.1 --smooth-level sequence"
 #   bash run.sh --name cd --model DIR --prompts cd.jsonl --nproc 8 --generate "--stop '</answer>'"
 #
-# Without any flag it trains the weak embedded model twice, a core each: with GRPO in runs/demo-grpo,
-# and with the recommended recipe, DS-GRPO and rehearsal of the base's right answers, in runs/demo.
+# Without any flag it trains the weak embedded model twice, a core each: with GRPO, in
+# runs/demo-grpo, and with DS-GRPO and rehearsal of the base's right answers, in runs/demo.
 # Both are compared with the base on the same held-out problems: five minutes on two CPU cores.
 #
 # In runs/NAME/, beside this script: prompts-RRR.jsonl, rollouts-RRR.jsonl, scored-RRR.jsonl and the
@@ -32,14 +32,14 @@
 #   --max-new-tokens L      longest completion, in tokens                     (24)
 #   --attention A           of generate.py: auto | model | shared             (auto)
 #   --updates U             optimizer steps a round                           (4)
-#   --lr LR                 learning rate                                     (3e-4)
+#   --lr LR                 learning rate                                     (2e-4)
 #   --rehearse N            sample N problems with the base, then as often those
 #                           with at most one right answer: train.py rehearses
 #                           the right ones; 0 is off                          (0)
 #   --rehearse-coef C       their weight in the loss                          (1.0)
 #   --generate "FLAGS"      more flags for generate.py                        (none)
-#   --train "FLAGS"         more flags for train.py; without it, ds-grpo on an
-#                           embedded model gets the gammas tuned for it
+#   --train "FLAGS"         more flags for train.py; only without it ds-grpo on
+#                           an embedded model gets the gammas tuned for it
 #   --countdown "FLAGS"     such as "--max-solutions 3", for data/countdown.py (none)
 #   --eval-prompts FILE     held-out problems; without it Countdown's test split
 #   --eval-problems E       how many; 0 skips the evaluation                  (300)
@@ -64,7 +64,7 @@ launch() {  # the -- keeps argparse of Python 3.11 from taking --n for one of to
 read_flags() {
   name=demo model=${here}data/weak-countdown method=ds-grpo rounds=8 seed=0 keep=2
   prompts='' prompts_per_round=192 n=16 temperature=1.0 max_new_tokens=24 attention=auto
-  updates=4 lr=3e-4 rehearse=0 rehearse_coef=1.0 generate='' train='' countdown=''
+  updates=4 lr=2e-4 rehearse=0 rehearse_coef=1.0 generate='' train='' countdown=''
   eval_prompts='' eval_problems=300 eval_n=64 against='' nproc=1 given=''
   while [ $# -gt 0 ]; do
     case "$1" in
@@ -128,7 +128,7 @@ check_flags() {  # everything that can be wrong with them, before the first roun
   [ "$nproc" -eq 1 ] || command -v torchrun > /dev/null || die "--nproc: no torchrun on the PATH"
 
   if [ -z "$train" ] && [ "$method" = ds-grpo ]; then
-    case "$(recorded "$model")" in  # a thousand times smaller than the paper's; frontier_tuning.csv
+    case "$(recorded "$model")" in  # above the 0.01 of models a thousand times larger
       data/weak-countdown) train="--gamma-p 3.0 --gamma-n 0.1" ;;
       data/tiny-countdown) train="--gamma-p 0.3 --gamma-n 0.03" ;;
     esac
@@ -327,8 +327,7 @@ END
 
 # ---- The whole -----------------------------------------------------------------------------------
 demonstration() {  # two runs side by side, then three curves
-  local runs=("--name demo-grpo --method grpo --rounds 5 --lr 2e-4"
-    "--name demo --rehearse 1500 --rounds 5 --lr 2e-4")
+  local runs=("--name demo-grpo --method grpo --rounds 5" "--name demo --rehearse 1500 --rounds 5")
   set -m  # a process group of their own, which ends with this script
   (printf '%s --eval-problems 0\n' "${runs[@]}" |
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} xargs -P 2 -L 1 bash "$0") &

@@ -6,7 +6,7 @@
 A run is a path: the base, then its checkpoints, each with its Pass@1 and another measure
 (Pass@256, @64, @16, or the coverage of solutions). Of a path only checkpoints count that have a
 higher Pass@1 than all before them: where one falls back, stopping earlier was better. Two paths
-of one seed are compared
+of one seed, without checkpoints that one of them passed and has not, are compared
 
     at equal Pass@1   at the largest Pass@1 that both reach, linear between checkpoints,
     by their gap      the area between them from the base to there, divided by the Pass@1 covered:
@@ -88,6 +88,13 @@ def path_of(points, measure):
         if not kept or point["1"] > kept[-1][0]:
             kept.append((point["1"], point[measure]))
     return np.array(kept).T
+
+
+def alike(one, other):
+    """The checkpoints of a run without those that the other passed by: between two, a path is a
+    straight line, so that one with fewer would be better or worse for that alone."""
+    return {number: point for number, point in one.items()
+            if number in other or number > max(other)}
 
 
 def shared(one, other):
@@ -184,7 +191,8 @@ def differences(runs_of, reference):
     header(f"{minus}, equal Pass@1", "at Pass@1", *(f"Pass@{k}" for k in MEASURES[:3]),
            "coverage", "gap in Pass@256", "gap in Pass@64")
     for key, both in pairs.items():
-        paths = {measure: [(path_of(a, measure), path_of(b, measure)) for a, b in both]
+        alikes = [(alike(a, b), alike(b, a)) for a, b in both]
+        paths = {measure: [(path_of(a, measure), path_of(b, measure)) for a, b in alikes]
                  for measure in MEASURES}
         cells = [[at_equal(*pair) for pair in paths[measure]] for measure in MEASURES]
         cells += [[gap(*pair) for pair in paths[measure]] for measure in ("256", "64")]

@@ -7,7 +7,7 @@
     python experiments/paper.py --rounds 40 --tables experiments/long --arms grpo ds-token \\
         --seeds 1 2 3 --distributions main                      # a longer one
 
-Every arm starts from the embedded model and has the same rollouts and updates: --rounds rounds of
+Every arm starts from data/tiny-countdown and has the same rollouts and updates: --rounds rounds of
 192 problems x 16 samples, 4 updates each. What is tuned is tuned on the tune split with seed 100
 (experiments/tuning.csv: everything that was tried) by one rule, fixed beforehand. The learning rate
 is the best for GRPO's Pass@1 and serves all. Of an arm's own candidates, at most four, those whose

