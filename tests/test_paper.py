@@ -90,9 +90,9 @@ def test_it_can_stop_after_the_tuning(suite, tmp_path):
     suite("--tune-only", "--jobs", "3")
     assert suite.jobs == 3 and (tmp_path / "tuning.csv").exists() and not (tmp_path / "endpoints.csv").exists()
     chosen = {row["arm"] for row in rows(tmp_path, "tuning.csv") if row["chosen"] == "yes"}
-    assert chosen == {"grpo", "ds-sequence", "ds-entropy", "entropy-bonus", "entropy-penalty"}
+    assert chosen == {"grpo", *(f"ds-{level}" for level in ("token", "sequence", "reward", "entropy")), "entropy-bonus", "entropy-penalty"}
     before = len(rows(tmp_path, "tuning.csv"))
-    done = suite("--arms", "base", *chosen)
+    done = suite("--arms", "base", "grpo", "ds-sequence")
     assert suite.jobs == 2 and len(done) > 0 and len(rows(tmp_path, "tuning.csv")) == before
 
 
