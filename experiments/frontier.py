@@ -105,6 +105,7 @@ FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-re
               "ds-rehearsal")  # the README's contrasts, from both bases at the best rate
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo")  # two seeds
+ONE_BASE = {**dict.fromkeys(NEIGHBOURS, "weak-base"), **dict.fromkeys(EVEN, "strong-base")}
 SHORT = (*NEIGHBOURS, *EVEN, "rehearsal")  # ten rounds
 # The others run at the best rate alone.
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
@@ -329,8 +330,7 @@ def is_reported(regime, arm, rate):
     """Whether an arm is run in a regime at the best learning rate (1), at the second best (2)."""
     if rate == 2:
         return arm in TWO_RATES and regime != "fixed"
-    only = "weak-base" if arm in NEIGHBOURS else "strong-base" if arm in EVEN else regime
-    return regime == only
+    return ONE_BASE.get(arm, regime) == regime
 
 
 def seeds_of(regime, arm, rate):
@@ -357,7 +357,7 @@ def rounds_of(folder, label):
         return (0,) if label.arm == "base" else (51,)
     rounds = CHECKPOINTS[:2] if label.arm in SHORT else CHECKPOINTS
     if label.regime == "fixed" or label.lr != rates_of(folder, label.regime)[0]:
-        rounds = [number for number in rounds if number % 10 == 0]
+        return rounds[1::2]
     return rounds
 
 

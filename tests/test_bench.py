@@ -189,8 +189,7 @@ def test_shards_and_compile(tmp_path):
 def test_scale_and_fixed(tmp_path, tiny_model):
     out, picture = tmp_path / "bench.json", tmp_path / "scale.png"
     out.write_text('{"entries": {"update/toy": {}}}')
-    subprocess.run([sys.executable, os.path.join(bench.ROOT, "experiments", "bench_scale.py"), "--rows", "20", "--rollouts", "16",
-                    "--rounds", "1", "--embedded", tiny_model, "--out", out, "--plot", picture], check=True)
+    script("bench_scale.py", "--rows", "20", "--rollouts", "16", "--rounds", "1", "--embedded", tiny_model, "--out", out, "--plot", picture)
     entries = json.loads(out.read_text())["entries"]
     rows = {name: [one["rows"] for one in results] for name, results in entries["scale"]["stages"].items()}
     assert rows == {"generate.py": [16], "score.py": [20], "train.py": [16], "evaluate.py": [20]}

@@ -272,7 +272,9 @@ def test_the_demonstration(loop):
         runs = json.load(file)["runs"]
     assert [run["name"] for run in runs] == ["base", "demo-grpo", "ds-grpo+rehearsal"]
     base, *trained = [run["pass_at_k"]["1"]["value"] for run in runs]
-    assert min(trained) > base + 0.008 and (loop.folder / "runs/demo/passk.png").stat().st_size
+    assert min(trained) > base + 0.015  # of this one seed; GRPO's others end 0.015 to 0.030 above the base
+    base, grpo, recipe = [run["pass_at_k"]["256"]["value"] for run in runs]
+    assert grpo < base - 0.05 and recipe > grpo + 0.1 and (loop.folder / "runs/demo/passk.png").stat().st_size
     assert done.stdout.splitlines()[-1].startswith("Pass@1 and Pass@256: base ")
 
 
