@@ -101,7 +101,7 @@ def files(model, rollouts, tmp_path_factory):
     return {"all": rollouts, "uneven": write(folder / "uneven.jsonl", uneven), "few": write(folder / "few.jsonl", few)}
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def ranks(request, model, files, tmp_path_factory):
     """All cases on 2, 3 and 4 ranks, plain and sharded: `folder` holds the rounds."""
     folder, jobs = str(tmp_path_factory.mktemp("ranks")), []

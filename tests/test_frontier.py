@@ -198,6 +198,10 @@ def test_it_lists_and_checks(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         frontier.parse_args(["--until", "8"])
     assert "belongs to --check" in capsys.readouterr().err
+    for flags in (["--regimes", "strong-base", "--arms", "focal"], ["--arms", "cispo", "--rates", "2"]):
+        with pytest.raises(SystemExit):
+            frontier.parse_args(flags)
+        assert "none of these --arms is run" in capsys.readouterr().err
 
 
 def test_rehearsal_alone_has_no_advantage():

@@ -388,10 +388,15 @@ def test_the_package_kernels_and_the_folder_kernels(installed, tiny_model, promp
         assert available == str(installed)
     if not installed:
         return
-    rollouts, scored, model = str(tmp_path / "rollouts.jsonl"), str(tmp_path / "scored.jsonl"), str(tmp_path / "round")
-    python("generate.py", "--model", tiny_model, "--prompts", prompts, "--out", rollouts, "--n", "2", "--max-new-tokens", "8", "--device", "cpu")
-    python("score.py", rollouts, "--out", scored)
-    python("train.py", "--model", tiny_model, "--rollouts", scored, "--out", model, "--device", "cpu")
-    python("evaluate.py", scored, "--k", "1", "2", "--out", str(tmp_path / "eval.json"))
+    rollouts, scored, model, report = (str(tmp_path / name) for name in ("rollouts.jsonl", "scored.jsonl", "round", "eval.json"))
+    commands = {"generate": ["--model", tiny_model, "--prompts", prompts, "--out", rollouts, "--n", "2", "--max-new-tokens", "8",
+                             "--device", "cpu"],
+                "score": [rollouts, "--out", scored],
+                "train": ["--model", tiny_model, "--rollouts", scored, "--out", model, "--device", "cpu"],
+                "evaluate": [scored, "--k", "1", "2", "--out", report]}
+    python("-c", "import importlib, json, sys\n"  # one process: its start is what takes the time
+                 "for name, flags in json.loads(sys.argv[1]).items():\n"
+                 "    stage = importlib.import_module(name)\n"
+                 "    stage.main(stage.parse_args(flags))\n", json.dumps(commands))
     assert set(os.listdir(model)) >= {"model.safetensors", "metrics.jsonl"} and os.path.exists(tmp_path / "eval.json")
     shutil.rmtree(model)

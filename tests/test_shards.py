@@ -16,25 +16,26 @@ RANKS = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from data import shards
 
-folder, out = sys.argv[1:]
-dist.init_process_group("gloo")
-with shards.without_weights():
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-for layer in model.get_decoder().layers:
-    fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)
-shards.fill(model, shards.tensor_files(folder, "model"))
-logits = model(input_ids=torch.arange(6)[None], use_cache=False).logits
 shards.LARGEST_FILE = 20_000
-shards.write(out, "model", {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight" or
-                            not model.config.tie_word_embeddings}, {"format": "pt"})
-if dist.get_rank() == 0:
-    from safetensors.torch import save_file
-    save_file({"logits": logits.detach().contiguous()}, out + "/logits.safetensors")
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+for folder in sys.argv[1:]:  # a launch costs seconds a rank: one for all models
+    with shards.without_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    shards.fill(model, shards.tensor_files(folder, "model"))
+    logits = model(input_ids=torch.arange(6)[None], use_cache=False).logits
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    weights = {name: weight for name, weight in model.state_dict().items() if name not in tied}
+    shards.write(folder + "/out", "model", weights, {"format": "pt"})
+    if dist.get_rank() == 0:
+        save_file({"logits": logits.detach().contiguous()}, folder + "/logits.safetensors")
 dist.barrier()  # no rank leaves while another still takes its part
 dist.destroy_process_group()
 """
@@ -66,24 +67,24 @@ def test_the_bytes_are_those_of_save_file(tmp_path):
         assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_filled_by_rows_and_written_by_tensors(tmp_path, ranks, tied):
-    model, out = llama(tied), tmp_path / "out"
-    model.save_pretrained(tmp_path / "in")
-    out.mkdir()
+def test_filled_by_rows_and_written_by_tensors(tmp_path, ranks):
+    models = {str(tmp_path / f"tied-{tied}"): llama(tied) for tied in (False, True)}
+    for folder, model in models.items():
+        model.save_pretrained(folder)
+        os.mkdir(f"{folder}/out")
     (tmp_path / "ranks.py").write_text(RANKS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--"]
-    subprocess.run([*launch, str(tmp_path / "ranks.py"), str(tmp_path / "in"), str(out)], check=True,
+    subprocess.run([*launch, str(tmp_path / "ranks.py"), *models], check=True,
                    env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True)
-    expected = model(input_ids=torch.arange(6)[None], use_cache=False).logits
-    assert torch.equal(load_file(out / "logits.safetensors")["logits"], expected)
-    os.remove(out / "logits.safetensors")
-    shutil.copy(tmp_path / "in" / "config.json", out)
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) > 1
-    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    assert all(torch.equal(ours, weight) for ours, weight in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    for folder, model in models.items():
+        expected = model(input_ids=torch.arange(6)[None], use_cache=False).logits
+        assert torch.equal(load_file(f"{folder}/logits.safetensors")["logits"], expected)
+        shutil.copy(f"{folder}/config.json", f"{folder}/out")
+        with open(f"{folder}/out/model.safetensors.index.json") as file:
+            assert len(set(json.load(file)["weight_map"].values())) > 1
+        again = AutoModelForCausalLM.from_pretrained(f"{folder}/out", dtype=torch.float32).state_dict()
+        assert all(torch.equal(again[name], weight) for name, weight in model.state_dict().items())
 
 
 def filled(folder):
