@@ -171,10 +171,11 @@ def test_bad_flags_and_no_gpu(tmp_path):
     assert code == 1 and "no GPU here" in said
 
 
-def test_the_cost_of_a_round_on_several_gpus():
-    command = [sys.executable, SCRIPT, "--cost", "7b", "--gpus", "4"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said.splitlines() == "\n".join(cost.markdown("7b", 4, {})).splitlines()
+def test_the_cost_of_a_round_on_several_gpus(capsys):
+    from experiments import gpu  # which imports torch
+
+    gpu.main(gpu.parse_args(["--cost", "7b", "--gpus", "4"]))
+    assert capsys.readouterr().out.splitlines() == "\n".join(cost.markdown("7b", 4, {})).splitlines()
 
 
 def test_a_part_ends_after_its_minutes(tmp_path):

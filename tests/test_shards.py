@@ -67,7 +67,7 @@ def test_the_bytes_are_those_of_save_file(tmp_path):
         assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_filled_by_rows_and_written_by_tensors(tmp_path, ranks):
     models = {str(tmp_path / f"tied-{tied}"): llama(tied) for tied in (False, True)}
     for folder, model in models.items():

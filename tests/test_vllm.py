@@ -15,6 +15,9 @@ import pytest
 import torch
 import transformers
 
+import generate
+import score
+import train
 from experiments import vllm_generate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -91,14 +94,13 @@ def rows_of(path):
         return [json.loads(line) for line in file]
 
 
-def stage(*command):
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def stage(module, *flags):
+    module.main(module.parse_args(list(flags)))
 
 
 def test_the_rows_and_the_meta_are_those_of_generate(sample, tiny_model, prompts, tmp_path):
     path, other = sample("--limit", "5", "--stop", "7"), str(tmp_path / "generate.jsonl")
-    stage("generate.py", "--model", tiny_model, "--prompts", prompts, "--out", other, "--n", "3",
+    stage(generate, "--model", tiny_model, "--prompts", prompts, "--out", other, "--n", "3",
           "--temperature", "0.7", "--max-new-tokens", "10", "--limit", "5", "--stop", "7")
     ours, theirs = rows_of(path), rows_of(other)
     assert len(ours) == 15 and [list(row) for row in ours] == [list(row) for row in theirs]
@@ -122,8 +124,8 @@ def test_the_rows_and_the_meta_are_those_of_generate(sample, tiny_model, prompts
 
 def test_train_finds_the_log_probs_of_its_own_policy_in_them(sample, tiny_model, tmp_path):
     scored, out = str(tmp_path / "scored.jsonl"), str(tmp_path / "round")
-    stage("score.py", sample(), "--out", scored)
-    stage("train.py", "--model", tiny_model, "--rollouts", scored, "--out", out, "--lr", "1e-4")
+    stage(score, sample(), "--out", scored)
+    stage(train, "--model", tiny_model, "--rollouts", scored, "--out", out, "--lr", "1e-4")
     row, = rows_of(f"{out}/metrics.jsonl")
     assert row["logprob_gap_max"] < 1e-4 < row["nll"]  # at T = 0.7; of T = 1 they would be far off
 
