@@ -118,6 +118,9 @@ check_flags() {  # everything that can be wrong with them, before the first roun
   done
   [ -z "$against" ] || [ "$eval_problems" -gt 0 ] ||
     die "--against: nothing is evaluated with --eval-problems 0"
+  [ -z "$against" ] || [[ "$name" != base && ! "$against" =~ ^(base|trained)$ ]] ||
+    die "--against: with base or trained for a name, figures could not be told apart"
+  [ "$against" != "$name" ] || die "--against: another run than runs/$name itself"
   [ -z "$against" ] || [ "$(last_round "${here}runs/$against")" -gt 0 ] ||
     die "--against: no round in ${here}runs/$against"
   [[ "$given" != *' --rehearse-coef '* || "$rehearse" -gt 0 ]] ||
@@ -225,10 +228,10 @@ rehearsal() {  # the base's own samples: half for all problems, half for those i
     "$to/rollouts.jsonl" "$to/once.jsonl"
   say python "${here}data/hard.py" "$to/once.jsonl" --prompts "$to/prompts.jsonl" \
     --out "$to/hard.jsonl" --at-most 1 > /dev/null
-  total=$(wc -l < "$to/prompts.jsonl") hard=$(wc -l < "$to/hard.jsonl")
+  total=$(wc -l < "$to/once.jsonl") hard=$(wc -l < "$to/hard.jsonl")
   cat "$to/once.jsonl" > "$to/scored.jsonl.partial"
   if [ "$hard" -gt 0 ]; then
-    sample_and_score "$model" "$to/hard.jsonl" $((n * total / hard)) $((seed * 100000 + 99999)) \
+    sample_and_score "$model" "$to/hard.jsonl" $((total / hard)) $((seed * 100000 + 99999)) \
       "$to/hard-rollouts.jsonl" "$to/again.jsonl"
     cat "$to/again.jsonl" >> "$to/scored.jsonl.partial"
   fi
@@ -263,10 +266,15 @@ END
 }
 
 # ---- Evaluation ----------------------------------------------------------------------------------
+evaluation_label() {
+  local label
+  label=$(recorded "${eval_prompts:-test}")
+  echo "${label//\//_}-${eval_problems}x$eval_n"
+}
+
 set_aside() {  # an evaluation with other --eval-* flags keeps its files, in a folder of its own
   local label path old
-  label=$(recorded "${eval_prompts:-test}")
-  label=${label//\//_}-${eval_problems}x$eval_n
+  label=$(evaluation_label)
   if [ -s "$dir/evaluation" ] && [ "$(cat "$dir/evaluation")" != "$label" ]; then
     old=$dir/evaluation-$(cat "$dir/evaluation")
     echo "$dir: the evaluation with other flags goes to $old" >&2
@@ -283,6 +291,7 @@ set_aside() {  # an evaluation with other --eval-* flags keeps its files, in a f
 evaluate() {
   local test=$eval_prompts label=${method##*:} id index files=() names=() models=()
   [ "$rehearse" -eq 0 ] || label+=+rehearsal
+  [ "$label" != "$against" ] || label=$name
   id=$(printf %03d "$rounds")
   if [ -z "$test" ]; then
     test=$dir/test.jsonl
@@ -349,7 +358,8 @@ main() {
   last=$(last_round "$dir")
   if [ "$rounds" -lt "$last" ]; then
     [ "$eval_problems" -eq 0 ] || [ -d "$(round_path "$rounds")" ] ||
-      [ -e "$dir/trained-$(printf %03d "$rounds").scored.jsonl" ] ||
+      [ -e "$dir/trained-$(printf %03d "$rounds").scored.jsonl" -a \
+        "$(cat "$dir/evaluation" 2> /dev/null)" = "$(evaluation_label)" ] ||
       die "round $rounds of $last in $dir was pruned, its model is gone; evaluate with" \
         "--rounds $last, or train again with another --name and a larger --keep"
   else

@@ -176,7 +176,7 @@ def parse_args(argv=None):
     parser.add_machine(rank_timeout=600)
     args = parser.parse_args(argv)
     check_method(args, parser.error)
-    parser.at_least(args, updates=1, micro_batch_tokens=1, lr=0, clip_low=0, clip_high=0,
+    parser.at_least(args, seed=0, updates=1, micro_batch_tokens=1, lr=0, clip_low=0, clip_high=0,
                     warmup_steps=0, weight_decay=0, kl_coef=0, rehearse_n=1)
     for name in ("max_grad_norm", "rank_timeout", "temperature", "rehearse_coef"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
@@ -221,7 +221,7 @@ from data.rollouts import draw_answers, load_answers, load_rollouts, sampling_of
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
 
-# Flags that change no byte of the output, and those that name inputs, whose digests are compared.
+# What a finished output may have had otherwise, and inputs, whose digests are compared instead.
 FREE_FLAGS = ("out", "rollouts", "model", "ref_model", "rehearse", "rank_timeout", "device")
 
 

@@ -81,9 +81,7 @@ def parse_args(argv=None):
          help="plain: for the embedded model; base: think and answer tags for a pre-trained "
          "model; instruct: the same as chat messages (default %(default)s)")
     args = parser.parse_args(argv)
-    for name in ("n", "max_number", "max_target", "max_solutions"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    parser.at_least(args, n=1, max_number=1, max_target=1, max_solutions=1)
     return parser.checked(args)
 
 

@@ -4,7 +4,8 @@
     python generate.py --model MODEL --prompts hard.jsonl --out again.jsonl --n 64 --seed 1
 
 The seed of the second sampling must be another one: a rollout's random numbers depend on seed, id
-and sample. Rows of the prompt file pass as they are. Where no problem is hard the output is empty.
+and sample. Rows of the prompt file pass as they are; problems without rollouts, which generate.py
+skipped, are left out. Where no problem is hard the output is empty.
 """
 import collections
 import os
@@ -44,17 +45,21 @@ def main(args):
     right = collections.Counter()
     for _, _, row in read_rows(args.scored, Judged):
         right[row.id] += row.correct
-    problems, hard = 0, 0
+    problems, hard, without = 0, 0, 0
     with open(partial, "wb") as file:
-        for where, line, problem in read_rows(args.prompts, Problem):
-            if problem.id not in right:
-                fail(f"{where}: problem {problem.id!r} has no rollout in {args.scored}")
+        for _, line, problem in read_rows(args.prompts, Problem):
+            if problem.id not in right:  # as generate.py's --overlong skip leaves it
+                without += 1
+                continue
             problems += 1
             if right[problem.id] <= args.at_most:
                 hard += 1
                 file.write(line + b"\n")
+        if not problems:
+            fail(f"{args.prompts}: none of its problems has a rollout in {args.scored}")
     publish(args.out, meta)
-    say(f"{args.out}: {hard} of {problems} problems")
+    left_out = f", {without} without rollouts left out" if without else ""
+    say(f"{args.out}: {hard} of {problems} problems{left_out}")
 
 
 if __name__ == "__main__":

@@ -71,8 +71,7 @@ def parse_args(argv=None):
     args.source = args.source or os.path.splitext(os.path.basename(args.input))[0]
     if args.system is not None and args.template != "chat":
         parser.error("--system goes with --template chat alone")
-    if args.max_chars is not None and args.max_chars < 1:
-        parser.error("--max-chars must be at least 1")
+    parser.at_least(args, max_chars=1)
     return parser.checked(args)
 
 

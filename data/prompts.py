@@ -1,4 +1,5 @@
 """Prompts: the problems of a file, their token ids, and the ids at which a completion ends."""
+import itertools
 import json
 import sys
 
@@ -90,6 +91,9 @@ def end_ids(model, tokenizer, stop=(), ignore_eos=False):
     The model's generation config may name several, the tokenizer one, --stop special tokens.
     """
     special = special_tokens(tokenizer)
+    for text, token in itertools.product(stop, special):
+        if token in text and text not in special:
+            fail(f"--stop {text!r}: {token} is no part of a completion's text; give it alone")
     stops = {special[text] for text in stop if text in special}
     if ignore_eos:
         return sorted(stops)

@@ -33,20 +33,21 @@ def load_rollouts(path, truncated="wrong", fields=()):
     """The rows of a scored file by `id`, in the order of `sample`: a list of groups of n, and n."""
     known = {field.name for field in msgspec.structs.fields(Scored)}
     asked = [(name, typing.Any) for name in fields if name not in known]
-    groups = {}
+    groups, numbers = {}, {}  # by id
     kind = msgspec.defstruct("Scored", asked, bases=(Scored,), kw_only=True)
     for where, _, scored in read_rows(path, kind):
         ids, logprobs = scored.completion_ids, scored.logprobs
         if len(logprobs) != len(ids):
             fail(f"{where}: {len(logprobs)} logprobs for {len(ids)} completion_ids")
         group = groups.setdefault(scored.id, {})
+        number = numbers.setdefault(scored.id, len(numbers))
         if scored.sample in group:
             fail(f"{where}: duplicate sample {scored.sample} of id {scored.id!r}")
         cut = scored.finish_reason == "length"
         # score.py calls a cut rollout correct where it holds a whole right answer: it stays right.
         wrong = cut and truncated == "wrong" and not scored.correct
         group[scored.sample] = Row(
-            where=where, id=scored.id, sample=scored.sample, group=len(groups) - 1,
+            where=where, id=scored.id, sample=scored.sample, group=number,
             prompt=scored.prompt_ids, completion=np.array(ids, np.int64),
             logprobs=np.array(logprobs, np.float32), correct=scored.correct,
             reward=0.0 if wrong else scored.reward, cut=cut,
@@ -73,19 +74,20 @@ def load_answers(path, temperature):
     is learned at `temperature`, so that it must have been sampled at it.
     """
     sampling = files.sampling_of(path)
-    if sampling and sampling.get("temperature") != temperature:
-        fail(f"{path}: sampled at temperature {sampling.get('temperature')}, the rollouts at "
+    if sampling is not None and temperature_of(path, sampling) != temperature:
+        fail(f"{path}: sampled at temperature {sampling['temperature']}, the rollouts at "
              f"{temperature}")
-    problems = {}
+    problems, numbers = {}, {}  # by id
     for where, _, scored in read_rows(path, Scored):
         if not scored.correct or not scored.completion_ids:
             continue
         answers = problems.setdefault(scored.id, {})
+        number = numbers.setdefault(scored.id, len(numbers))
         prompt = next(iter(answers.values())).prompt if answers else scored.prompt_ids
         if prompt != scored.prompt_ids:
             fail(f"{where}: prompt_ids differ from those of the other samples of id {scored.id!r}")
         answers.setdefault(tuple(scored.completion_ids), Row(
-            where=where, id=scored.id, sample=scored.sample, group=len(problems) - 1, prompt=prompt,
+            where=where, id=scored.id, sample=scored.sample, group=number, prompt=prompt,
             completion=np.array(scored.completion_ids, np.int64),
             logprobs=np.array(scored.logprobs, np.float32), correct=True, reward=scored.reward,
             cut=scored.finish_reason == "length", used=True, fields={}))
@@ -117,6 +119,15 @@ def write_rollouts(path, rows):
     os.replace(file.name, path)
 
 
+def temperature_of(path, sampling):
+    """The temperature in a meta's sampling settings."""
+    temperature = sampling.get("temperature") if isinstance(sampling, dict) else None
+    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
+        fail(f"{path}.meta.json: not a valid meta (temperature {temperature}); delete it and give "
+             f"--temperature")
+    return temperature
+
+
 def sampling_of(args):
     """The sampling settings of the rollouts' meta; without a meta --temperature stands for them."""
     path, sampling = args.rollouts, files.sampling_of(args.rollouts)
@@ -124,10 +135,7 @@ def sampling_of(args):
         if args.temperature is None:
             fail(f"{path}: no meta beside it says how it was sampled; give --temperature")
         return {"temperature": args.temperature}
-    temperature = sampling.get("temperature") if isinstance(sampling, dict) else None
-    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
-        fail(f"{path}.meta.json: not a valid meta (temperature {temperature}); delete it and give "
-             f"--temperature")
+    temperature = temperature_of(path, sampling)
     if args.temperature not in (None, temperature):
         fail(f"{path}: sampled at temperature {temperature}, not at --temperature "
              f"{args.temperature}")

@@ -26,8 +26,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0,
                         help="seed of the shuffles (default %(default)s)")
     args = parser.parse_args(argv)
-    if args.n < 1 or args.round < 1:
-        parser.error("--n and --round must be at least 1")
+    parser.at_least(args, n=1, round=1, seed=0)
     return parser.checked(args)
 
 

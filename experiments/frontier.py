@@ -45,6 +45,7 @@ Runs stand in runs/frontier/ until their figures are in the tables; what is rehe
 import argparse
 import collections
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -407,6 +408,16 @@ def keep_result(folder, label, figures):
     write_csv(f"{folder}/results.csv", read_csv(f"{folder}/results.csv") + results)
 
 
+def one_by_one(keep, folder, key, figures):
+    """keep(folder, key, figures), while no other frontier.py writes the folder's tables."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        keep(folder, key, figures)
+    finally:
+        os.close(handle)
+
+
 def compare(folder, label, figures):
     """Say by how much a repeated run differs from results.csv, and return that."""
     stored = {(int(row["round"]), row["split"], row["k"]): float(row["pass_at_k"])
@@ -433,7 +444,7 @@ def main(args):
             if jobs and keep is keep_tuning:
                 sys.exit("what follows depends on these")
         else:
-            run(one_run, jobs, lambda key, figures: keep(args.tables, key, figures), args.jobs)
+            run(one_run, jobs, functools.partial(one_by_one, keep, args.tables), args.jobs)
 
     def check(folder, label, figures):
         differences.append(compare(folder, label, figures))

@@ -11,9 +11,10 @@ of one seed, without checkpoints that one of them passed and has not, are compar
     at equal Pass@1   at the largest Pass@1 that both reach, linear between checkpoints,
     by their gap      the area between them from the base to there, divided by the Pass@1 covered:
                       the mean difference of the measure at equal Pass@1,
-    at equal rounds   at the last checkpoint that both have, whatever their Pass@1; beside the base
-                      and beside grpo-longer, which has the rollouts of a rehearsal arm, at the last
-                      one of each.
+    at equal rounds   at the last checkpoint that both have, whatever their Pass@1; beside
+                      grpo-longer, which has the rollouts of a rehearsal arm, at the last one of
+                      each. What is followed from the base, and what smoothing, a bonus and GRPO
+                      add to an arm, at every checkpoint.
 
 Every figure is a mean over seeds with a 95 % Student t interval over seeds; differences are
 paired by seed, and in brackets behind them stands the share of seeds with that sign.
@@ -42,16 +43,18 @@ COLOURS = {  # of the arms in the figure
     "ds-rehearsal": "#56B4E9", "ds-entropy-rehearsal": "#7FC97F"}
 
 MEASURES = ("256", "64", "16", "coverage")  # Pass@k, and the share of existing solutions found
-REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
-              "base")
-WHOLE = {"base", "grpo-longer"}  # compared at their last checkpoint, whatever the other's
+REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal")
+# Arms whose differences are followed from checkpoint to checkpoint; None: all.
+FOLLOWED = {"base": None, "grpo": ("ds-token", "entropy-bonus"), "rehearsal": ("grpo-rehearsal",),
+            "grpo-rehearsal": ("ds-rehearsal", "ds-entropy-rehearsal")}
 STYLES = ("-", "--")  # of an arm's learning rates
 TITLE = """# The frontier's tables
 
 Written by `python experiments/frontier_figures.py` from results.csv and checkpoints.csv. "Gap": the
-mean difference at equal Pass@1, from the base to the largest Pass@1 that both reach. Intervals:
-95 % Student t over seeds, differences paired by seed; in brackets behind them the share of seeds
-with that sign."""
+mean difference at equal Pass@1, from the base to the largest Pass@1 that both reach; its other
+columns are at that largest one. Each pair of arms stands once. Beside 51 rounds of GRPO an arm is
+at its own last round. Intervals: 95 % Student t over seeds, differences paired by seed; in brackets
+behind them the share of seeds with that sign. All seeds have the same 300 problems."""
 
 
 def load(folder):
@@ -125,9 +128,9 @@ def last(points, measure):
 
 def ends(arms, one, other):
     """The checkpoints of two runs that are compared; arms: both names."""
-    common = max(one.keys() & other.keys())
-    if WHOLE & set(arms):
+    if "grpo-longer" in arms:
         return one[max(one)], other[max(other)]
+    common = max(one.keys() & other.keys())
     return one[common], other[common]
 
 
@@ -161,7 +164,7 @@ def end_points(runs_of):
     """Every arm at its last checkpoint."""
     measures = ("1", "4", "16", "64", "256", "coverage", "distinct")
     header("arm", "seeds", "round", *(f"Pass@{k}" for k in measures[:5]), *measures[5:],
-           "train.py, s")
+           "updates, s")
     for (arm, lr), runs in runs_of.items():
         cells = [text_of([last(points, measure) for points in runs.values()])
                  for measure in measures]
@@ -170,27 +173,34 @@ def end_points(runs_of):
         row_of(name_of(arm, lr), len(runs), rounds, *cells, f"{seconds:.0f}")
 
 
-def differences(runs_of, reference):
-    """Every arm minus a reference, (arm, lr): at equal rounds, then at equal Pass@1."""
-    pairs, others = {}, runs_of[reference]
+def pairs_of(runs_of, reference):
+    """{(arm, lr): [its points and the reference's, a pair a seed that both have]}."""
+    others, pairs = runs_of[reference], {}
     for key, runs in runs_of.items():
         both = [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
         if both and key not in (reference, ("base", "0")):
             pairs[key] = both
+    return pairs
+
+
+def differences(runs_of, reference, told=()):
+    """Every arm but those told minus a reference, (arm, lr): at equal rounds, then at equal
+    Pass@1."""
+    pairs = {key: both for key, both in pairs_of(runs_of, reference).items() if key not in told}
     if not pairs:
         return
     minus, measures = f"minus {name_of(*reference)}", ("1", "4", "16", "64", "256", "coverage")
-    rounds = "last" if reference[0] in WHOLE else "equal"
+    rounds = "last" if reference[0] == "grpo-longer" else "equal"
     header(f"{minus}, {rounds} rounds", *(f"Pass@{k}" for k in measures[:5]), "coverage")
     for key, both in pairs.items():
         points = [ends((key[0], reference[0]), a, b) for a, b in both]
         cells = [[a[measure] - b[measure] for a, b in points] for measure in measures]
         row_of(name_of(*key), *(text_of(cell, signed=True) for cell in cells))
-    if reference[0] == "base":  # every path begins there
-        return
     header(f"{minus}, equal Pass@1", "at Pass@1", *(f"Pass@{k}" for k in MEASURES[:3]),
            "coverage", "gap in Pass@256", "gap in Pass@64")
     for key, both in pairs.items():
+        if {key[0], reference[0]} == {"grpo", "grpo-longer"}:
+            continue  # one path
         alikes = [(alike(a, b), alike(b, a)) for a, b in both]
         paths = {measure: [(path_of(a, measure), path_of(b, measure)) for a, b in alikes]
                  for measure in MEASURES}
@@ -200,15 +210,21 @@ def differences(runs_of, reference):
                *(text_of(cell, signed=True) for cell in cells))
 
 
-def along(runs_of):
-    """The rehearsal arms minus the base at every checkpoint: at which k do they keep it?"""
-    ks = ("1", "4", "16", "32", "64", "128", "256")
-    rehearsed = {key: runs for key, runs in runs_of.items() if "rehearsal" in key[0]}
-    if rehearsed:
-        header("minus base", "round", *(f"Pass@{k}" for k in ks))
-    for key, runs in rehearsed.items():
-        for number in sorted(set.intersection(*map(set, runs.values())) - {0}):
-            cells = [[points[number][k] - points[0][k] for points in runs.values()] for k in ks]
+def along(runs_of, reference, arms):
+    """These arms, at its learning rate, or all (None) minus a reference, (arm, lr), at every
+    checkpoint that both have; of the base there is one."""
+    ks = ("1", "4", "16", "32", "64", "128", "256", "coverage")
+    pairs = {key: both for key, both in pairs_of(runs_of, reference).items()
+             if arms is None or key[0] in arms and key[1] == reference[1]}
+    if pairs:
+        header(f"minus {name_of(*reference)}", "round", *(f"Pass@{k}" for k in ks[:-1]), ks[-1])
+    for key, both in pairs.items():
+        rounds = set.intersection(*(set(points) for points, _ in both)) - {0}
+        if reference[0] != "base":
+            rounds = rounds.intersection(*(set(points) for _, points in both))
+        for number in sorted(rounds):
+            at = 0 if reference[0] == "base" else number
+            cells = [[a[number][k] - b[at][k] for a, b in both] for k in ks]
             row_of(name_of(*key), number, *(text_of(cell, signed=True) for cell in cells))
 
 
@@ -217,10 +233,14 @@ def tables_of(runs_of):
     core, others = ({key: runs for key, runs in runs_of.items()
                      if (key[0] in NEIGHBOURS) == neighbour} for neighbour in (False, True))
     end_points(core)
+    told = []
     for arm in REFERENCES:
         for reference in [key for key in core if key[0] == arm]:
-            differences(core, reference)
-    along(core)
+            differences(core, reference, told)
+            told.append(reference)
+    for arm, followed in FOLLOWED.items():
+        for reference in [key for key in core if key[0] == arm]:
+            along(core, reference, followed)
     for reference in [key for key in core if key[0] == "grpo"] if others else ():
         longest = max(max(points) for runs in others.values() for points in runs.values())
         as_far = {seed: {number: point for number, point in points.items() if number <= longest}

@@ -125,7 +125,11 @@ def run(one_run, todo, keep, jobs):
                    for label, arguments in todo}
         for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
             label, name = futures[future]
-            keep(label, future.result())
+            try:
+                keep(label, future.result())
+            except BaseException:  # what has not begun is not begun any more
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
             shutil.rmtree(os.path.join(ROOT, "runs", name))  # its figures are kept
             left = (time.monotonic() - began) / done * (len(todo) - done)
             print(f"{time.strftime('%H:%M')} {done}/{len(todo)} {name}: "

@@ -490,6 +490,9 @@ def test_a_stop_text_may_be_a_special_token(bpe_model, tmp_path, capfd):
     flags = ["--max-new-tokens", 200, "--n", 8]
     plain = run(model, problems, tmp_path / "plain.jsonl", "--ignore-eos", *flags)
     assert told in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        run(model, problems, tmp_path / "refused.jsonl", "--stop", "<|im_end|>\n")
+    assert "<|im_end|> is no part of a completion's text; give it alone" in capfd.readouterr().err
     for out, more, ends in ("both", [], {1, 2}), ("one", ["--ignore-eos"], {2}):
         rows = run(model, problems, tmp_path / f"{out}.jsonl", "--stop", "<|im_end|>", "no such text", *more, *flags)
         for row, before in zip(rows, plain):

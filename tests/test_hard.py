@@ -1,5 +1,6 @@
 """data/hard.py: the problems with few right rollouts, as they stand in the prompt file."""
 import json
+import os
 
 import pytest
 
@@ -28,6 +29,16 @@ def test_at_most_so_many_right(files, capsys, limit, kept):
     assert capsys.readouterr().out == f"{files[-1]}: {len(kept)} of 3 problems\n"
 
 
+def test_problems_that_were_skipped_are_left_out(files, capsys):
+    before = run(files)
+    os.unlink(files[-1])
+    with open(files[2], "a") as file:
+        file.write('{"id": "d", "prompt": "6=6:"}\n')
+    capsys.readouterr()
+    assert run(files) == before
+    assert capsys.readouterr().out == f"{files[-1]}: 2 of 3 problems, 1 without rollouts left out\n"
+
+
 def test_no_problem_is_hard(files, tmp_path):
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps({"id": id, "correct": True}) + "\n" for id in "abc" for _ in range(2)))
     assert run(files) == ""
@@ -43,9 +54,9 @@ def test_what_is_refused(files, tmp_path, capsys):
     assert "--at-most must be at least 0" in refused("--at-most", "-1")
     run(files)
     assert "made with other at_most; delete it" in refused("--at-most", "0")
-    with open(files[2], "a") as file:
-        file.write('{"id": "d", "prompt": "6=6:"}\n')
+    other = tmp_path / "others.jsonl"
+    other.write_text('{"id": "d", "prompt": "6=6:"}\n')
     (tmp_path / "hard.jsonl").unlink()
-    assert f"prompts.jsonl:4: problem 'd' has no rollout in {files[0]}" in refused()
+    assert f"others.jsonl: none of its problems has a rollout in {files[0]}" in refused("--prompts", str(other))
     (tmp_path / "scored.jsonl").write_text('{"id": "a"}\n')
     assert "scored.jsonl:1: missing field 'correct'; run score.py first" in refused("--out", str(tmp_path / "other.jsonl"))

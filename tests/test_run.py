@@ -117,6 +117,9 @@ def test_help_names_every_flag_and_needs_no_python(tmp_path):
     (["--eval-prompts", "data"], "--eval-prompts: no file data"),
     (["--rehearse-coef", "0.5"], "--rehearse-coef belongs to --rehearse"),
     (["--eval-problems", "0", "--against", "x"], "--against: nothing is evaluated with --eval-problems 0"),
+    (["--against", "demo"], "--against: another run than runs/demo itself"),
+    (["--against", "base"],
+     "--against: with base or trained for a name, figures could not be told apart"),
     (["--prompts", "run.sh", "--eval-problems", "0", "--countdown", "--numbers=3"],
      "--countdown: no problem is drawn, all are of --prompts and --eval-prompts"),
     (["--generate", "--stop 'a"], "--generate: a quote in it is not closed"),
@@ -393,6 +396,10 @@ def test_against_another_run_there_is_a_third_curve(loop):
     k, told = list(runs[0]["pass_at_k"])[-1], loop.out.splitlines()[-1]
     assert told.startswith(f"Pass@1 and Pass@{k}: base ") and told.count(";") == 2
     assert f"{runs[1]['pass_at_k'][k]['value']:.3f}" in told
+    os.rename(loop.folder / "runs" / "other", loop.folder / "runs" / "ds-grpo")
+    assert loop(*few, "--against", "ds-grpo")[0] == 0  # the method's name is taken
+    runs = json.loads(loop.files()["eval-001-ds-grpo.json"])["runs"]
+    assert [run["name"] for run in runs] == ["base", "ds-grpo", "demo"]
 
 
 def test_rehearsal_samples_the_base_once(loop):

@@ -26,7 +26,7 @@ import train
 from data import files, shards
 from data import policy as policies
 from data.plan import plan_update
-from data.rollouts import Row, draw_answers, load_rollouts
+from data.rollouts import Row, draw_answers, load_answers, load_rollouts
 from experiments import arms
 from shared_prompt import length_blocks
 
@@ -1045,6 +1045,18 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-2 ** 70, 2 ** 70) |
                     max_leaves=4)
 
 
+def test_rows_of_an_id_are_a_group_wherever_they_stand(model, tmp_path):
+    """Also in two files behind each other, as rehearsed ones are: a prompt counts once for its own rows alone."""
+    rows = make_rows(model)
+    mixed = sorted(rows, key=lambda row: row["sample"])
+    assert [row["id"] for row in rows] != [row["id"] for row in mixed]
+    groups, _ = load_rollouts(write(tmp_path / "mixed.jsonl", mixed))
+    assert [[row.group for row in group] for group in groups] == [[i] * len(group) for i, group in enumerate(groups)]
+    right = [row for row in mixed if row["correct"] and row["completion_ids"]]
+    answers = load_answers(write(tmp_path / "right.jsonl", right), 0.7)
+    assert [{row.group for row in group} for group in answers] == [{i} for i in range(len(answers))] and len(answers) > 1
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.fixed_dictionaries({}, optional={
     "id": st.sampled_from("ab") | JSON, "sample": st.integers(0, 2) | JSON, "prompt_ids": st.just([2, 3]) | JSON, "completion_ids": st.just([4]) | JSON,
@@ -1187,7 +1199,7 @@ def test_a_wrong_objective_is_told_before_a_model_is_loaded(text, flags, message
     (["--method", "absent.py"], "neither"), (["--method", f"{RIVALS}:a-b"], "neither"), (["--method", f"{RIVALS}:passk", "--arm", "k"], "KEY=VALUE"),
     (["--method", f"{RIVALS}:passk", "--arm", "k=1", "--arm", "k=2"], "given twice"), (["--method", f"{RIVALS}:passk", "--arm", "k=nan"], "finite"),
     (["--method", f"{RIVALS}:passk", "--adv-norm", "std"], "--adv-norm belongs to"), (["--smooth-level", "reward", "--adv-norm", "std"], "--adv-norm"),
-    (["--rehearse", "x"], "go together"), (["--rehearse-coef", 0.1], "go together"), (["--rehearse-n", 3], "belongs to --rehearse"),
+    (["--seed", -1], "--seed must be at least 0"), (["--rehearse", "x"], "go together"), (["--rehearse-coef", 0.1], "go together"), (["--rehearse-n", 3], "belongs to --rehearse"),
     (["--rehearse", "x", "--rehearse-coef", -1], "above 0"), (["--gamma-n", "-1e-3", "--method", "grpo"], "--gamma-n belongs"),
     (["--method", f"{RIVALS}:passk", "--gamma-p", 1], "--gamma-p belongs to --method ds-grpo"), (["--arm", "k=1"], "--arm belongs to --method FILE.py:NAME")])
 def test_wrong_flags_of_an_objective(flags, message, capsys):
@@ -1246,6 +1258,8 @@ def test_what_cannot_be_rehearsed_is_refused(model, rollouts, tmp_path, capsys):
     flags = ["--rehearse-coef", 0.1, "--rehearse"]
     hot = write(tmp_path / "hot.jsonl", make_rows(model), {"temperature": 1.0})
     assert "sampled at temperature 1.0, the rollouts at 0.7" in refused(capsys, model, rollouts, tmp_path / "a", *flags, hot)
+    torn = write(tmp_path / "torn.jsonl", make_rows(model), "x")
+    assert "torn.jsonl.meta.json: not a valid meta (temperature None)" in refused(capsys, model, rollouts, tmp_path / "t", *flags, torn)
     wrong = write(tmp_path / "wrong.jsonl", make_rows(model, VERDICTS[1:2], LENGTHS[1:2]))
     assert "no correct rollout to rehearse" in refused(capsys, model, rollouts, tmp_path / "b", *flags, wrong)
     rows = make_rows(model, VERDICTS[2:3], LENGTHS[2:3])
