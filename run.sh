@@ -5,7 +5,8 @@
 #   bash run.sh                                                  the demonstration, see below
 #   bash run.sh --name grpo --method grpo --rounds 25 --seed 1   another run, into runs/grpo/
 #   bash run.sh --name ds --train "--gamma-p 3.0 --gamma-n 0.1 --smooth-level sequence"
-#   bash run.sh --name cd --model DIR --prompts cd.jsonl --nproc 8 --generate "--stop '</answer>'"
+#   bash run.sh --name cd --model DIR --prompts cd.jsonl --eval-prompts held-out.jsonl --nproc 8 \
+#     --lr 1e-6 --max-new-tokens 1024 --generate "--stop '</answer>'"
 #
 # Without any flag it trains the weak embedded model twice, a core each: with GRPO, in
 # runs/demo-grpo, and with DS-GRPO and rehearsal of the base's right answers, in runs/demo.

@@ -43,7 +43,7 @@ import time
 import typing
 
 from data.files import Parser, describe, fail, files_of, publish, run
-from data.plugins import check_method, load_arm, setting, split_name, try_method
+from data.plugins import check_method, clip_range, load_arm, setting, split_name, try_method
 
 
 # ---- The objective -------------------------------------------------------------------------------
@@ -261,8 +261,7 @@ class Batch:
 
 def choose_method(args):
     """--method as advantage(batch), loss(logp, batch, advantage), and the row fields it reads."""
-    clip = {"clip_low": 0.2 if args.clip_low is None else args.clip_low,
-            "clip_high": 0.25 if args.clip_high is None else args.clip_high}
+    clip = clip_range(args)
     loss = functools.partial(clipped_loss, **clip)
     if args.method == "grpo":
         return functools.partial(grpo, adv_norm=args.adv_norm), loss, ()

@@ -45,6 +45,12 @@ def split_name(text):
     return path, name
 
 
+def clip_range(args):
+    """clip_low and clip_high, as given or by default."""
+    return {name: default if getattr(args, name) is None else getattr(args, name)
+            for name, default in (("clip_low", 0.2), ("clip_high", 0.25))}
+
+
 def check_method(args, error):
     """Give the settings of --method their defaults, and refuse those of another one."""
     for name, default in {"gamma_p": 0.01, "gamma_n": 0.01, "smooth_level": "token"}.items():
@@ -60,8 +66,7 @@ def check_method(args, error):
     if args.method in ("ds-grpo", "grpo"):
         if settings:
             error(f"--arm belongs to --method FILE.py:NAME, not to {args.method}")
-        args.clip_low = 0.2 if args.clip_low is None else args.clip_low
-        args.clip_high = 0.25 if args.clip_high is None else args.clip_high
+        vars(args).update(clip_range(args))
         return
     try:
         split_name(args.method)

@@ -22,8 +22,8 @@ def cell_text(entry, name, k, diff):
     """A cell of the table: '0.375 [0.210, 0.540]', or a plain number where there is no interval."""
     if k:
         cell = entry[name][k]
-        names, sign = (DIFFERENCE, "+") if diff else (VALUE, "")
-        value, low, high = (f"{cell[name]:{sign}.3f}" for name in names)
+        fields, sign = (DIFFERENCE, "+") if diff else (VALUE, "")
+        value, low, high = (f"{cell[field]:{sign}.3f}" for field in fields)
         return f"{value} [{low}, {high}]"
     if diff:
         return ""
