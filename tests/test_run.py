@@ -341,6 +341,9 @@ def test_fewer_rounds_than_are_there_and_a_pruned_one(loop):
     assert loop(*TINY, "--keep", "1", "--rounds", "3")[0] == 0
     code, err = loop(*TINY, "--keep", "1", "--rounds", "2")  # pruned by now, but evaluated before
     assert code == 0 and loop.files()["eval-002.json"] == files["eval-002.json"], err
+    files = loop.files()  # with other flags it would have to be sampled again
+    code, err = loop(*TINY, "--keep", "1", "--rounds", "2", "--eval-n", "2")
+    assert code == 2 and "round 2 of 3 in runs/demo was pruned" in err and loop.files() == files
 
 
 def test_the_same_run_from_anywhere_and_with_a_slash_at_the_models_end(loop):
