@@ -279,7 +279,7 @@ def draw(panels, path):
     for axis, ((regime, split), runs_of) in zip(axes.flat, panels.items()):
         drawn, rates = [], {lr for _, lr in runs_of} - {"0"}
         for (arm, lr), runs in runs_of.items():
-            if arm not in COLOURS:
+            if arm not in COLOURS or len(runs) < 2:  # one seed would begin at its own base
                 continue
             rounds = sorted(set.intersection(*(set(points) for points in runs.values())))
             x, y = (np.mean([[points[r][k] for r in rounds] for points in runs.values()], 0)
