@@ -6,6 +6,7 @@ test_train.py) the ranks' gradient must be that of one process to 1e-9, in fp32 
 import contextlib
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -48,9 +49,12 @@ RANKS = f"""
 
 
 def free_port():
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that the system gives away, as it might before ours is used."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def start(folder, ranks, stage, jobs, fault="", options=("--standalone",)):
@@ -124,6 +128,7 @@ def ranks(request, model, files, tmp_path_factory):
     for part in [jobs] if again else [[job] for job in jobs]:
         assert not code, stderr
         code, stderr = finish(start(folder, request.param, "train", part), 600)
+    assert os.path.exists(f"{folder}/plain then sharded"), stderr  # the last one that is to succeed
     return types.SimpleNamespace(folder=folder, world=request.param, code=code, stderr=stderr)
 
 
