@@ -199,6 +199,7 @@ def train_fault(kind, world, flags, folder, undisturbed):
         same_bytes(f"{folder}/out/{name}", f"{undisturbed}/{name}")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_and_the_round_is_done_again(ranks, model, rollouts, tmp_path):
     flags = ["--model", model, "--rollouts", rollouts, *DISTURBED]
     train_fault("kill", ranks.world, flags, str(tmp_path), f"{ranks.folder}/undisturbed")
