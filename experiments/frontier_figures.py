@@ -269,8 +269,8 @@ def panels_of(paths):
 # ---- The figure --------------------------------------------------------------------------------
 def draw(panels, path):
     """Pass@1 against Pass@256: an arm a path, from the base, which is a star, through the mean over
-    seeds at each checkpoint; an arm's second learning rate dashed; in brackets the seeds. The
-    learning rate is named where a panel has several."""
+    seeds at each checkpoint; an arm's second learning rate dashed; in brackets the seeds, at least
+    two. The learning rate is named where a panel has several."""
     columns, lines = min(len(panels), 2), -(-len(panels) // 2)
     figure, axes = plt.subplots(lines, columns, figsize=(5.4 * columns, 5.2 * lines),
                                 layout="constrained", squeeze=False)
