@@ -141,7 +141,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.until and not args.check:
         parser.error("--until belongs to --check: a table holds whole runs")
-    if not any(map(is_reported, *zip(*itertools.product(args.regimes, args.arms, args.rates)))):
+    chosen_runs = itertools.product(args.regimes, args.arms, args.rates)
+    if not any(itertools.starmap(is_reported, chosen_runs)):
         parser.error("none of these --arms is run in these --regimes at these --rates")
     return args
 

@@ -319,7 +319,7 @@ def bombs(some):
             maths_row("7", "no box", id="none")]
 
 
-@pytest.mark.parametrize("some", [BOMBS[:2], pytest.param(BOMBS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("some", [BOMBS[:3], pytest.param(BOMBS, marks=pytest.mark.slow)])
 def test_bombs_end_and_leave_the_others_alone(tmp_path, capsys, some):
     source = write(tmp_path / "r.jsonl", bombs(some))
     new = run(source, tmp_path / "s.jsonl", "--timeout", "5", "--workers", "2")

@@ -84,6 +84,7 @@ def test_filled_by_rows_and_written_by_tensors(tmp_path, ranks):
         with open(f"{folder}/out/model.safetensors.index.json") as file:
             assert len(set(json.load(file)["weight_map"].values())) > 1
         again = AutoModelForCausalLM.from_pretrained(f"{folder}/out", dtype=torch.float32).state_dict()
+        assert again.keys() == model.state_dict().keys()
         assert all(torch.equal(again[name], weight) for name, weight in model.state_dict().items())
 
 
