@@ -22,6 +22,7 @@ paired by seed, and in brackets behind them stands the share of seeds with that 
 import argparse
 import contextlib
 import os
+import statistics
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -52,9 +53,10 @@ TITLE = """# The frontier's tables
 
 Written by `python experiments/frontier_figures.py` from results.csv and checkpoints.csv. "Gap": the
 mean difference at equal Pass@1, from the base to the largest Pass@1 that both reach; its other
-columns are at that largest one. Each pair of arms stands once. Beside 51 rounds of GRPO an arm is
-at its own last round. Intervals: 95 % Student t over seeds, differences paired by seed; in brackets
-behind them the share of seeds with that sign. All seeds have the same 300 problems."""
+columns are at that largest one. Each pair of arms stands once; an arm at its second learning rate
+is the reference of those at that rate alone. Beside 51 rounds of GRPO an arm is at its own last
+round. Intervals: 95 % Student t over seeds, differences paired by seed; in brackets behind them the
+share of seeds with that sign. All seeds have the same 300 problems."""
 
 
 def load(folder):
@@ -173,12 +175,21 @@ def end_points(runs_of):
         row_of(name_of(arm, lr), len(runs), rounds, *cells, f"{seconds:.0f}")
 
 
+def best_rate(runs_of):
+    """The learning rate that most arms have; the second best is that of a few."""
+    return statistics.mode(lr for arm, lr in runs_of if arm != "base")
+
+
 def pairs_of(runs_of, reference):
-    """{(arm, lr): [its points and the reference's, a pair a seed that both have]}."""
+    """{(arm, lr): [its points and the reference's, a pair a seed that both have]}.
+
+    Beside a reference at the best learning rate stand all arms, beside one at the second best those
+    at that rate."""
     others, pairs = runs_of[reference], {}
     for key, runs in runs_of.items():
         both = [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
-        if both and key not in (reference, ("base", "0")):
+        at_its_rate = reference[1] in (best_rate(runs_of), key[1]) or reference[0] == "base"
+        if both and at_its_rate and key not in (reference, ("base", "0")):
             pairs[key] = both
     return pairs
 
@@ -235,7 +246,8 @@ def tables_of(runs_of):
     end_points(core)
     told = []
     for arm in REFERENCES:
-        for reference in [key for key in core if key[0] == arm]:
+        rates = [key for key in core if key[0] == arm]
+        for reference in sorted(rates, key=lambda key: key[1] != best_rate(core)):
             differences(core, reference, told)
             told.append(reference)
     for arm, followed in FOLLOWED.items():

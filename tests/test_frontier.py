@@ -340,6 +340,9 @@ def test_the_figure_and_tables_of_a_whole_suite(runs, tmp_path):
     assert "| DS-GRPO, lr 1e-4" in rows_below("minus GRPO, lr 1e-4, equal rounds")
     assert "| GRPO, lr 1e-4" not in rows_below("minus DS-GRPO, lr 1e-4, equal rounds")
     assert "| GRPO, 51 rounds, lr 1e-4" not in rows_below("minus GRPO, lr 1e-4, equal Pass@1")
+    # Beside a reference at the second rate only what has it, too.
+    assert "| GRPO, lr 2e-4" in rows_below("minus GRPO, lr 1e-4, equal rounds")
+    assert {row[-7:] for row in rows_below("minus GRPO, lr 2e-4, equal rounds")} == {"lr 2e-4"}
     assert rows_below("minus GRPO + rehearsal, lr 1e-4 | round")[:4] == ["| DS-GRPO + rehearsal, lr 1e-4"] * 4
     assert "minus GRPO, lr 1e-4, equal Pass@1" in out and "minus GRPO, lr 2e-4" in out and "minus uniform bonus" in out
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
