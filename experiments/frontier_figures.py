@@ -16,11 +16,14 @@ of one seed, without checkpoints that one of them passed and has not, are compar
                       each. What is followed from the base, and what smoothing, a bonus and GRPO
                       add to an arm, at every checkpoint.
 
+The summary in front has the pairs that are most asked for, a column a regime.
+
 Every figure is a mean over seeds with a 95 % Student t interval over seeds; differences are
 paired by seed, and in brackets behind them stands the share of seeds with that sign.
 """
 import argparse
 import contextlib
+import itertools
 import os
 import statistics
 import sys
@@ -48,6 +51,14 @@ REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "
 # Arms whose differences are followed from checkpoint to checkpoint; None: all.
 FOLLOWED = {"base": None, "grpo": ("ds-token", "entropy-bonus"), "rehearsal": ("grpo-rehearsal",),
             "grpo-rehearsal": ("ds-rehearsal", "ds-entropy-rehearsal")}
+# The summary's pairs, a first arm minus a second: what is compared along the path, and what is
+# followed by the round; both at the best learning rate.
+ALONG = (("ds-token", "grpo"), ("ds-token", "entropy-bonus"), ("ds-token", "ds-positive"),
+         ("ds-token", "ds-negative"), ("entropy-bonus", "grpo"), ("entropy-penalty", "grpo"),
+         ("ds-entropy", "grpo"), ("grpo-rehearsal", "grpo"))
+BY_ROUND = (("grpo", "base"), ("ds-token", "grpo"), ("rehearsal", "base"),
+            ("grpo-rehearsal", "base"), ("grpo-rehearsal", "rehearsal"),
+            ("ds-rehearsal", "grpo-rehearsal"), ("ds-entropy-rehearsal", "grpo-rehearsal"))
 STYLES = ("-", "--")  # of an arm's learning rates
 TITLE = """# The frontier's tables
 
@@ -122,6 +133,12 @@ def gap(one, other):
     knots = np.unique(np.clip(np.concatenate([one[0], other[0]]), low, high))
     difference = np.interp(knots, *one) - np.interp(knots, *other)
     return np.trapezoid(difference, knots) / (high - low)
+
+
+def gaps(points, measure):
+    """The gap of each pair of runs."""
+    pairs = [(alike(one, other), alike(other, one)) for one, other in points]
+    return [gap(path_of(one, measure), path_of(other, measure)) for one, other in pairs]
 
 
 def last(points, measure):
@@ -216,7 +233,7 @@ def differences(runs_of, reference, told=()):
         paths = {measure: [(path_of(a, measure), path_of(b, measure)) for a, b in alikes]
                  for measure in MEASURES}
         cells = [[at_equal(*pair) for pair in paths[measure]] for measure in MEASURES]
-        cells += [[gap(*pair) for pair in paths[measure]] for measure in ("256", "64")]
+        cells += [gaps(both, measure) for measure in ("256", "64")]
         row_of(name_of(*key), text_of([shared(*pair) for pair in paths["256"]]),
                *(text_of(cell, signed=True) for cell in cells))
 
@@ -237,6 +254,36 @@ def along(runs_of, reference, arms):
             at = 0 if reference[0] == "base" else number
             cells = [[a[number][k] - b[at][k] for a, b in both] for k in ks]
             row_of(name_of(*key), number, *(text_of(cell, signed=True) for cell in cells))
+
+
+def title_of(regime, split):
+    return f"{regime}, {'its own' if split == 'train' else 'held-out'} problems"
+
+
+def summary(panels):
+    """The pairs ALONG and BY_ROUND, a column a panel; empty where they have not been run."""
+    def both(runs_of, one, other):
+        def runs(arm):
+            return runs_of.get((arm, "0" if arm == "base" else best_rate(runs_of)), {})
+        return [(runs(one)[seed], runs(other)[seed]) for seed in runs(one) if seed in runs(other)]
+
+    def row(one, other, *more, figures):
+        cells = [figures(both(runs_of, one, other)) for runs_of in panels.values()]
+        if any(cells):
+            minus = " minus ".join(LABELS.get(arm, arm) for arm in (one, other))
+            row_of(minus, *more, *(text_of(cell, signed=True) if cell else "" for cell in cells))
+
+    titles = list(itertools.starmap(title_of, panels))
+    print("\n## Summary")
+    header("Pass@256, gap", *titles)
+    for pair in ALONG:
+        row(*pair, figures=lambda points: gaps(points, "256"))
+    for number in (5, 10, 20):
+        header(f"after {number} rounds", "k", *titles)
+        for (one, other), k in itertools.product(BY_ROUND, ("1", "64", "256")):
+            row(one, other, k, figures=lambda points: [
+                a[number][k] - b[0 if other == "base" else number][k] for a, b in points
+                if number in a and (other == "base" or number in b)])
 
 
 def tables_of(runs_of):
@@ -322,9 +369,9 @@ def main(argv=None):
         sys.exit(f"{args.tables}/results.csv: no run together with the base of its seed")
     with open(f"{args.tables}/frontier.md", "w") as file, contextlib.redirect_stdout(file):
         print(TITLE)
-        for (regime, split), runs_of in panels.items():
-            problems = "held-out problems" if split == "test" else "its own problems"
-            print(f"\n## {regime}, {problems}")
+        summary(panels)
+        for panel, runs_of in panels.items():
+            print(f"\n## {title_of(*panel)}")
             tables_of(runs_of)
     draw(panels, f"{args.tables}/frontier.png")
 

@@ -326,6 +326,12 @@ def test_the_figure_and_tables_of_a_whole_suite(runs, tmp_path):
     for title in ("## weak-base, held-out", "## strong-base, held-out", "## fixed, held-out", "## fixed, its own"):
         assert title in out
     assert out.index("## weak-base") < out.index("## strong-base") < out.index("## fixed")
+    # The summary: GRPO + rehearsal is 0.04 above the base at k = 1 before its 1 % a round; a cell a panel with its seeds.
+    summary = out.partition("## Summary")[2].partition("\n## ")[0]
+    cell = f"{0.06 * 1.1 - 0.02:+.3f}"
+    row = next(line for line in summary.partition("| after 10 rounds |")[2].splitlines() if line.startswith("| GRPO + rehearsal minus base | 1 |"))
+    assert row.count(f" {cell} [{cell}, {cell}] (2/2) |") == 4 and "| after 20 rounds | k |" in summary
+    assert re.search(r"^\| GRPO \+ rehearsal minus base \| 64 \|.*\|  \|  \|$", summary.partition("| after 5 rounds |")[2], re.M)  # not measured: empty
     neighbours = out.partition("### Neighbours, and GRPO, lr 1e-4")[2].partition("\n\n|")[2].partition("\n\n")[0].splitlines()
     assert len(neighbours) == 2 + len(frontier.NEIGHBOURS) + 1 and all("| 2 | 10 |" in line for line in neighbours[2:])
     # GRPO + rehearsal of the stand-in: 0.06 + 1 % a round, the base 0.02, at k = 1; 0.8 + 1 % a round less 0.5 at others
