@@ -4,7 +4,7 @@
         --out eval.json --plot passk.png
     python evaluate.py --training runs/NAME --plot training.png
 
-Reads scored.jsonl (score.py), one sample a line; `Row` below names the fields. All problems of a
+Reads scored.jsonl (score.py), one sample a line; `Row` in data/counts.py names its fields. All problems of a
 file have equally many samples (n), all files hold the same problems, the first file is the
 reference. Only counts are kept: memory grows with the problems and not with the rows.
 
@@ -50,7 +50,7 @@ def parse_args(argv=None):
             raise argparse.ArgumentTypeError(f"{text} is below 1")
         return int(text)
 
-    parser = Parser(__file__, description=__doc__.split("\n")[0])
+    parser = Parser(__file__, description=__doc__)
     add = parser.add_argument
     # What to compare
     add("files", nargs="*", metavar="SCORED.jsonl",

@@ -20,7 +20,7 @@ and OUT.meta.json, which says how. data/files.py holds the types of all fields.
 
 How it works, in the order of the code:
   1. every (prompt, sample) is an item; items are sorted by prompt length and cut into chunks of at
-     most --max-batch-tokens (`chunks_of`);
+     most --max-batch-tokens (data/chunks.py);
   2. rank r of W takes the chunks r, r + W, ...; each finished chunk is one file in OUT.partial/, so
      that a restart loses one chunk at most; nothing but the file system is shared between ranks;
   3. in a chunk each prompt is computed once (`sample`); its samples share its key-value cache, or

@@ -1,9 +1,9 @@
 """Stage 3: update a policy on one round of scored rollouts with DS-GRPO (arXiv 2511.19942) or GRPO.
 
     python train.py --model data/tiny-countdown --rollouts scored.jsonl --out round-001 \
-        --method ds-grpo --gamma-p 0.01 --gamma-n 0.01
-    torchrun --nproc-per-node 8 train.py --model round-001 --rollouts scored.jsonl --out round-002 \
-        --updates 4 --lr 1e-6
+        --updates 4 --lr 2e-4 --gamma-p 0.3 --gamma-n 0.03
+    torchrun --nproc-per-node 8 -- train.py --model round-001 --rollouts scored-002.jsonl \
+        --out round-002 --updates 4 --lr 2e-4 --gamma-p 0.3 --gamma-n 0.03
 
 Reads scored.jsonl, one rollout a line (data/files.py: Scored). Rollouts with one id are a group,
 and all groups have the same size. The file's meta gives the sampling temperature.

@@ -58,12 +58,12 @@ class Round:
 
 HERE = "measured on a machine with one H100 80GB"
 RATES = {  # name: (value, unit, where it is from)
-    "start": (5.3, "s", "measured: start and imports of generate.py or train.py (README, Speed)"),
+    "start": (5.3, "s", "measured: imports and start of generate.py or train.py (README, Growth)"),
     "hash": (0.88e9, "bytes/s", f"sha256; {HERE}"),
     "load": (1.6e9, "bytes/s", "assumed: seven times what the check before took there, 0.23e9"),
     "save": (1.28e9, "bytes/s", f"write and fsync; {HERE}"),
     "row_bytes": (33.0, "bytes/token", "measured: id 7.3, log-prob 21.7, text about 4"),
-    "score": (430.0, "rows/s", "measured: maths verdicts, one core (README, Verdicts)"),
+    "score": (430.0, "rows/s", "measured: maths verdicts, one core"),
     "step": (0.035, "s", "decode step of 28 layers, Python and launches: 28/24 of what 24 layers "
                          f"took with 256 rows; {HERE}"),
     "copy": (3.03e12, "bytes/s", HERE),

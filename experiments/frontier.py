@@ -13,8 +13,9 @@ for each seed). A round is 192 problems x 16 samples and 4 updates. At four of a
 (two of ten for the neighbours, `rehearsal` and `-even`; in the fixed regime and at the second rate
 only after ten and twenty) the policy is sampled on 300 held-out problems, 256 times each; in the
 fixed regime on its own training problems, too (split "train"). An end point says how far an arm
-went; a path says whether it went a better way, and a learning rate is not mistaken for a method.
-The neighbours are run from the weak base alone, the -even ones from the strong one.
+went; a path says whether it went a better way. Lest a learning rate is mistaken for a method, GRPO,
+DS-GRPO and each of them with rehearsal are run at a second one. The neighbours are run from the
+weak base alone, the -even ones from the strong one.
 
 Rehearsal arms first sample the base on 1,500 training problems: 32 times each, then those with at
 most one right answer as many times in all (fixed: 250 times on their 192). That is 96,000 rollouts,

@@ -67,7 +67,8 @@ mean difference at equal Pass@1, from the base to the largest Pass@1 that both r
 columns are at that largest one. Each pair of arms stands once; an arm at its second learning rate
 is the reference of those at that rate alone. Beside 51 rounds of GRPO an arm is at its own last
 round. Intervals: 95 % Student t over seeds, differences paired by seed; in brackets behind them the
-share of seeds with that sign. All seeds have the same 300 problems."""
+share of seeds with that sign. All seeds have the same 300 held-out problems; `fixed` trains the
+strong base on 192 others in every round, and is measured on both."""
 
 
 def load(folder):
@@ -257,7 +258,9 @@ def along(runs_of, reference, arms):
 
 
 def title_of(regime, split):
-    return f"{regime}, {'its own' if split == 'train' else 'held-out'} problems"
+    if regime == "fixed":
+        return f"fixed problems, on {'them' if split == 'train' else 'held-out ones'}"
+    return regime.replace("-", " ")
 
 
 def summary(panels):
@@ -327,9 +330,10 @@ def panels_of(paths):
 
 # ---- The figure --------------------------------------------------------------------------------
 def draw(panels, path):
-    """Pass@1 against Pass@256: an arm a path, from the base, which is a star, through the mean over
-    seeds at each checkpoint; an arm's second learning rate dashed; in brackets the seeds, at least
-    two. The learning rate is named where a panel has several."""
+    """Pass@1 against Pass@256: an arm a path, from the base, which is a star; an arm's second
+    learning rate dashed; in brackets the seeds, at least two. A checkpoint stands at the star plus
+    the mean distance of the seeds from their own base, so that all paths begin at one point. The
+    learning rate is named where a panel has several."""
     columns, lines = min(len(panels), 2), -(-len(panels) // 2)
     figure, axes = plt.subplots(lines, columns, figsize=(5.4 * columns, 5.2 * lines),
                                 layout="constrained", squeeze=False)
@@ -337,20 +341,21 @@ def draw(panels, path):
         axis.remove()
     for axis, ((regime, split), runs_of) in zip(axes.flat, panels.items()):
         drawn, rates = [], {lr for _, lr in runs_of} - {"0"}
+        star = [np.mean([run[0][k] for run in runs_of["base", "0"].values()]) for k in ("1", "256")]
         for (arm, lr), runs in runs_of.items():
-            if arm not in COLOURS or len(runs) < 2:  # one seed would begin at its own base
+            if arm not in COLOURS or len(runs) < 2:
                 continue
             rounds = sorted(set.intersection(*(set(points) for points in runs.values())))
-            x, y = (np.mean([[points[r][k] for r in rounds] for points in runs.values()], 0)
-                    for k in ("1", "256"))
+            moved = {k: [[run[r][k] - run[0][k] for r in rounds] for run in runs.values()]
+                     for k in ("1", "256")}
+            x, y = star[0] + np.mean(moved["1"], 0), star[1] + np.mean(moved["256"], 0)
             look = {"marker": "o", "markersize": 4, "linestyle": STYLES[drawn.count(arm)]}
             if arm == "base":
                 look = {"marker": "*", "markersize": 15, "zorder": 3, "linestyle": ""}
             axis.plot(x, y, color=COLOURS[arm], **look,
                       label=f"{name_of(arm, lr if len(rates) > 1 else '0')} ({len(runs)})")
             drawn.append(arm)
-        problems = ", its own problems" if split == "train" else ""
-        axis.set(title=regime.replace("-", " ") + problems, xlabel="Pass@1", ylabel="Pass@256")
+        axis.set(title=title_of(regime, split), xlabel="Pass@1", ylabel="Pass@256")
         axis.grid(color="#e6e6e6")
         axis.legend(frameon=False, fontsize=8, ncol=2, loc="upper center",
                     bbox_to_anchor=(0.5, -0.13))
