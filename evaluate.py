@@ -4,9 +4,9 @@
         --out eval.json --plot passk.png
     python evaluate.py --training runs/NAME --plot training.png
 
-Reads scored.jsonl (score.py), one sample a line; `Row` in data/counts.py names its fields. All problems of a
-file have equally many samples (n), all files hold the same problems, the first file is the
-reference. Only counts are kept: memory grows with the problems and not with the rows.
+Reads scored.jsonl (score.py), one sample a line; `Row` in data/counts.py names its fields. All
+problems of a file have equally many samples (n), all files hold the same problems, the first file
+is the reference. Only counts are kept: memory grows with the problems and not with the rows.
 
 Writes eval.json: {"reference", "k", "seed", "resamples", "runs": [one object a file]}. A run has
 `name`, `file`, `n`, `problems`, `sampling` (from the file's meta, or null) and, not rounded, null
@@ -55,8 +55,8 @@ def parse_args(argv=None):
     # What to compare
     add("files", nargs="*", metavar="SCORED.jsonl",
         help="scored rollouts; the first is the reference")
-    add("--names", nargs="+", help="one name a file (default: the file names)")
-    add("--k", nargs="+", type=positive,
+    add("--names", nargs="+", action="extend", help="one name a file (default: the file names)")
+    add("--k", nargs="+", action="extend", type=positive,
         help="samples, at most n (default: powers of two up to n)")
     # The intervals
     add("--resamples", type=positive, help="bootstrap resamples (default: 10000)")

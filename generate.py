@@ -61,7 +61,7 @@ def parse_args(argv=None):
         help="keep the k likeliest tokens; 0 is off (default %(default)s)")
     add("--max-new-tokens", type=int, default=64,
         help="longest completion, in tokens (default %(default)s)")
-    add("--stop", nargs="+", default=[], metavar="TEXT",
+    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT",
         help="end a completion when it contains one of these texts, special tokens included")
     add("--ignore-eos", action="store_true",
         help="go on past end-of-text tokens, to --max-new-tokens")

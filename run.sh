@@ -50,7 +50,8 @@
 #   --nproc N               processes a stage, through torchrun               (1)
 #
 # Flags in quotes are split as a shell splits them: "--stop '</answer>' 'Question: '" has two texts.
-# They are checked, like all others, before anything is sampled or written.
+# They are checked, like all others, before anything is sampled or written; what --arm names is
+# looked up by train.py alone.
 set -euo pipefail
 
 die() { echo "run.sh: error: $*" >&2; exit 2; }
@@ -111,6 +112,9 @@ check_flags() {  # everything that can be wrong with them, before the first roun
   for key in prompts_per_round eval_n nproc; do
     [ "${!key}" -ge 1 ] || die "--${key//_/-} must be at least 1"
   done
+  [ "$updates" -le "$prompts_per_round" ] || die "--updates: more than --prompts-per-round"
+  [[ ! "$temperature" =~ ^(0+\.?0*|\.0+)$ ]] ||
+    die "--temperature 0: nothing is learned from greedy samples"
   [[ "$name" =~ ^[^/]+$ && "$name" != .* ]] || die "--name is a folder's name in runs/, not '$name'"
   dir=${here}runs/$name
   [[ "$method" =~ ^(ds-grpo|grpo|.+\.py:.+)$ ]] ||

@@ -159,8 +159,8 @@ def add_flags(add):
     add("--reset-optimizer", action="store_true", help="start with fresh moments and step 0")
     number("--seed", 0, "seed of the shuffle")
     # the machine
-    number("--micro-batch-tokens", 4096, "most tokens, padding included, in one forward and "
-                                         "backward pass")
+    number("--micro-batch-tokens", 4096, "most tokens in one forward and backward pass; where "
+                                         "prompts are shared, about a sixth is padding on top")
     add("--share-prompts", action=argparse.BooleanOptionalAction,
         help="compute each prompt once for all its rollouts, with gradients through its key-value "
              "cache (default: yes, unless --checkpoint-activations or --shard)")
@@ -289,7 +289,7 @@ class Job:
     loss: typing.Callable
     policy: Policy = None
     module: torch.nn.Module = None  # the policy under DDP or FSDP2, whose forward is called
-    no_sync: typing.Callable = contextlib.nullcontext  # keeps a rank's gradients to itself
+    no_sync: typing.Callable = contextlib.nullcontext  # of the passes before an update's last
     optimizer: torch.optim.Optimizer = None
     old_logp: dict = dataclasses.field(default_factory=dict)  # row -> (tokens,) log pi_old
     ref_logp: dict = dataclasses.field(default_factory=dict)
@@ -471,7 +471,9 @@ def train(args):
     rows = sum(groups, [])
     if args.updates > len(groups):
         fail(f"{args.rollouts}: {len(groups)} groups cannot be dealt into --updates {args.updates}")
-    answers = load_answers(args.rehearse, sampling["temperature"]) if args.rehearse else []
+    answers = []
+    if args.rehearse:
+        answers = load_answers(args.rehearse, sampling["temperature"], args.allow_off_policy)
     whole = try_method(advantage, loss, groups, verdicts_of(groups, fields, "cpu"))
     device, dtype = device_and_dtype(args)
     if rank == 0:
@@ -502,7 +504,7 @@ def train(args):
               policy=policy, module=module, no_sync=no_sync, optimizer=optimizer,
               answers=answers)
     if rank == 0:
-        announce(job, *memory)
+        meta |= announce(job, *memory)
 
     # 3. The shuffled groups are dealt into updates whose sizes differ by at most one.
     order = np.random.default_rng(args.seed).permutation(len(groups))

@@ -25,7 +25,6 @@ Writes an ordinary Hugging Face folder (config, safetensors in fp32, character-l
 made_from.json (the flags) and curve.jsonl: step, training loss, and the loss on problems of the
 tune split. Nothing needs this script to run: both models stand in the repository.
 """
-import argparse
 import json
 import math
 import os
@@ -33,19 +32,15 @@ import random
 import sys
 import time
 
-import torch
-from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-
 if __name__ == "__main__":  # the repository's root, not this folder
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from data import countdown  # the problems, their splits and the exact solver
+from data.files import Parser
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__file__, description=__doc__)
     # what it starts from and what it leaves
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--init", help="start from this folder's weights (default: random ones)")
@@ -68,7 +63,18 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=float, default=2e-3,
                         help="peak learning rate (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    parser.at_least(args, seed=0, save_every=1, max_number=1, max_target=1, problems=1, steps=1,
+                    batch=1, threads=1)
+    return parser.checked(args)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the heavy imports: --help and a wrong flag answer at once
+
+import torch
+from tqdm import tqdm
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 
 def make_tokenizer():
@@ -208,4 +214,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -38,7 +38,7 @@ class Metrics:
         """The update's line. rows: all of its rows; reward: (groups, n), correct: (rows,) of them;
         tokens: of those in the loss; rehearsal: its coefficient and tokens."""
         sums, count = self.sums, max(tokens, 1)
-        mean, wrong = {name: value / count for name, value in sums.items()}, count - sums["right"]
+        mean, wrong = {name: value / count for name, value in sums.items()}, tokens - sums["right"]
         of_wrong = sums["entropy"] - sums["entropy_correct"]
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if device != "cpu":

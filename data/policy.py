@@ -18,7 +18,7 @@ from data.shards import fill, model_without_weights
 # installed.
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.append(os.path.join(ROOT, "kernels"))
-from fused_linear_entropy import CHUNK, fused_linear_entropy
+from fused_linear_entropy import CHUNK, choose_backend, fused_linear_entropy
 from shared_prompt import attention_of, repeated_hidden, shared_hidden
 
 
@@ -120,17 +120,21 @@ class Policy(torch.nn.Module):
 
 
 def announce(job, static, activations):
-    """One line that says what was chosen, and the memory (bytes) that it will take."""
+    """One line that says what was chosen, and the memory (bytes) that it will take; what of it the
+    flags do not say, for the meta."""
     args, (groups, n) = job.args, job.verdicts.reward.shape
+    attention = attention_of(job.policy.model)
     print(f"{args.model} on {job.device} x {job.world}"
           f"{' sharded' if args.shard and job.world > 1 else ''}, "
           f"{str(job.dtype).removeprefix('torch.')} over fp32 weights, attention "
-          f"{attention_of(job.policy.model)}, prompts "
+          f"{attention}, prompts "
           f"{'shared' if args.share_prompts else 'repeated'}: {groups} groups x {n}, "
           f"{args.updates} updates of {args.method}, T = {job.policy.temperature}; memory: "
           f"{static / 2**30:.2f} GiB for weights, gradients and Adam, about "
           f"{activations / 2**30:.2f} GiB for a micro-batch of {args.micro_batch_tokens} tokens",
           file=sys.stderr)
+    backend = choose_backend(job.device.split(":")[0], None)
+    return {"attention": attention, "backend": backend}
 
 
 def checkpoint_activations(model):

@@ -58,10 +58,11 @@ def start_ranks(device, world, timeout):
 
 
 def over_ranks(policy, device, world, shard):
-    """(the module to call, a context in which backward passes keep a rank's gradients to itself).
+    """(the module to call, a context for the backward passes before an update's last).
 
-    DDP: a copy of the policy on every rank. shard: FSDP2, every decoder layer, then the rest, in
-    shards over all ranks.
+    DDP: a copy of the policy on every rank, whose gradients are summed in the last pass. shard:
+    FSDP2, every decoder layer, then the rest, in shards over all ranks; gradients are summed in
+    every pass, as to wait would keep all of them on every rank.
     """
     if world == 1:
         return policy, contextlib.nullcontext
@@ -72,18 +73,14 @@ def over_ranks(policy, device, world, shard):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.split(":")[0], (world,))
-    for layer in policy.model.get_decoder().layers:
+    layers = getattr(policy.model.get_decoder(), "layers", None)
+    if layers is None:
+        fail("--shard: unsupported architecture: its decoder has no `layers`")
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(policy, mesh=mesh)
     register_fsdp_forward_method(policy, "check")  # it calls parts of the model by themselves
-
-    @contextlib.contextmanager
-    def no_sync():
-        policy.set_requires_gradient_sync(False)
-        yield
-        policy.set_requires_gradient_sync(True)
-
-    return policy, no_sync
+    return policy, contextlib.nullcontext
 
 
 def refuse(job, members, what):

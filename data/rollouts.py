@@ -67,16 +67,19 @@ def load_rollouts(path, truncated="wrong", fields=()):
     return [[group[sample] for sample in sorted(group)] for group in groups.values()], n
 
 
-def load_answers(path, temperature):
+def load_answers(path, temperature, off_policy=False):
     """The distinct right completions of each problem of a scored file, a list of rows a problem.
 
     Groups may be of any size; problems without a right one are left out. What is drawn from these
-    is learned at `temperature`, so that it must have been sampled at it.
+    is learned at `temperature`, so that it must have been sampled at it; and from the whole
+    distribution, unless off_policy.
     """
     sampling = files.sampling_of(path)
     if sampling is not None and temperature_of(path, sampling) != temperature:
         fail(f"{path}: sampled at temperature {sampling['temperature']}, the rollouts at "
              f"{temperature}")
+    if sampling is not None and not off_policy:
+        check_sampler(path, sampling)
     problems, numbers = {}, {}  # by id
     for where, _, scored in read_rows(path, Scored):
         if not scored.correct or not scored.completion_ids:
@@ -142,9 +145,15 @@ def sampling_of(args):
     if temperature == 0:
         fail(f"{path}: greedy rollouts have no distribution to learn from; sample at a temperature "
              f"above 0")
+    if not args.allow_off_policy:
+        check_sampler(path, sampling)
+    return sampling
+
+
+def check_sampler(path, sampling):
+    """End the stage where rows were not drawn from the policy's whole distribution."""
     off = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
     changed = [f"{key} {sampling[key]}" for key in off if sampling.get(key, off[key]) != off[key]]
-    if changed and not args.allow_off_policy:
+    if changed:
         fail(f"{path}: sampled with {', '.join(changed)}: the log-probs are not those of the "
              f"policy; sample without, or give --allow-off-policy")
-    return sampling

@@ -339,18 +339,19 @@ def repeated_cache(cache, owner):
     return own
 
 
-def length_blocks(lengths, waste=0.15, smallest=32):
+def length_blocks(lengths, waste=0.15, smallest=32, tokens=1024):
     """Row indices, longest first, in blocks that pad less than `waste` of their tokens.
 
-    Blocks have `smallest` rows or more, because small products are slow; rows of length 0 are in
-    none.
+    Small products are slow: up to `smallest` rows, while they are less than so many `tokens` with
+    their padding, are one block whatever they pad. Rows of length 0 are in none.
     """
     blocks, used = [], 0
     filled = [i for i, length in enumerate(lengths) if length]
     for i in sorted(filled, key=lambda i: -lengths[i]):
         if blocks:
             width, rows = lengths[blocks[-1][0]], len(blocks[-1])
-            full = rows >= smallest and used + lengths[i] < (1 - waste) * width * (rows + 1)
+            large = rows >= smallest or rows * width >= tokens
+            full = large and used + lengths[i] < (1 - waste) * width * (rows + 1)
         if not blocks or full:
             blocks.append([])
             used = 0

@@ -26,11 +26,14 @@ RANKS = f"""
     stage = __import__(sys.argv[1])
     kind, rank, call = os.environ.get("FAULT", "none,-1,0").split(",")  # what happens to a rank in the middle of its work
     name, calls, wide = {{"train": "token_losses", "generate": "run_chunk"}}[sys.argv[1]], 0, False
+    unsummed = []  # passes of a sharded update before which no gradient has been summed over the ranks
     original = getattr(stage, name)
 
     def faulty(*args, **options):
         global calls
         calls += 1
+        if name == "token_losses" and args[0].args.shard:
+            unsummed.append(all(weight.grad is None for weight in args[0].policy.parameters()))
         if os.environ["RANK"] == rank and calls == int(call):
             if kind == "raise":
                 raise ValueError("a fault")
@@ -44,7 +47,11 @@ RANKS = f"""
         if dtype == "fp64" and not wide:
             __import__("test_train").use_fp64()
             wide = True
-        stage.run(stage.main, stage.parse_args(flags))
+        unsummed.clear()
+        args = stage.parse_args(flags)
+        stage.run(stage.main, args)
+        # FSDP2 would keep a whole gradient on every rank until it is summed: only an update's first pass finds none.
+        assert not unsummed or sum(unsummed) == args.updates, unsummed
 """
 
 

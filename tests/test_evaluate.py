@@ -312,7 +312,7 @@ def test_same_seed_same_file_another_seed_other_intervals(tmp_path):
 # ---- Terminal, files, figures ----------------------------------------------------------------------------------------
 def test_table(tmp_path, capsys):
     base, grpo = write(tmp_path / "a.jsonl", random_rows(1)), write(tmp_path / "b.jsonl", random_rows(2, skill=0.2))
-    main(base, grpo, "--names", "base", "grpo", "--k", 1, 16)
+    main(base, grpo, "--names", "base", "--names", "grpo", "--k", 1, "--k", 16)  # a flag given again adds to it
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("30 problems, n 16") and lines[2].split("   ")[-1].strip() == "grpo - base"
     assert [line.split()[0] for line in lines[3:]] == [

@@ -108,6 +108,8 @@ def test_help_names_every_flag_and_needs_no_python(tmp_path):
     (["--keep", "0"], "--keep and --rounds must be at least 1"),
     (["--rounds", "0"], "--keep and --rounds must be at least 1"),
     (["--eval-n", "0"], "--eval-n must be at least 1"),
+    (["--prompts-per-round", "2", "--updates", "3"], "--updates: more than --prompts-per-round"),
+    (["--temperature", "0.0"], "--temperature 0: nothing is learned from greedy samples"),
     (["--method", "ppo"], "no --method 'ppo' (see --help)"),
     (["--method", "grpo passk"], "no --method 'grpo passk' (see --help)"),
     (["--name", "../x"], "--name is a folder's name in runs/, not '../x'"),

@@ -554,7 +554,24 @@ def test_blocks_of_similar_lengths_hold_every_row_once(lengths):
     blocks = length_blocks(lengths)
     assert sorted(i for block in blocks for i in block) == [i for i, length in enumerate(lengths) if length]
     for block in blocks:
-        assert len(block) <= 32 or sum(lengths[i] for i in block) >= 0.85 * len(block) * max(lengths[i] for i in block)
+        width, rows = max(lengths[i] for i in block), len(block)
+        small = rows <= 32 and (rows - 1) * width < 1024
+        assert small or sum(lengths[i] for i in block) >= 0.85 * rows * width
+
+
+def test_the_padding_of_a_micro_batch_is_bounded():
+    """What one long completion beside short ones, or lengths of any spread, make of a budget."""
+    one_long = [length_blocks([2000] + 31 * [60])]
+    assert sum(len(block) * ([2000] + 31 * [60])[block[0]] for block in one_long[0]) < 1.05 * (2000 + 31 * 60)
+    rng, worst = np.random.default_rng(0), 0
+    for _ in range(200):
+        lengths, total = [], 0
+        while total < 4096:  # as micro_batches fills it
+            lengths.append(int(np.clip(np.exp(rng.normal(5.5, 1)), 1, 2000)))
+            total += lengths[-1]
+        padded = sum(len(block) * lengths[block[0]] for block in length_blocks(lengths))
+        worst = max(worst, padded / total)
+    assert worst < 1.35
 
 
 def test_groups_are_dealt_into_updates_whose_sizes_differ_by_at_most_one(model, rollouts, tmp_path, monkeypatch):
@@ -671,6 +688,7 @@ def test_all_truncated(model, tmp_path):
     masked = run(model, path, tmp_path / "mask", "--truncated", "mask", "--weight-decay", 0)
     assert masked.metrics[0]["tokens"] == masked.metrics[0]["grad_norm"] == 0 and masked.metrics[0]["truncated_frac"] == 1
     assert masked.metrics[0]["pass@1"] > 0.3  # kept in the statistics
+    assert masked.metrics[0]["entropy_correct"] is masked.metrics[0]["entropy_wrong"] is None
     assert distance(masked.weights, load_file(f"{model}/model.safetensors")) == 0
     wrong = run(model, path, tmp_path / "wrong")
     right = [reward for group in VERDICTS for correct, reward in group if correct]
@@ -866,6 +884,7 @@ def test_a_finished_round_is_left_alone_and_an_unfinished_one_is_done_again(mode
     with open(f"{out}.meta.json", encoding="utf-8") as file:
         meta = json.load(file)
     assert meta["flags"]["gamma_p"] == 0.01 and meta["sampling"]["temperature"] == T and meta["dtype"] == "float32" and meta["device"] == "cpu"
+    assert meta["attention"] == "sdpa" and meta["backend"] == "torch"
 
 
 def test_policy_and_reference_of_the_hub_are_each_of_their_own_commit(model, reference, rollouts, tmp_path, monkeypatch):
@@ -1258,6 +1277,9 @@ def test_what_cannot_be_rehearsed_is_refused(model, rollouts, tmp_path, capsys):
     flags = ["--rehearse-coef", 0.1, "--rehearse"]
     hot = write(tmp_path / "hot.jsonl", make_rows(model), {"temperature": 1.0})
     assert "sampled at temperature 1.0, the rollouts at 0.7" in refused(capsys, model, rollouts, tmp_path / "a", *flags, hot)
+    cut = write(tmp_path / "cut.jsonl", make_rows(model), {"temperature": T, "top_p": 0.9})
+    assert "cut.jsonl: sampled with top_p 0.9" in refused(capsys, model, rollouts, tmp_path / "p", *flags, cut)
+    assert run(model, rollouts, tmp_path / "allowed", *flags, cut, "--allow-off-policy").metrics[0]["rehearse_nll"] > 0
     torn = write(tmp_path / "torn.jsonl", make_rows(model), "x")
     assert "torn.jsonl.meta.json: not a valid meta (temperature None)" in refused(capsys, model, rollouts, tmp_path / "t", *flags, torn)
     wrong = write(tmp_path / "wrong.jsonl", make_rows(model, VERDICTS[1:2], LENGTHS[1:2]))
