@@ -11,7 +11,7 @@
 # Without any flag it trains the weak embedded model twice, a core each: with GRPO, in
 # runs/demo-grpo, and with DS-GRPO and rehearsal of the base's right answers, in runs/demo.
 # Both are compared with the base on the same held-out problems: five minutes on two CPU cores, with
---rounds 5 --rehearse 1500 --eval-problems 100 --eval-n 256.
+# --rounds 5 --rehearse 1500 --eval-problems 100 --eval-n 256.
 #
 # In runs/NAME/, beside this script: prompts-RRR.jsonl, rollouts-RRR.jsonl, scored-RRR.jsonl and the
 # model round-RRR/ of each round; of these the last K rounds are kept. Then test.jsonl,
