@@ -72,10 +72,10 @@ def over_ranks(policy, device, world, shard):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(device.split(":")[0], (world,))
     layers = getattr(policy.model.get_decoder(), "layers", None)
     if layers is None:
         fail("--shard: unsupported architecture: its decoder has no `layers`")
+    mesh = init_device_mesh(device.split(":")[0], (world,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(policy, mesh=mesh)

@@ -75,11 +75,12 @@ def load_answers(path, temperature, off_policy=False):
     distribution, unless off_policy.
     """
     sampling = files.sampling_of(path)
-    if sampling is not None and temperature_of(path, sampling) != temperature:
-        fail(f"{path}: sampled at temperature {sampling['temperature']}, the rollouts at "
-             f"{temperature}")
-    if sampling is not None and not off_policy:
-        check_sampler(path, sampling)
+    if sampling is not None:
+        if temperature_of(path, sampling) != temperature:
+            fail(f"{path}: sampled at temperature {sampling['temperature']}, the rollouts at "
+                 f"{temperature}")
+        if not off_policy:
+            check_sampler(path, sampling)
     problems, numbers = {}, {}  # by id
     for where, _, scored in read_rows(path, Scored):
         if not scored.correct or not scored.completion_ids:

@@ -136,10 +136,17 @@ def gap(one, other):
     return np.trapezoid(difference, knots) / (high - low)
 
 
-def gaps(points, measure):
-    """The gap of each pair of runs."""
-    pairs = [(alike(one, other), alike(other, one)) for one, other in points]
-    return [gap(path_of(one, measure), path_of(other, measure)) for one, other in pairs]
+def paths_of(pairs, measure):
+    """Both paths of each pair of runs."""
+    alikes = [(alike(one, other), alike(other, one)) for one, other in pairs]
+    return [(path_of(one, measure), path_of(other, measure)) for one, other in alikes]
+
+
+def at_round(pairs, number, other, measure):
+    """one minus other of each pair of runs that were measured after a round; of the base, if that
+    is the other arm, there is one measurement."""
+    at = 0 if other == "base" else number
+    return [a[number][measure] - b[at][measure] for a, b in pairs if number in a and at in b]
 
 
 def last(points, measure):
@@ -198,15 +205,20 @@ def best_rate(runs_of):
     return statistics.mode(lr for arm, lr in runs_of if arm != "base")
 
 
+def paired(runs, others):
+    """[(points, points of the other)] of the seeds that both have."""
+    return [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
+
+
 def pairs_of(runs_of, reference):
     """{(arm, lr): [its points and the reference's, a pair a seed that both have]}.
 
     Beside a reference at the best learning rate stand all arms, beside one at the second best those
     at that rate."""
-    others, pairs = runs_of[reference], {}
+    best, pairs = best_rate(runs_of), {}
     for key, runs in runs_of.items():
-        both = [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
-        at_its_rate = reference[1] in (best_rate(runs_of), key[1]) or reference[0] == "base"
+        both = paired(runs, runs_of[reference])
+        at_its_rate = reference[1] in (best, key[1]) or reference[0] == "base"
         if both and at_its_rate and key not in (reference, ("base", "0")):
             pairs[key] = both
     return pairs
@@ -230,11 +242,9 @@ def differences(runs_of, reference, told=()):
     for key, both in pairs.items():
         if {key[0], reference[0]} == {"grpo", "grpo-longer"}:
             continue  # one path
-        alikes = [(alike(a, b), alike(b, a)) for a, b in both]
-        paths = {measure: [(path_of(a, measure), path_of(b, measure)) for a, b in alikes]
-                 for measure in MEASURES}
+        paths = {measure: paths_of(both, measure) for measure in MEASURES}
         cells = [[at_equal(*pair) for pair in paths[measure]] for measure in MEASURES]
-        cells += [gaps(both, measure) for measure in ("256", "64")]
+        cells += [[gap(*pair) for pair in paths[measure]] for measure in ("256", "64")]
         row_of(name_of(*key), text_of([shared(*pair) for pair in paths["256"]]),
                *(text_of(cell, signed=True) for cell in cells))
 
@@ -252,8 +262,7 @@ def along(runs_of, reference, arms):
         if reference[0] != "base":
             rounds = rounds.intersection(*(set(points) for _, points in both))
         for number in sorted(rounds):
-            at = 0 if reference[0] == "base" else number
-            cells = [[a[number][k] - b[at][k] for a, b in both] for k in ks]
+            cells = [at_round(both, number, reference[0], k) for k in ks]
             row_of(name_of(*key), number, *(text_of(cell, signed=True) for cell in cells))
 
 
@@ -265,13 +274,12 @@ def title_of(regime, split):
 
 def summary(panels):
     """The pairs ALONG and BY_ROUND, a column a panel; empty where they have not been run."""
-    def both(runs_of, one, other):
-        def runs(arm):
-            return runs_of.get((arm, "0" if arm == "base" else best_rate(runs_of)), {})
-        return [(runs(one)[seed], runs(other)[seed]) for seed in runs(one) if seed in runs(other)]
+    def runs(runs_of, arm):
+        return runs_of.get((arm, "0" if arm == "base" else best_rate(runs_of)), {})
 
     def row(one, other, *more, figures):
-        cells = [figures(both(runs_of, one, other)) for runs_of in panels.values()]
+        cells = [figures(paired(runs(runs_of, one), runs(runs_of, other)))
+                 for runs_of in panels.values()]
         if any(cells):
             minus = " minus ".join(LABELS.get(arm, arm) for arm in (one, other))
             row_of(minus, *more, *(text_of(cell, signed=True) if cell else "" for cell in cells))
@@ -280,13 +288,11 @@ def summary(panels):
     print("\n## Summary")
     header("Pass@256, gap", *titles)
     for pair in ALONG:
-        row(*pair, figures=lambda points: gaps(points, "256"))
+        row(*pair, figures=lambda pairs: list(itertools.starmap(gap, paths_of(pairs, "256"))))
     for number in (5, 10, 20):
         header(f"after {number} rounds", "k", *titles)
         for (one, other), k in itertools.product(BY_ROUND, ("1", "64", "256")):
-            row(one, other, k, figures=lambda points: [
-                a[number][k] - b[0 if other == "base" else number][k] for a, b in points
-                if number in a and (other == "base" or number in b)])
+            row(one, other, k, figures=lambda pairs: at_round(pairs, number, other, k))
 
 
 def tables_of(runs_of):
@@ -341,14 +347,14 @@ def draw(panels, path):
         axis.remove()
     for axis, ((regime, split), runs_of) in zip(axes.flat, panels.items()):
         drawn, rates = [], {lr for _, lr in runs_of} - {"0"}
-        star = [np.mean([run[0][k] for run in runs_of["base", "0"].values()]) for k in ("1", "256")]
+        star = {k: np.mean([run[0][k] for run in runs_of["base", "0"].values()])
+                for k in ("1", "256")}
         for (arm, lr), runs in runs_of.items():
             if arm not in COLOURS or len(runs) < 2:
                 continue
             rounds = sorted(set.intersection(*(set(points) for points in runs.values())))
-            moved = {k: [[run[r][k] - run[0][k] for r in rounds] for run in runs.values()]
-                     for k in ("1", "256")}
-            x, y = star[0] + np.mean(moved["1"], 0), star[1] + np.mean(moved["256"], 0)
+            x, y = (star[k] + np.mean([[run[r][k] - run[0][k] for r in rounds]
+                                       for run in runs.values()], 0) for k in ("1", "256"))
             look = {"marker": "o", "markersize": 4, "linestyle": STYLES[drawn.count(arm)]}
             if arm == "base":
                 look = {"marker": "*", "markersize": 15, "zorder": 3, "linestyle": ""}

@@ -17,6 +17,7 @@ import types
 import pytest
 import torch
 
+from data.ranks import over_ranks
 from test_train import VERDICTS, Round, distance, fp64, make_rows, model, rollouts, run, same_metrics, write, TIMINGS  # noqa: F401
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -175,6 +176,13 @@ def test_ranks_refuse_a_step_that_is_not_finite_together(ranks):
     assert ranks.code != 0 and len(re.findall(r"train\.py: error: step 2: .* is refused", ranks.stderr)) == 1
     assert re.findall(r"exitcode  : (\d+)", ranks.stderr).count("3") >= 1 and "[rank" not in ranks.stderr
     assert not os.path.exists(f"{ranks.folder}/refused") and os.path.exists(f"{ranks.folder}/refused.refused.jsonl")
+
+
+def test_a_decoder_without_layers_is_not_sharded(capsys):
+    policy = types.SimpleNamespace(model=types.SimpleNamespace(get_decoder=torch.nn.Module))
+    with pytest.raises(SystemExit) as end:
+        over_ranks(policy, "cpu", 2, shard=True)
+    assert end.value.code == 2 and "--shard: unsupported architecture" in capsys.readouterr().err
 
 
 # ---- Faults -------------------------------------------------------------------------------------------------------------

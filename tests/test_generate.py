@@ -1,4 +1,5 @@
 """generate.py: what is sampled, what is stored about it, and what happens when files are bad or a run is cut short."""
+import itertools
 import json
 import math
 import os
@@ -1021,6 +1022,6 @@ def test_errors_of_a_process_are_one_line_too(tiny_model, tmp_path):
                           cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"generate.py: error: {path}:2: needs either 'prompt' or 'messages'\n"
-    for flags, code in (["--help"], 0), (["--what"], 2):
-        done = subprocess.run([sys.executable, "-X", "importtime", "generate.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    for script, (flag, code) in itertools.product(("generate.py", "data/make_tiny.py"), {"--help": 0, "--what": 2}.items()):
+        done = subprocess.run([sys.executable, "-X", "importtime", script, flag], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == code and " torch" not in done.stderr and " transformers" not in done.stderr

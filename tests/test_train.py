@@ -28,9 +28,11 @@ from data import policy as policies
 from data.plan import plan_update
 from data.rollouts import Row, draw_answers, load_answers, load_rollouts
 from experiments import arms
+from fused_entropy import choose_backend
 from shared_prompt import length_blocks
 
 torch.set_num_threads(1)
+choose_backend("cpu", None)  # told once a process: before the tests that count lines, whichever comes first
 RIVALS = arms.__file__
 VOCAB, T = 13, 0.7
 TIMINGS = {"tokens_per_s", "peak_mem_bytes"}
