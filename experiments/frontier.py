@@ -105,6 +105,7 @@ EVEN = tuple(f"{arm}-even" for arm in ("rehearsal", "grpo-rehearsal", "ds-rehear
 ARMS = (*CANDIDATES, *PARTS, *EVEN)
 FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
               "ds-rehearsal")  # the README's contrasts, from both bases at the best rate
+TEN_SEEDS = ("base", "grpo-rehearsal")  # from the strong base: whether Pass@k is kept at every k
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo")  # two seeds
 ONE_BASE = {**dict.fromkeys(NEIGHBOURS, "weak-base"), **dict.fromkeys(EVEN, "strong-base")}
@@ -123,8 +124,9 @@ def parse_args(argv=None):
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS),
                         help="only these arms (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int,
-                        help="these seeds (default: 1..5 for the README's contrasts, 1..2 for the "
-                        "neighbours, 1..3 for the rest)")
+                        help="these seeds (default: 1..5 for the README's contrasts, 1..10 for "
+                        "grpo-rehearsal from the strong base, 1..2 for the neighbours, 1..3 for "
+                        "the rest)")
     parser.add_argument("--rates", nargs="+", type=int, choices=(1, 2), default=[1, 2],
                         help="the best learning rate, the second best or both (default: both)")
     parser.add_argument("--jobs", type=int, default=2,
@@ -342,11 +344,13 @@ def seeds_of(regime, arm, rate):
     """How many seeds an arm is reported with."""
     if arm in NEIGHBOURS:
         return 2
-    return 5 if arm in FIVE_SEEDS and rate == 1 and regime != "fixed" else 3
+    if arm not in FIVE_SEEDS or rate == 2 or regime == "fixed":
+        return 3
+    return 10 if arm in TEN_SEEDS and regime == "strong-base" else 5
 
 
 def labels_of(args):
-    """The chosen runs: three seeds of everything before the other two, seed by seed."""
+    """The chosen runs: three seeds of everything before the others, seed by seed."""
     labels = []
     for regime, arm, rate in itertools.product(args.regimes, args.arms, args.rates):
         if is_reported(regime, arm, rate):

@@ -66,12 +66,13 @@ def serve(path, base):
     """Save a tiny random model to `base`, then run stages until stdin is closed. A request on the socket `path` is JSON
     {"argv", "cwd", "fault"} with the three standard files; the answer is the child's process id, then its exit code and CPU time."""
     sys.path[:0] = [ROOT, os.path.join(ROOT, "data")]
-    import matplotlib.backends.backend_agg  # noqa: F401
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     modules = {name: importlib.import_module(name) for name in STAGES} | {
         name: importlib.import_module(name) for name in ("maths", "shuffle", "hard")}
+    report = importlib.import_module("data.report")
+    report.save(report.new_figure(1, 2, 9, 4)[0], base + ".png")  # the first picture loads fonts
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = importlib.import_module("make_tiny").make_tokenizer()
@@ -258,13 +259,13 @@ class Child:
     """A stage at work: .pid; .wait() gives its exit code (minus the signal that ended it); .err is its stderr then."""
     seconds = 0.0  # CPU time of all
 
-    def __init__(self, path, argv, cwd, fault=None, handles=None):
+    def __init__(self, path, argv, cwd, fault=None):
         self.connection = socket.socket(socket.AF_UNIX)
         self.connection.connect(path)
         request = json.dumps({"argv": argv, "cwd": cwd, "fault": fault}).encode()
         self.file = tempfile.TemporaryFile()
         with open(os.devnull, "r+b") as null:
-            socket.send_fds(self.connection, [request], handles or [null.fileno(), null.fileno(), self.file.fileno()])
+            socket.send_fds(self.connection, [request], [null.fileno(), null.fileno(), self.file.fileno()])
         self.lines = self.connection.makefile()
         self.pid = int(self.lines.readline())
 
@@ -624,15 +625,8 @@ def main(args):
     shutil.rmtree(folder)
 
 
-def ask(path, argv):
-    """Run a stage in the warm process as if it were started here, with our standard files; end as it ends."""
-    sys.exit(Child(path, argv, os.getcwd(), handles=[0, 1, 2]).wait() & 255)
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         serve(*sys.argv[2:])
-    elif sys.argv[1:2] == ["--ask"]:
-        ask(sys.argv[2], sys.argv[3:])
     else:
         main(parse_args())

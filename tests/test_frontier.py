@@ -108,9 +108,10 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     assert all(rounds(arm, "strong-base", seed=3) == (5, 10) for arm in frontier.EVEN)
     assert all(setting(arm, "strong-base") == setting(arm.removesuffix("-even"), "strong-base") for arm in frontier.EVEN)
     assert {arguments[5:] for arguments in reported.values()} == {(300, 256, "cpu")}
-    # three seeds, five for the contrasts from both bases; neighbours and even sampling from one base alone
+    # three seeds, five for the contrasts from both bases and ten for one of them; neighbours and even sampling from one base alone
     seeds = lambda arm, regime, lr="1e-4": {label.seed for label in reported if label[:3] == (regime, arm, lr)}
-    assert seeds("grpo", "weak-base") == seeds("base", "strong-base", "0") == {1, 2, 3, 4, 5} and seeds("ds-negative", "weak-base") == {1, 2, 3}
+    assert seeds("grpo", "weak-base") == seeds("base", "weak-base", "0") == seeds("grpo", "strong-base") == {1, 2, 3, 4, 5} and seeds("ds-negative", "weak-base") == {1, 2, 3}
+    assert seeds("base", "strong-base", "0") == seeds("grpo-rehearsal", "strong-base") == set(range(1, 11))
     assert seeds("grpo", "fixed") == seeds("base", "fixed", "0") == seeds("grpo", "weak-base", "2e-4") == {1, 2, 3}
     assert {label.regime for label in reported if label.lr == "2e-4"} == {"weak-base", "strong-base"}
     assert {(label.regime, label.seed) for label in reported if label.arm in frontier.NEIGHBOURS} == {("weak-base", 1), ("weak-base", 2)}

@@ -40,7 +40,7 @@ class Loop:
                 '[ -e "$mark" ] || { : > "$mark"; kill -9 $PPID; }; }\n')
         python = f'"{sys.executable}" -S -E'
         self.write("python3", f'case "$1" in\n-|-c) {python} "$@" ;;\n'
-                   f'*) {python} "{crash.__file__}" --ask "{warm.path}" "$@" ;;\nesac\n'
+                   f'*) {python} "{crash.ROOT}/tests/ask.py" "{warm.path}" "$@" ;;\nesac\n'
                    f'code=$?\n{dies}exit $code\n')
         for name in ("rm", "mv"):
             self.write(name, f'/bin/{name} "$@"\n{dies}')
