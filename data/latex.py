@@ -88,7 +88,8 @@ def signs_of(part):
 
 # ---- Normal forms: one spelling for what means the same ------------------------------------------
 UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "±": r"\pm ", "’": "'",
+    **dict.fromkeys("−–—‐‑﹣", "-"), "×": r"\times ", "·": r"\cdot ", "÷": "/", "±": r"\pm ",
+    "’": "'", "½": r"\frac{1}{2}", "≈": r"\approx ",
     "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2", "³": "^3", "√": r"\sqrt ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
     "∅": r"\emptyset ", "\u00a0": " ", "\u2009": " ", "\u202f": " "})
@@ -123,7 +124,7 @@ STEPS = [  # in this order: LaTeX that asks for it, pattern, replacement
     (r"The answer is 7", rf"^{PREFIX}(?=[-+\\\d(A-Za-z])", ""),
     (r"\text{The answer is } 7", rf"^\\text\{{ ?{PREFIX}\}} ?(?=.)", ""),
     (r"\text{The answer is Friday}", rf"^\\text\{{ ?{PREFIX}(?=[^}}])", r"\\text{"),
-    (r"= 7", r"^(?:= ?|\+ ?(?=[\d.\\]))", ""),
+    (r"= 7", r"^(?:(?:=|\\approx(?![A-Za-z])) ?|\+ ?(?=[\d.\\]))", ""),
     (r"5,", r"^(?:\\[ ,;:!]|[ ~])+|(?:[ ~,;:]|(?<!\.)\.(?!.*\.)|\\\\|\\$)+$", ""),
     (r"2 \frac{1}{2}", r"(?<![\d}])(\d+) ?\\frac(?=\{|\d| )", r"\1\\frac"),
     (r"\frac12", r"\\frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"),
@@ -206,6 +207,7 @@ NAMES = {name: unit for unit, names in {
     "$": "dollar usd", "€": "euro eur",
     "cent": "¢", "person": "people", "n": "newton", "j": "joule", "w": "watt",
 }.items() for name in names.split()}
+MEGA = re.compile(r"M(?:eV|Wh?|Hz|J|Pa|N|V|g|B|b)")
 ALIKE = ({"°", "°c"}, {"°", "°f"}, {"£", "lb"})  # a scale left out; two kinds of pounds
 MULTIPLIER = {"hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}",
               "billion": "10^{9}", "trillion": "10^{12}", "dozen": "12"}
@@ -233,6 +235,8 @@ def unit_name(text):
     text = re.sub(r"\bper\b", "/", text)
 
     def name(match):
+        if MEGA.fullmatch(match[0]):
+            return match[0]  # 5 MeV is not 5 meV
         word = match[0].lower()
         single = word.removesuffix("s") if len(word) > 3 else word
         return NAMES.get(word, NAMES.get(single, single))

@@ -125,11 +125,15 @@ def gold_of(row):
             for part, unit, error in zip(golds, units, errors) for gold in signs_of(part)]
 
 
-def extract(completion, parts):
+def extract(completion, parts, cut=False):
     """The answer's text: the last box, or the last ones where that holds fewer than the `parts`
-    asked for; or None."""
+    asked for; or None. Of a completion that was cut no box at its end without braces: `\\boxed 12`
+    might have gone on."""
+    spans = boxes(completion)
+    if cut and spans and spans[-1][1] >= len(completion.rstrip(".,;:")):
+        spans.pop()
     found = [completion[start:min(end, start + LONGEST + 1)].strip()
-             for start, end in boxes(completion)[-parts:]]
+             for start, end in spans[-parts:]]
     if len(found) == parts > 1 and len(parts_of(found[-1])) < parts:
         return ", ".join(found)
     return found[-1] if found and found[-1] else None
@@ -138,7 +142,7 @@ def extract(completion, parts):
 def verify(completion, row):
     """The Verdict on a completion, or one that is Pending."""
     golds = gold_of(row)
-    pred = extract(completion, len(golds))
+    pred = extract(completion, len(golds), row.finish_reason == "length")
     if pred is None or len(pred) > LONGEST:
         return Verdict(pred, "no_answer" if pred is None else "parse")
     return Pending(pred, JUDGE, [pred, golds])
@@ -177,14 +181,16 @@ def read_number(text, **_):
 
 def prepare():
     """Import math-verify, in a worker, and close the way to eval that its grammar has."""
-    global NormalizationConfig, latex2sympy, normalize_latex, should_treat_as_complex, sympy
-    global verify_expressions
+    global CASE_TELLS, NormalizationConfig, latex2sympy, normalize_latex, should_treat_as_complex
+    global sympy, verify_expressions
     import sympy.parsing.sympy_parser
     import sympy.physics.units  # simplify() imports it, and it reads its own names by parse_expr
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from math_verify import verify as verify_expressions
     from math_verify.grader import should_treat_as_complex
 
+    CASE_TELLS = ConversionConfig(lowercase_symbols=False)  # r/R is not 1
     judge(r"(x+1)^2 = \sqrt{2}", [(r"x^2 + 2x = \sin(0.5)", "", None)])  # imports on the way
     sympy.parsing.sympy_parser.parse_expr = read_number
     return b"def monomial_"
@@ -201,7 +207,7 @@ def expression(text):
         return text, None
     try:
         return latex, latex2sympy(latex, is_real=not should_treat_as_complex(latex),
-                                  normalization_config=None)
+                                  normalization_config=None, conversion_config=CASE_TELLS)
     except MemoryError:
         raise
     except Exception:
@@ -218,7 +224,17 @@ def same_value(gold, pred, error=None):
     if error is not None:
         with contextlib.suppress(TypeError, ValueError, AttributeError):  # no numbers
             return abs(complex((a - b).evalf())) <= error * (1 + 1e-9)
-    return verify_expressions(a, b, timeout_seconds=None)
+    return verify_expressions(a, b, timeout_seconds=None) and not small_and_apart(a, b)
+
+
+def small_and_apart(a, b):
+    """Whether two numbers below a thousandth differ in their first three digits, which to six
+    places they may not: 1.6e-19 and -2e-31 are both zero there."""
+    with contextlib.suppress(TypeError, ValueError, AttributeError, OverflowError):  # no numbers
+        a, b = complex(a.evalf()), complex(b.evalf())
+        most = max(abs(a), abs(b))
+        return most < 1e-3 and abs(a - b) > 5e-3 * most
+    return False
 
 
 def same_percentage(gold, pred, error):

@@ -17,7 +17,9 @@ from hypothesis import example, given, settings, strategies
 
 import fuzz
 import score
-from data import countdown, maths, workers
+from data import countdown, gym, maths, workers
+from data.files import Verdict
+from data.workers import Pending
 
 ROOT = pathlib.Path(score.__file__).parent
 # Python's own parser, in the oracle, warns of "(1)(2)".
@@ -430,9 +432,21 @@ def test_golds_of_every_type():
 
 def test_cut_maths_completions(tmp_path):
     rows = [maths_row("5", completion, id=str(i), finish_reason="length")
-            for i, completion in enumerate([r"\boxed{5} and", r"\boxed{6} and", r"\boxed{5", "so"])]
+            for i, completion in enumerate([r"\boxed{5} and", r"\boxed 5 and", r"\boxed{5}.", r"\boxed{6} and", r"\boxed{5", "so",
+                                            r"\boxed 5", r"\boxed{5}, so \boxed 5.", r"\boxed{6}, so \boxed 5"])]
     new = run(write(tmp_path / "r.jsonl", rows), tmp_path / "s.jsonl", "--workers", "1", "--timeout", "60")
-    assert [one["reason"] for one in new] == ["ok", "truncated", "truncated", "truncated"]
+    assert [one["reason"] for one in new] == ["ok"] * 3 + ["truncated"] * 4 + ["ok", "truncated"]
+    assert [one["pred"] for one in new[6:]] == [None, "5", "6"]  # \boxed 5 might have become 52
+
+
+def test_a_cut_answer_without_tags_is_none():
+    """Of reasoning-gym, where the whole completion is the answer if nothing is tagged."""
+    def verdict(completion, finish_reason):
+        return gym.verify(completion, gym.Row(id="a", sample=0, completion=completion, finish_reason=finish_reason, gym="chain_sum", entry={}))
+
+    assert verdict("12", "stop").pred == verdict("<answer>12</answer> so", "length").pred == "12"
+    assert all(isinstance(verdict(*one), Pending) for one in (("12", "stop"), ("<answer>12</answer> so", "length")))
+    assert verdict("12", "length") == Verdict("12", "no_answer")
 
 
 def test_without_math_verify_one_line_says_so(tmp_path):
