@@ -29,6 +29,8 @@ How it works, in the order of the code:
      are dropped;
   4. when all chunks are there, rank 0 merges them in the prompts' order and names the file.
 """
+import argparse
+import functools
 import hashlib
 import json
 import os
@@ -79,7 +81,7 @@ def parse_args(argv=None):
     parser.add_machine(rank_timeout=1800)
     args = parser.parse_args(argv)
     parser.at_least(args, n=1, temperature=0, top_k=0, max_new_tokens=1, max_batch_tokens=1,
-                    limit=1)
+                    limit=1, rank_timeout=1e-3)
     if not 0 < args.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
     if args.compile and args.attention == "shared":
@@ -102,14 +104,15 @@ from data.chunks import (begin, chunk_path, chunks_of, fixed_chunks, join, merge
                          write_synced)
 from data.models import (OF_TRAINING, check_model, device_and_dtype, load, load_model,
                          load_tokenizer, source_of)
-from data.prompts import encode, end_ids, load_problems, tell, turn_end, unchanged
+from data.prompts import (encode, end_ids, load_problems, stop_ids, tail_of, tell, turn_end,
+                          unchanged)
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
 from decode_step import Decoder
-from shared_prompt import (attention_of, choose_attention, pad_left, shared_attention, spread,
-                           with_cache)
+from shared_prompt import (attention_of, check_sampler, choose_attention, pad_left,
+                           shared_attention, spread, with_cache)
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
@@ -138,7 +141,8 @@ def nucleus(probs, top_p, top_k):
     if top_k:
         ordered[:, top_k:] = 0
     before = ordered.cumsum(-1) - ordered
-    ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
+    rest = (before >= top_p * ordered.sum(-1, keepdim=True)) & (before > 0)  # never the first
+    ordered[rest] = 0
     return torch.zeros_like(probs).scatter_(-1, index, ordered)
 
 
@@ -159,11 +163,6 @@ def draw(logits, uniform, temperature, top_p=1.0, top_k=0):
     ids = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(-1)
     ids = ids.clamp_(max=logits.shape[-1] - 1)
     return ids, logp.gather(-1, ids[:, None]).squeeze(-1)
-
-
-def tail_of(stop):
-    """So many tokens can hold one of these texts: a token is a byte at the least."""
-    return 8 + 4 * max(map(len, stop), default=0)
 
 
 # ---- Sampling a chunk ----------------------------------------------------------------------------
@@ -244,20 +243,27 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
 SAMPLED = ("sample", "completion", "prompt_ids", "completion_ids", "logprobs", "finish_reason")
 
 
-def prepare(model, device, ends, rows, longest, args):
+def prepare(model, device, ends, rows, encoded, args):
     """Set the model's attention; with --compile, the Decoder of chunks of at most `rows` rows.
 
-    longest: tokens of the longest prompt. ValueError: of an architecture that cannot be had so.
+    encoded: the ids of all prompts; the shortest and the longest one are sampled on trial.
+    ValueError: of an architecture that cannot be had so.
     """
     auto = "model" if args.compile else device
     choose_attention(model, auto if args.attention == "auto" else args.attention)
-    if not args.compile:
-        return None
-
-    def drawn(logits, uniform):
-        return draw(logits, uniform, args.temperature, args.top_p, args.top_k)
-
-    return Decoder(model, drawn, rows, longest, args.max_new_tokens, ends)
+    known = sorted(filter(None, encoded), key=len)
+    few, steps = [known[0], known[-1]][-rows:], min(3, args.max_new_tokens)
+    uniform = np.full((len(few), args.max_new_tokens), 0.5)
+    if args.compile:
+        drawn = functools.partial(draw, temperature=args.temperature, top_p=args.top_p,
+                                  top_k=args.top_k)
+        decoder = Decoder(model, drawn, rows, len(known[-1]), args.max_new_tokens, ends)
+        found = decoder.trial(functools.partial(draw, temperature=1), few, uniform, steps)
+    else:
+        trial = argparse.Namespace(temperature=1, top_p=1, top_k=0, max_new_tokens=steps, stop=[])
+        decoder, found = None, sample(model, few, range(len(few)), uniform, [], None, trial)
+    check_sampler(model, few, *found[:2])
+    return decoder
 
 
 def run_chunk(chunk, problems, encoded, model, tokenizer, ends, args, decoder=None):
@@ -321,8 +327,9 @@ def main(args):
     tokenizer = load_tokenizer(args.model, options)
     encoded = encode(problems, tokenizer, config.get_text_config(), args.max_new_tokens,
                      args.overlong)
+    stops = stop_ids(tokenizer, args.stop)
     model = load_model(args.model, dtype, device, options)
-    ends = end_ids(model, tokenizer, args.stop, args.ignore_eos)
+    ends = end_ids(model, tokenizer, stops, args.ignore_eos)
     if not (ends or args.stop or args.ignore_eos):
         fail(f"{args.model}: neither the tokenizer nor generation_config.json names an end-of-text "
              f"token; give --stop or --ignore-eos")
@@ -330,7 +337,7 @@ def main(args):
     cut = fixed_chunks if args.compile else chunks_of
     chunks = cut(lengths, args.n, args.max_new_tokens, args.max_batch_tokens)
     try:
-        decoder = prepare(model, device, ends, max(map(len, chunks)), max(lengths), args)
+        decoder = prepare(model, device, ends, max(map(len, chunks)), encoded, args)
     except ValueError as error:
         fail(f"{args.model}: {error}")
     if rank == 0:

@@ -214,8 +214,8 @@ from data.models import (OF_TRAINING, autocast, check_model, device_and_dtype, e
 from data.plan import plan_update
 from data.policy import (Policy, announce, checkpoint_activations, load_policy,
                          memory_estimate)
-from data.ranks import (claim_empty, lost_ranks_told, rank_and_world, refuse, start_ranks,
-                        wait_for_rank_0)
+from data.ranks import (claim_empty, end_ranks, lost_ranks_told, rank_and_world, refuse,
+                        start_ranks, wait_for_rank_0)
 from data.rollouts import draw_answers, load_answers, load_rollouts, sampling_of
 
 transformers.utils.logging.disable_progress_bar()
@@ -528,14 +528,7 @@ def train(args):
         last, keys = json.loads(lines[-1]), "pass@1 entropy grad_norm logprob_gap tokens_per_s"
         print(f"{args.out}: step {step}; "
               + ", ".join(f"{key} {last[key]:.4g}" for key in keys.split()), file=sys.stderr)
-    if world > 1:
-        # Were gloo's own thread the last to let go of the barrier, it would ask for the GIL, which
-        # this thread keeps while the destructor of the group, which DDP's model holds to the end
-        # of this function, waits for that thread: for ever. So the caller holds it for longer.
-        barrier = dist.barrier(async_op=True)
-        barrier.wait()
-        dist.destroy_process_group()
-        return barrier
+    return end_ranks() if world > 1 else None
 
 
 def main(args):

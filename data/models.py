@@ -73,6 +73,17 @@ def autocast(device, dtype):
     return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def positions_of(config):
+    """The most tokens of a sequence; None where the model's config does not limit them.
+
+    config: of the text model. Under longrope it is the length up to which frequencies are short:
+    past it, those of all tokens change, also of keys that are cached already."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", None)
+
+
 def load(kind, name, options, **more):
     """kind.from_pretrained(name) from a folder or a Hub id."""
     with loading_told(name):

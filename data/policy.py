@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from data.files import fail
-from data.models import autocast, load_model, loading_told
+from data.models import autocast, load_model, loading_told, positions_of
 from data.ranks import over_ranks
 from data.shards import fill, model_without_weights
 
@@ -88,8 +88,10 @@ class Policy(torch.nn.Module):
                      f"nor to its head")
         ids = torch.arange(4, device=self.head.weight.device)[None]
         expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
-        logits = self.head(hidden).float() * self.scale
+        hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if hidden is None:
+            fail(f"{name}: unsupported architecture: its decoder returns no hidden states")
+        logits = self.head(hidden[0]).float() * self.scale
         logits = self.cap * torch.tanh(logits / self.cap) if self.cap else logits
         if not torch.allclose(logits, expected, atol=1e-3, rtol=1e-3):
             fail(f"{name}: unsupported head: its logits are not a (soft-capped, scaled) linear map "
@@ -98,7 +100,7 @@ class Policy(torch.nn.Module):
             fail(f"{name}: a prompt cannot be shared through the cache of this architecture; give "
                  f"--no-share-prompts")
         vocabulary = len(self.head.weight)
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(self.model.config.get_text_config())
         for row in rows:
             length = len(row.prompt) + len(row.completion)
             if positions and length > positions:
@@ -178,12 +180,14 @@ def memory_estimate(policy, device, dtype, tokens, ranks=1):
         del out  # held until here, so that no storage is used twice
         return total
 
-    few, many = saved(64), saved(192)
-    a_token = (many - few) / 128
+    large = min(192, (positions_of(policy.model.config.get_text_config()) or 193) - 1)
+    small = large // 3
+    few, many = saved(small), saved(large)
+    a_token = (many - few) / (large - small)
     if not own:  # sharded: what is saved holds gathered weights, too, which are freed again
-        few = 64 * a_token
+        few = small * a_token
         policy.reshard()
     head = policy.head.weight
     logits = 4 * (min(CHUNK[device.split(":")[0]], tokens * len(head)) + head.numel())
     weights = sum(weight.numel() for weight in policy.parameters())
-    return weights * 16 // ranks, int(few + a_token * max(tokens - 64, 0)) + logits
+    return weights * 16 // ranks, int(few + a_token * max(tokens - small, 0)) + logits

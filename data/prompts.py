@@ -7,6 +7,7 @@ import msgspec
 from tqdm import tqdm
 
 from data.files import Problem, fail, read_rows
+from data.models import positions_of
 
 
 def load_problems(path, limit=None):
@@ -46,11 +47,7 @@ def encode(problems, tokenizer, config, max_new_tokens, overlong="refuse"):
 
     A chat template writes its own special tokens; for a text the tokenizer does.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # past this length it turns the cached keys anew, too
-        positions = rope["original_max_position_embeddings"]
-    encoded = []
+    positions, encoded = positions_of(config), []
     for where, problem in tqdm(problems, "tokenizing", disable=None):
         try:
             if problem.messages is msgspec.UNSET:
@@ -85,23 +82,33 @@ def special_tokens(tokenizer):
     return {token.content: index for index, token in added if token.special}
 
 
-def end_ids(model, tokenizer, stop=(), ignore_eos=False):
-    """All ids that end a completion.
-
-    The model's generation config may name several, the tokenizer one, --stop special tokens.
-    """
+def stop_ids(tokenizer, stop):
+    """The ids of the special tokens among the texts of --stop."""
     special = special_tokens(tokenizer)
     for text, token in itertools.product(stop, special):
         if token in text and text not in special:
             fail(f"--stop {text!r}: {token} is no part of a completion's text; give it alone")
-    stops = {special[text] for text in stop if text in special}
+    return {special[text] for text in stop if text in special}
+
+
+def tail_of(stop):
+    """So many tokens can hold one of these texts, up to 8 special ones, which are no text, among
+    them: a token is a byte at the least."""
+    return 8 + 4 * max(map(len, stop), default=0)
+
+
+def end_ids(model, tokenizer, stops=(), ignore_eos=False):
+    """All ids that end a completion.
+
+    The model's generation config may name several, the tokenizer one; stops: `stop_ids`.
+    """
     if ignore_eos:
         return sorted(stops)
     found = model.generation_config.eos_token_id
     found = set(found if isinstance(found, list) else [found]) | {tokenizer.eos_token_id}
     vocab = model.config.get_text_config().vocab_size
     found = {token for token in found if isinstance(token, int) and 0 <= token < vocab}
-    return sorted(found | stops)
+    return sorted(found.union(stops))
 
 
 def turn_end(tokenizer):

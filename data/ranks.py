@@ -57,6 +57,19 @@ def start_ranks(device, world, timeout):
                                 timeout=datetime.timedelta(seconds=timeout))
 
 
+def end_ranks():
+    """Wait for the other processes and part from them. What it returns must be held until nothing
+    of the caller, least of all DDP's model, is left.
+
+    Were gloo's own thread the last to let go of the barrier, it would ask for the GIL, which this
+    thread keeps while the destructor of the group, which DDP's model holds, waits for that thread:
+    for ever."""
+    barrier = dist.barrier(async_op=True)
+    barrier.wait()
+    dist.destroy_process_group()
+    return barrier
+
+
 def over_ranks(policy, device, world, shard):
     """(the module to call, a context for the backward passes before an update's last).
 

@@ -154,6 +154,20 @@ class Decoder:
         batch.done |= ended
 
     # ---- Around it -------------------------------------------------------------------------------
+    def trial(self, draw, prompts, uniform, steps):
+        """A few steps of one row a prompt, not compiled: ids and log-probs, (prompts, steps).
+
+        ValueError where the model cannot be run so.
+        """
+        own = self.draw, self.steps, self.compiled
+        self.draw, self.steps, self.compiled = draw, steps, self.advance
+        try:
+            found = self.sample(prompts, list(range(len(prompts))), uniform, None, 0)
+        except Exception as error:  # of the model's own code: each raises something else
+            raise ValueError(f"--compile does not fit this architecture ({error})")
+        self.draw, self.steps, self.compiled = own
+        return found[0][:, :steps], found[1][:, :steps]
+
     @torch.no_grad()
     def sample(self, prompts, owner, uniform, stopped, tail):
         """As generate.sample, whose results it has. tail: tokens in which `stopped` looks."""

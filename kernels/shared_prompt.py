@@ -215,11 +215,13 @@ def shared_attention(module, query, key, value, attention_mask, scaling=None, **
 
     It hands no cache over: whoever samples leaves it in `shared_attention.cache`. The prompts
     themselves, several queries a row in a layer that is not spread yet, are left to SDPA;
-    `shared_attention.plain` counts the calls among them that got the very tensors of the cache.
+    `shared_attention.plain` counts the calls among them that got the very tensors of the cache, and
+    no mask of the layer's own: one token alone needs none.
     """
     layer = shared_attention.cache.layers[module.layer_idx]
     if type(layer) is DynamicLayer:
-        shared_attention.plain += key is layer.keys and value is layer.values
+        own = key is layer.keys and value is layer.values
+        shared_attention.plain += own and attention_mask is None
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows, heads, _, width = query.shape
@@ -268,6 +270,26 @@ def attends_to_its_cache(model):
     return shared_attention.plain == len(cache.layers)
 
 
+def check_sampler(model, prompts, tokens, logprobs):
+    """ValueError unless these log-probs, which a sampler wrote down, are those of plain passes.
+
+    One row a pass, without padding and from an empty cache. Architectures that count positions or
+    build masks in ways of their own may be right there and wrong in a batch.
+    prompts: lists of ids; tokens, logprobs: (prompts, steps), at temperature 1.
+    """
+    apart = 0.0
+    with torch.inference_mode():
+        for prompt, row, logp in zip(prompts, tokens, logprobs):
+            shared_attention.cache = cache = DynamicCache(config=model.config)
+            ids = torch.tensor([[*prompt, *row.tolist()]], device=model.device)
+            logits = with_cache(model, cache, input_ids=ids).logits[0, len(prompt) - 1:-1].cpu()
+            plain = logits.float().log_softmax(-1).gather(-1, row[:, None]).squeeze(-1)
+            apart = max(apart, float((plain - logp).abs().mean()))
+    if not apart < (1e-2 if model.dtype == torch.float32 else 0.5):
+        raise ValueError(f"unsupported architecture: log-probs of a batch are {apart:.2g} apart "
+                         f"from those of its rows alone")
+
+
 # ---- The trainer: hidden states of the completion tokens -----------------------------------------
 def repeated_hidden(model, prompts, completions):
     """Hidden states (tokens, hidden) that predict each completion token, row after row.
@@ -313,10 +335,11 @@ def shared_hidden(model, prompts, completions):
             wanted[i, :len(completions[row]) - 1] = True
         of = owner[torch.tensor(block, device=device)]  # (block's rows,)
         both = None if mask is None else torch.cat([mask[of], mask.new_ones(ids.shape)], 1)
-        lengths = positions[of, -1:] + 1  # of the prompts
+        after = positions[of, -1:] + 1 + torch.arange(width, device=device)  # the prompts
         output = with_cache(decoder, repeated_cache(cache, of), input_ids=ids.to(device),
                             attention_mask=both,
-                            position_ids=lengths + torch.arange(width, device=device))
+                            # 0 for padding, which may reach past the model's last position
+                            position_ids=after * wanted.to(device))
         hidden.append(output.last_hidden_state[wanted.to(device)])
         places += [np.arange(starts[row] + 1, starts[row + 1]) for row in block]
 

@@ -200,7 +200,7 @@ def test_no_logits_are_kept(tiny_model, prompts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(generate, "draw", spy)
     run(tiny_model, prompts, tmp_path / "out.jsonl", "--ignore-eos")
-    assert len(seen) == 24
+    assert len(seen) == 3 + 24  # the steps on trial, and all
 
 
 def test_every_row_has_a_stream_of_its_own(tiny_model, prompts, base, tmp_path):
@@ -242,13 +242,14 @@ def test_ranks_change_no_bit(ranks, tiny_model, prompts, tmp_path):
 
 
 def test_prompts_are_computed_once_and_finished_rows_dropped(tiny_model, prompts, base, tmp_path, monkeypatch):
-    shapes, choose_attention = [], generate.choose_attention
+    shapes, prepare = [], generate.prepare
 
-    def spied(model, attention):
-        choose_attention(model, attention)
+    def spied(model, *args):
+        decoder = prepare(model, *args)
         model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+        return decoder
 
-    monkeypatch.setattr(generate, "choose_attention", spied)
+    monkeypatch.setattr(generate, "prepare", spied)
     rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
     assert ids_of(rows) == ids_of(base[1])
     longest = max(len(row["prompt_ids"]) for row in rows)
@@ -266,6 +267,12 @@ def test_greedy_and_top_k_1(tiny_model, prompts, tmp_path):
     one = run(tiny_model, prompts, tmp_path / "one.jsonl", "--top-k", 1, "--n", 2)
     assert ids_of(one) == ids_of(greedy)
     assert gap(model, one, 1) < 1e-5  # of the full softmax: not 0
+
+
+def test_the_likeliest_token_is_always_kept():
+    probs = torch.tensor([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]])
+    for top_p in (1e-46, 1e-9):  # the first is zero in fp32
+        assert torch.equal(generate.nucleus(probs, top_p, 0), torch.tensor([[0.0, 0.5, 0.0], [1.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("top_p, top_k", [(0.8, 0), (1.0, 3), (0.6, 4)])
@@ -826,7 +833,7 @@ def test_bad_files_end_with_one_line(content, message, tiny_model, tmp_path, cap
 
 @pytest.mark.parametrize("flags, message", [
     (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"), (["--n", "0"], "--n"), (["--top-p", "0"], "--top-p"),
-    (["--top-p", "1.5"], "--top-p"), (["--top-k", "-1"], "--top-k"), (["--max-new-tokens", "0"], "--max-new-tokens"), (["--stop", ""], "--stop"),
+    (["--top-p", "1.5"], "--top-p"), (["--top-k", "-1"], "--top-k"), (["--max-new-tokens", "0"], "--max-new-tokens"), (["--stop", ""], "--stop"), (["--rank-timeout", "0"], "--rank-timeout"),
     (["--limit", "0"], "--limit"), (["--what"], "--what"), (["--device", "tpu"], "--device")])
 def test_wrong_flags_end_with_one_line(flags, message, capfd):
     assert message in refused(capfd, "--model", "m", "--prompts", "p", "--out", "o", *flags)

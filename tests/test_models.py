@@ -152,6 +152,35 @@ def test_sampled_logprobs_equal_a_plain_pass(name, attention):
         assert (logp - logprobs[row, :length]).abs().max() < 1e-5
 
 
+LOCAL = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 8}
+
+
+def prepared(model, compile=False, lengths=(9, 3, 20), rows=4):
+    """What generate.prepare makes of a model: the name of its attention."""
+    flags = ["--model", "m", "--prompts", "p", "--out", "o", "--max-new-tokens", "16", "--temperature", "0"] + ["--compile"] * compile
+    rng = np.random.default_rng(1)
+    encoded = [rng.integers(15, 64, length).tolist() for length in lengths] + [[]]  # the last one is skipped
+    generate.prepare(model, "cpu", [0], rows, encoded, generate.parse_args(flags))
+    return model.config._attn_implementation
+
+
+@pytest.mark.parametrize("kind, flags, compile, told", [
+    ("Roberta", {"is_decoder": True, "pad_token_id": 1}, False, "unsupported architecture: log-probs of a batch are"),  # its positions begin at 2
+    ("GPTNeo", LOCAL, True, "unsupported architecture: log-probs of a batch are"),  # windows are counted from the end of the cache's room
+    ("Bloom", {}, True, "--compile does not fit this architecture \\("),
+])
+def test_what_a_batch_samples_otherwise_than_alone_is_refused(kind, flags, compile, told):
+    with pytest.raises(ValueError, match=told):
+        prepared(build(kind, **flags), compile)
+
+
+def test_the_trial_lets_others_pass():
+    assert prepared(build("qwen2")) == "shared" and prepared(build("gemma2")) == "eager"
+    assert prepared(build("GPTNeo", **LOCAL)) == "eager"  # plain sampling has the window right
+    assert prepared(build("Doge")) == "sdpa"  # its layers make masks of their own, which `shared` would not see
+    assert prepared(build("qwen2"), rows=1) == prepared(build("qwen2"), lengths=(5,)) == "shared"
+
+
 # ---- The policy -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_shared_and_repeated_prompts_equal_a_plain_pass(name):
@@ -178,6 +207,38 @@ def test_shared_and_repeated_prompts_equal_a_plain_pass(name):
         assert (logp - expected[0]).abs().max() < 1e-5
         assert (entropy - expected[1]).abs().max() < 1e-5
         assert (gradient - expected[2]).norm() < 1e-5 * expected[2].norm()
+
+
+LONGROPE = {"max_position_embeddings": 512, "original_max_position_embeddings": 64, "rope_parameters": {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 64}}
+
+
+@pytest.mark.parametrize("kind, flags", [("gpt2", {"max_position_embeddings": 64}), ("Phi3", LONGROPE)])
+def test_rows_up_to_the_last_position(kind, flags, capfd):
+    """Padding of a short completion after a long prompt lies past the last position: it may neither raise nor turn the others."""
+    model = build(kind, **flags)
+    policy = train.Policy(model, 1.0, True)
+    rng = np.random.default_rng(0)
+    prompts, completions = [rng.integers(6, 64, length).tolist() for length in (60, 4)], [rng.integers(6, 64, length) for length in (4, 60)]
+
+    def row(prompt, completion):
+        return argparse.Namespace(prompt=prompt, completion=np.asarray(completion), where="rows:1")
+
+    policy.check(kind, [row(*both) for both in zip(prompts, completions)])
+    for policy.share in (True, False):
+        with torch.no_grad():
+            logp, _ = policy(prompts, completions)
+            expected = torch.cat([forced(model, *both, 1.0)[0] for both in zip(prompts, completions)])
+        assert (logp - expected).abs().max() < 1e-5
+    assert policies.memory_estimate(policy, "cpu", torch.float32, 1000)[1] > 0
+    assert "rows:1: 65 tokens of prompt and completion exceed the 64 positions" in refusal(
+        capfd, policy.check, kind, [row(prompts[0], [7] * 5)])
+
+
+def test_a_decoder_without_hidden_states_is_refused_aloud(capfd):
+    model = build("Llama4Text", head_dim=8, num_local_experts=2, attention_chunk_size=8, intermediate_size_mlp=48, no_rope_layers=[1, 0])
+    assert "its decoder returns no hidden states" in refusal(capfd, train.Policy(model, 1.0, False).check, "llama4")
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi", "cohere2", "granite"])
