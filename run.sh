@@ -97,6 +97,7 @@ words() {  # WHERE TEXT: the words of the text into the array `split`; nothing i
       --model|--prompts|--rollouts|--out|--limit|--split|--n|--temperature|--max-new-tokens|\
       --attention|--seed|--method|--updates|--lr|--rehearse|--rehearse-coef|--check-flags)
         die "--$1: ${word%%=*} is given to the stage by run.sh itself (see --help)" ;;
+      -h|--help) die "--$1: $word is no setting; ask the stage itself" ;;
     esac
   done
 }
@@ -113,6 +114,9 @@ check_flags() {  # everything that can be wrong with them, before the first roun
     [ "${!key}" -ge 1 ] || die "--${key//_/-} must be at least 1"
   done
   [ "$updates" -le "$prompts_per_round" ] || die "--updates: more than --prompts-per-round"
+  [ -z "$prompts" ] || [ ! -f "$prompts" ] ||
+    [ "$updates" -le "$(grep -c '[^[:space:]]' "$prompts")" ] ||
+    die "--updates: more than the problems in $prompts"
   [[ ! "$temperature" =~ ^(0+\.?0*|\.0+)$ ]] ||
     die "--temperature 0: nothing is learned from greedy samples"
   [[ "$name" =~ ^[^/]+$ && "$name" != .* ]] || die "--name is a folder's name in runs/, not '$name'"

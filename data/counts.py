@@ -3,12 +3,12 @@ import array
 import contextlib
 import dataclasses
 import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 from tqdm import tqdm
 
-from data.files import fail, read_rows
+from data.files import Sample, fail, read_rows
 
 # The tasks whose verdicts say which solution was found. In the rows of another one `solution` may
 # be the data's own, worked out.
@@ -18,7 +18,7 @@ WITH_SOLUTIONS = ("countdown",)
 class Row(msgspec.Struct):
     """A line of scored.jsonl, as far as evaluate.py reads it."""
     id: str
-    sample: Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
+    sample: Sample
     task: str
     correct: bool
     finish_reason: Literal["stop", "length"]

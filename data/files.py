@@ -142,7 +142,8 @@ class Parser(argparse.ArgumentParser):
             STAGE = os.path.basename(file)
             if os.path.basename(sys.argv[0]) == STAGE:  # started by itself, not called by a program
                 tell_signals()
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         **options)
         # Python 3.11 takes -0.5 for a number but -1e-3 for a flag.
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
         self.add_argument("--check-flags", action="store_true",

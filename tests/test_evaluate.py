@@ -423,7 +423,7 @@ def test_training_curves(tmp_path, monkeypatch, capsys):
     *(({name: None}, f"missing field '{name}'") for name in
       ("id", "sample", "task", "correct", "finish_reason", "completion_ids", "solution")),
     ({"correct": 1}, "field 'correct': Expected bool, got int"), ({"sample": True}, "field 'sample': Expected int"),
-    ({"sample": -1}, "field 'sample': Expected int >= 0"), ({"sample": 10**9}, "field 'sample': Expected int <= 65535"),
+    ({"sample": -1}, "field 'sample': Expected int >= 0"), ({"sample": 10**9}, "field 'sample': Expected int <= 1048575"),
     ({"id": 3}, "field 'id': Expected str, got int"), ({"completion_ids": 3}, "field 'completion_ids': Expected array"),
     ({"solution": 5}, "field 'solution': Expected str, got 5"), ({"finish_reason": "eos"}, "field 'finish_reason': "),
     ({"n_solutions": "2"}, "field 'n_solutions': Expected int | null"), ({"source": 1}, "field 'source': Expected str"),

@@ -127,6 +127,9 @@ def test_help_names_every_flag_and_needs_no_python(tmp_path):
     (["--generate", "--stop 'a"], "--generate: a quote in it is not closed"),
     (["--generate", "--n 4"],
      "--generate: --n is given to the stage by run.sh itself (see --help)"),
+    (["--train", "-h"], "--train: -h is no setting; ask the stage itself"),
+    (["--prompts", "data/weak-countdown/config.json", "--updates", "99"],
+     "--updates: more than the problems in data/weak-countdown/config.json"),
     (["--train", "--clip-low 0.1 --updates=3"],
      "--train: --updates is given to the stage by run.sh itself (see --help)"),
 ])
@@ -136,6 +139,7 @@ def test_wrong_flags_end_with_one_line_before_anything_is_made(loop, flags, told
 
 @pytest.mark.parametrize("flags, told", [
     (["--generate", "--stopp x"], "generate.py: error: unrecognized arguments: --stopp x"),
+    (["--generate", "--temp 0.5"], "generate.py: error: unrecognized arguments: --temp 0.5"),
     (["--generate", "--top-p 2"], "generate.py: error: --top-p must be above 0 and at most 1"),
     (["--attention", "fast"], "generate.py: error: argument --attention: invalid choice: 'fast'"),
     (["--max-new-tokens", "0"], "generate.py: error: --max-new-tokens must be"),
