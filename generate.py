@@ -81,7 +81,7 @@ def parse_args(argv=None):
     parser.add_machine(rank_timeout=1800)
     args = parser.parse_args(argv)
     parser.at_least(args, n=1, temperature=0, top_k=0, max_new_tokens=1, max_batch_tokens=1,
-                    limit=1, rank_timeout=1e-3)
+                    limit=1)
     if not 0 < args.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
     if args.compile and args.attention == "shared":
@@ -251,13 +251,14 @@ def prepare(model, device, ends, rows, encoded, args):
     """
     auto = "model" if args.compile else device
     choose_attention(model, auto if args.attention == "auto" else args.attention)
-    known = sorted(filter(None, encoded), key=len)
-    few, steps = [known[0], known[-1]][-rows:], min(3, args.max_new_tokens)
+    known, steps = list(filter(None, encoded)), min(3, args.max_new_tokens)
+    longest = max(known, key=len)
+    few = [min(known, key=len), longest][-rows:]
     uniform = np.full((len(few), args.max_new_tokens), 0.5)
     if args.compile:
         drawn = functools.partial(draw, temperature=args.temperature, top_p=args.top_p,
                                   top_k=args.top_k)
-        decoder = Decoder(model, drawn, rows, len(known[-1]), args.max_new_tokens, ends)
+        decoder = Decoder(model, drawn, rows, len(longest), args.max_new_tokens, ends)
         found = decoder.trial(functools.partial(draw, temperature=1), few, uniform, steps)
     else:
         trial = argparse.Namespace(temperature=1, top_p=1, top_k=0, max_new_tokens=steps, stop=[])

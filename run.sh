@@ -114,9 +114,6 @@ check_flags() {  # everything that can be wrong with them, before the first roun
     [ "${!key}" -ge 1 ] || die "--${key//_/-} must be at least 1"
   done
   [ "$updates" -le "$prompts_per_round" ] || die "--updates: more than --prompts-per-round"
-  [ -z "$prompts" ] || [ ! -f "$prompts" ] ||
-    [ "$updates" -le "$(grep -c '[^[:space:]]' "$prompts")" ] ||
-    die "--updates: more than the problems in $prompts"
   [[ ! "$temperature" =~ ^(0+\.?0*|\.0+)$ ]] ||
     die "--temperature 0: nothing is learned from greedy samples"
   [[ "$name" =~ ^[^/]+$ && "$name" != .* ]] || die "--name is a folder's name in runs/, not '$name'"
@@ -126,6 +123,8 @@ check_flags() {  # everything that can be wrong with them, before the first roun
   for key in prompts eval_prompts; do
     [ -z "${!key}" ] || [ -f "${!key}" ] || die "--${key//_/-}: no file ${!key}"
   done
+  [ -z "$prompts" ] || [ "$updates" -le "$(grep -c '[^[:space:]]' "$prompts")" ] ||
+    die "--updates: more than the problems in $prompts"
   [ -z "$against" ] || [ "$eval_problems" -gt 0 ] ||
     die "--against: nothing is evaluated with --eval-problems 0"
   [ -z "$against" ] || [[ "$name" != base && ! "$against" =~ ^(base|trained)$ ]] ||

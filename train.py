@@ -178,7 +178,7 @@ def parse_args(argv=None):
     check_method(args, parser.error)
     parser.at_least(args, seed=0, updates=1, micro_batch_tokens=1, lr=0, clip_low=0, clip_high=0,
                     warmup_steps=0, weight_decay=0, kl_coef=0, rehearse_n=1)
-    for name in ("max_grad_norm", "rank_timeout", "temperature", "rehearse_coef"):
+    for name in ("max_grad_norm", "temperature", "rehearse_coef"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if bool(args.kl_coef) != bool(args.ref_model):

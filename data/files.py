@@ -172,6 +172,8 @@ class Parser(argparse.ArgumentParser):
 
     def checked(self, args):
         """args, after a stage's own checks; with --check-flags the stage ends here, with exit 0."""
+        if getattr(args, "rank_timeout", 1) <= 0:
+            self.error("--rank-timeout must be above 0")
         if args.check_flags:
             sys.exit()
         del args.check_flags

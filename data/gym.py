@@ -63,8 +63,9 @@ class Row(Rollout, tag_field="task", tag="gym"):
 
 def verify(completion, row):
     """The Verdict on a completion, or one that is Pending."""
-    answer = ((last_answer(completion) or "") if "<answer>" in completion else completion).strip()
-    if row.finish_reason == "length" and "<answer>" not in completion:
+    tagged = "<answer>" in completion
+    answer = ((last_answer(completion) or "") if tagged else completion).strip()
+    if row.finish_reason == "length" and not tagged:
         return Verdict(answer[:LONGEST] or None, "no_answer")  # it might have gone on
     if not answer or len(answer) > LONGEST:
         return Verdict(answer[:LONGEST] or None, "parse" if answer else "no_answer")

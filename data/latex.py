@@ -88,8 +88,8 @@ def signs_of(part):
 
 # ---- Normal forms: one spelling for what means the same ------------------------------------------
 UNICODE = str.maketrans({
-    **dict.fromkeys("−–—‐‑﹣", "-"), "×": r"\times ", "·": r"\cdot ", "÷": "/", "±": r"\pm ",
-    "’": "'", "½": r"\frac{1}{2}", "≈": r"\approx ",
+    **dict.fromkeys("−–—‐‑﹣", "-"), "×": r"\times ", "·": r"\cdot ", "÷": "/",
+    "±": r"\pm ", "≈": r"\approx ", "½": r"\frac{1}{2}", "’": "'",
     "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2", "³": "^3", "√": r"\sqrt ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
     "∅": r"\emptyset ", "\u00a0": " ", "\u2009": " ", "\u202f": " "})

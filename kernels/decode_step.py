@@ -72,7 +72,7 @@ def operation(draw):
         rows = len(logits)
         return logits.new_empty(rows, dtype=torch.long), logits.new_empty(rows, dtype=torch.float32)
 
-    found = torch.library.custom_op("sampler::token", called, mutates_args=())
+    found = torch.library.custom_op("generate::draw", called, mutates_args=())
     found.register_fake(shapes)
     return found
 
