@@ -15,13 +15,14 @@ only after ten and twenty) the policy is sampled on 300 held-out problems, 256 t
 fixed regime on its own training problems, too (split "train"). An end point says how far an arm
 went; a path says whether it went a better way. Lest a learning rate is mistaken for a method, GRPO,
 DS-GRPO and each of them with rehearsal are run at a second one. The neighbours are run from the
-weak base alone, the -even ones from the strong one.
+weak base alone, the -even and the rehearsal arms of 51 rounds from the strong one.
 
 Rehearsal arms first sample the base on 1,500 training problems: 32 times each, then those with at
 most one right answer as many times in all (fixed: 250 times on their 192). That is 96,000 rollouts,
 worth 31 rounds, in a file that the arms of a seed share; arms named -even spend them evenly.
 `grpo-longer` is GRPO after 51 rounds, that is with as many rollouts as the rehearsal arms have;
-`rehearsal` is rehearsal alone, with advantage 0.
+`rehearsal` is rehearsal alone, with advantage 0. `grpo-rehearsal-longer` and `ds-rehearsal-longer`
+go on with a smaller weight of rehearsal, by hand 0.3 from round 11 on, to round 51.
 
 What is tuned is tuned on the tune split by this rule, fixed before any reported run: for each
 base, by runs of ten rounds with seeds 101 and 102, on 200 problems with 128 samples each; what is
@@ -100,15 +101,20 @@ CANDIDATES = {
 # The arms that are made of what was chosen for others.
 PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longer": ("grpo",),
          "rehearsal": ("grpo-rehearsal",), "ds-rehearsal": ("ds-token", "grpo-rehearsal"),
-         "ds-entropy-rehearsal": ("ds-entropy", "grpo-rehearsal")}
+         "ds-entropy-rehearsal": ("ds-entropy", "grpo-rehearsal"),
+         "grpo-rehearsal-longer": ("grpo-rehearsal",),
+         "ds-rehearsal-longer": ("ds-token", "grpo-rehearsal")}
+LONGER = ("grpo-longer", "grpo-rehearsal-longer", "ds-rehearsal-longer")
+LATER = ", from round 11 on --rehearse-coef 0.3"  # of the last two
 EVEN = tuple(f"{arm}-even" for arm in ("rehearsal", "grpo-rehearsal", "ds-rehearsal"))
 ARMS = (*CANDIDATES, *PARTS, *EVEN)
 FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
-              "ds-rehearsal")  # the README's contrasts, from both bases at the best rate
+              "ds-rehearsal", "grpo-rehearsal-longer")  # the README's contrasts, at the best rate
 TEN_SEEDS = ("base", "grpo-rehearsal")  # from the strong base: whether Pass@k is kept at every k
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo")  # two seeds
-ONE_BASE = {**dict.fromkeys(NEIGHBOURS, "weak-base"), **dict.fromkeys(EVEN, "strong-base")}
+ONE_BASE = {**dict.fromkeys(NEIGHBOURS, "weak-base"),
+            **dict.fromkeys((*EVEN, *LONGER[1:]), "strong-base")}
 SHORT = (*NEIGHBOURS, *EVEN, "rehearsal")  # ten rounds
 # The others run at the best rate alone.
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
@@ -200,6 +206,13 @@ def sample_twice(stem, base, draw, n, sampling, seed):
     discard(*parts, f"{once}.prompts.jsonl", f"{hard}.prompts.jsonl")
 
 
+def flags_of(setting, number):
+    """train.py's flags in a round: of 'FLAGS, from round N on MORE' the whole, of which the last
+    count, or what stands before the comma."""
+    flags, first, more = re.fullmatch(r"(.*?)(?:, from round (\d+) on (.*))?", setting).groups()
+    return f"{flags} {more}" if first and number >= int(first) else flags
+
+
 def train_round(folder, number, label, setting, device):
     """Problems, rollouts, verdicts and one train.py: the model of the round from the one before."""
     base, seed = MODELS[label.regime], label.seed
@@ -208,7 +221,7 @@ def train_round(folder, number, label, setting, device):
     scored = sampled(f"{folder}/train-{number:03d}", before, draw_of(label, number),
                      f"--n 16 {SAMPLING} --seed {seed * 100_000 + number} {sampling}")
     stage("train", f"--model {before} --rollouts {scored} --out {after} --updates 4 "
-                   f"--lr {label.lr} --seed {seed} {training} {setting}")
+                   f"--lr {label.lr} --seed {seed} {training} {flags_of(setting, number)}")
     discard(scored)
 
 
@@ -314,7 +327,8 @@ def setting_of(folder, regime, arm):
         return re.sub(r"(--gamma-p) \S+", r"\1 0", parts[0])
     if arm in ("rehearsal", "rehearsal-even"):
         return parts[0].replace("--method grpo", "--method experiments/arms.py:nothing")
-    return parts[0] + parts[1].removeprefix("--method grpo") if len(parts) > 1 else parts[0]
+    joined = parts[0] + "".join(part.removeprefix("--method grpo") for part in parts[1:])
+    return joined + LATER * (arm in LONGER[1:])
 
 
 def tuning_jobs(args, arms, rates):
@@ -364,6 +378,8 @@ def rounds_of(folder, label):
     """The rounds after which a run is evaluated; the last one ends it."""
     if label.arm in ("base", "grpo-longer"):
         return (0,) if label.arm == "base" else (51,)
+    if label.arm in LONGER:
+        return *CHECKPOINTS, 35, 51
     rounds = CHECKPOINTS[:2] if label.arm in SHORT else CHECKPOINTS
     if label.regime == "fixed" or label.lr != rates_of(folder, label.regime)[0]:
         return rounds[1::2]

@@ -34,32 +34,38 @@ import numpy as np
 
 from experiments import figures
 from experiments.figures import interval, plt
-from experiments.frontier import NEIGHBOURS
+from experiments.frontier import LONGER, NEIGHBOURS
 from experiments.suite import read_csv
 
 LABELS = {
     **figures.LABELS, "ds-token": "DS-GRPO", "grpo-longer": "GRPO, 51 rounds",
     "rehearsal": "rehearsal alone", "grpo-rehearsal": "GRPO + rehearsal",
     "ds-rehearsal": "DS-GRPO + rehearsal",
-    "ds-entropy-rehearsal": "differential entropy + rehearsal"}
+    "ds-entropy-rehearsal": "differential entropy + rehearsal",
+    "grpo-rehearsal-longer": "GRPO + rehearsal, 51 rounds",
+    "ds-rehearsal-longer": "DS-GRPO + rehearsal, 51 rounds"}
 COLOURS = {  # of the arms in the figure
     **figures.COLOURS, "rehearsal": "#999999", "grpo-rehearsal": "#8C564B",
-    "ds-rehearsal": "#56B4E9", "ds-entropy-rehearsal": "#7FC97F"}
+    "ds-rehearsal": "#56B4E9", "ds-entropy-rehearsal": "#7FC97F",
+    "grpo-longer": figures.COLOURS["grpo"], "grpo-rehearsal-longer": "#8C564B",
+    "ds-rehearsal-longer": "#56B4E9"}
 
 MEASURES = ("256", "64", "16", "coverage")  # Pass@k, and the share of existing solutions found
 REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal")
 # Arms whose differences are followed from checkpoint to checkpoint; None: all.
 FOLLOWED = {"base": None, "grpo": ("ds-token", "entropy-bonus"), "rehearsal": ("grpo-rehearsal",),
-            "grpo-rehearsal": ("ds-rehearsal", "ds-entropy-rehearsal")}
+            "grpo-rehearsal": ("ds-rehearsal", "ds-entropy-rehearsal"),
+            "grpo-rehearsal-longer": ("ds-rehearsal-longer",)}
 # The summary's pairs, a first arm minus a second: what is compared along the path, and what is
 # followed by the round; both at the best learning rate.
 ALONG = (("ds-token", "grpo"), ("ds-token", "entropy-bonus"), ("ds-token", "ds-positive"),
          ("ds-token", "ds-negative"), ("entropy-bonus", "grpo"), ("entropy-penalty", "grpo"),
-         ("ds-entropy", "grpo"), ("grpo-rehearsal", "grpo"))
+         ("ds-entropy", "grpo"), ("grpo-rehearsal", "grpo"), ("grpo-rehearsal-longer", "grpo"),
+         ("grpo-rehearsal-longer", "grpo-longer"), ("ds-rehearsal-longer", "grpo-longer"))
 BY_ROUND = (("grpo", "base"), ("ds-token", "grpo"), ("rehearsal", "base"),
             ("grpo-rehearsal", "base"), ("grpo-rehearsal", "rehearsal"),
             ("ds-rehearsal", "grpo-rehearsal"), ("ds-entropy-rehearsal", "grpo-rehearsal"))
-STYLES = ("-", "--")  # of an arm's learning rates
+STYLES = ("-", "--")  # of an arm's learning rates; arms of 51 rounds are dotted
 TITLE = """# The frontier's tables
 
 Written by `python experiments/frontier_figures.py` from results.csv and checkpoints.csv. "Gap": the
@@ -337,9 +343,9 @@ def panels_of(paths):
 # ---- The figure --------------------------------------------------------------------------------
 def draw(panels, path):
     """Pass@1 against Pass@256: an arm a path, from the base, which is a star; an arm's second
-    learning rate dashed; in brackets the seeds, at least two. A checkpoint stands at the star plus
-    the mean distance of the seeds from their own base, so that all paths begin at one point. The
-    learning rate is named where a panel has several."""
+    learning rate dashed, 51 rounds dotted; in brackets the seeds, at least two. A checkpoint stands
+    at the star plus the mean distance of the seeds from their own base, so that all paths begin at
+    one point. The learning rate is named where a panel has several."""
     columns, lines = min(len(panels), 2), -(-len(panels) // 2)
     figure, axes = plt.subplots(lines, columns, figsize=(5.4 * columns, 5.2 * lines),
                                 layout="constrained", squeeze=False)
@@ -355,7 +361,8 @@ def draw(panels, path):
             rounds = sorted(set.intersection(*(set(points) for points in runs.values())))
             x, y = (star[k] + np.mean([[run[r][k] - run[0][k] for r in rounds]
                                        for run in runs.values()], 0) for k in ("1", "256"))
-            look = {"marker": "o", "markersize": 4, "linestyle": STYLES[drawn.count(arm)]}
+            style = ":" if arm in LONGER else STYLES[drawn.count(arm)]
+            look = {"marker": "o", "markersize": 4, "linestyle": style}
             if arm == "base":
                 look = {"marker": "*", "markersize": 15, "zorder": 3, "linestyle": ""}
             axis.plot(x, y, color=COLOURS[arm], **look,

@@ -93,6 +93,9 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     assert setting("rehearsal") == "--method experiments/arms.py:nothing --rehearse FILE --rehearse-coef 1.0"
     assert setting("ds-rehearsal") == setting("ds-token") + " --rehearse FILE --rehearse-coef 1.0"
     assert setting("ds-entropy-rehearsal") == setting("ds-entropy") + " --rehearse FILE --rehearse-coef 1.0"
+    # with a smaller weight of it after ten rounds
+    assert setting("grpo-rehearsal-longer", "strong-base") == setting("grpo-rehearsal") + ", from round 11 on --rehearse-coef 0.3"
+    assert setting("ds-rehearsal-longer", "strong-base") == setting("ds-rehearsal", "strong-base") + ", from round 11 on --rehearse-coef 0.3"
     # tuned on the tune split with two seeds that are never reported; fixed takes what the strong base has
     assert {arguments[1].seed for arguments in tuning} == {101, 102} and {arguments[4] for arguments in tuning} == {"tune"}
     assert {arguments[1].regime for arguments in tuning} == {"weak-base", "strong-base"}
@@ -103,6 +106,7 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
         assert rounds("grpo", base) == rounds("ds-negative", base) == rounds("ds-rehearsal", base, seed=5) == (5, 10, 15, 20)
         assert rounds("grpo", base, "2e-4", 3) == rounds("ds-rehearsal", base, "2e-4", 3) == (10, 20)
         assert rounds("rehearsal", base) == (5, 10) and rounds("grpo-longer", base) == (51,)
+    assert rounds("grpo-rehearsal-longer", "strong-base") == rounds("ds-rehearsal-longer", "strong-base") == (5, 10, 15, 20, 35, 51)
     assert rounds("ds-token", "fixed") == (10, 20) and rounds("rehearsal", "fixed") == (10,) and rounds("base", "fixed", "0") == (0,)
     assert all(rounds(arm, "weak-base", seed=2) == (5, 10) for arm in frontier.NEIGHBOURS)
     assert all(rounds(arm, "strong-base", seed=3) == (5, 10) for arm in frontier.EVEN)
@@ -112,6 +116,8 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     seeds = lambda arm, regime, lr="1e-4": {label.seed for label in reported if label[:3] == (regime, arm, lr)}
     assert seeds("grpo", "weak-base") == seeds("base", "weak-base", "0") == seeds("grpo", "strong-base") == {1, 2, 3, 4, 5} and seeds("ds-negative", "weak-base") == {1, 2, 3}
     assert seeds("base", "strong-base", "0") == seeds("grpo-rehearsal", "strong-base") == set(range(1, 11))
+    assert seeds("grpo-rehearsal-longer", "strong-base") == {1, 2, 3, 4, 5} and seeds("ds-rehearsal-longer", "strong-base") == {1, 2, 3}
+    assert seeds("grpo-rehearsal-longer", "weak-base") == seeds("ds-rehearsal-longer", "fixed") == set()
     assert seeds("grpo", "fixed") == seeds("base", "fixed", "0") == seeds("grpo", "weak-base", "2e-4") == {1, 2, 3}
     assert {label.regime for label in reported if label.lr == "2e-4"} == {"weak-base", "strong-base"}
     assert {(label.regime, label.seed) for label in reported if label.arm in frontier.NEIGHBOURS} == {("weak-base", 1), ("weak-base", 2)}
@@ -124,6 +130,22 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     assert {row["split"] for row in table if row["regime"] != "fixed"} == {"test"}
     assert {row["round"] for row in table if row["arm"] == "base"} == {"0"}
     assert len(rows(tmp_path, "checkpoints.csv")) == len(table) / len(KS)
+
+
+def test_a_setting_may_change_on_the_way(monkeypatch, tmp_path):
+    assert frontier.flags_of("--method grpo", 99) == "--method grpo"
+    setting = "--method grpo --rehearse FILE --rehearse-coef 1.0, from round 11 on --rehearse-coef 0.3"
+    assert frontier.flags_of(setting, 10) == "--method grpo --rehearse FILE --rehearse-coef 1.0"
+    given = []
+    monkeypatch.setattr(frontier, "stage", lambda name, flags: given.append(flags))
+    monkeypatch.setattr(frontier, "sampled", lambda *_: "scored.jsonl")
+    monkeypatch.setattr(frontier, "discard", lambda *_: None)
+    for number in (10, 11, 51):
+        frontier.train_round(str(tmp_path), number, frontier.Label("strong-base", "x", "2e-4", 1), setting, "cpu")
+    from train import parse_args
+    parsed = [parse_args(flags.split()) for flags in given]
+    assert [args.rehearse_coef for args in parsed] == [1.0, 0.3, 0.3]
+    assert {args.rehearse for args in parsed} == {"FILE"}
 
 
 def test_half_of_what_is_rehearsed_is_of_hard_problems(tmp_path, monkeypatch):
