@@ -38,7 +38,8 @@
 #   --rehearse N            sample N problems with the base, then as often those
 #                           with at most one right answer: train.py rehearses
 #                           the right ones; 0 is off                          (0)
-#   --rehearse-coef C       their weight in the loss                          (1.0)
+#   --rehearse-coef C|C,D@R their weight in the loss; with "1.0,0.3@11" it is
+#                           0.3 from round 11 on                              (1.0)
 #   --generate "FLAGS"      more flags for generate.py                        (none)
 #   --train "FLAGS"         more flags for train.py; only without it ds-grpo on
 #                           an embedded model gets the gammas tuned for it
@@ -134,6 +135,8 @@ check_flags() {  # everything that can be wrong with them, before the first roun
     die "--against: no round in ${here}runs/$against"
   [[ "$given" != *' --rehearse-coef '* || "$rehearse" -gt 0 ]] ||
     die "--rehearse-coef belongs to --rehearse"
+  [[ "$rehearse_coef" =~ ^[^,@]+(,[^,@]+@[1-9][0-9]{0,8})?$ ]] ||
+    die "--rehearse-coef is a weight C, or C,D@R with D from round R on, not '$rehearse_coef'"
   [ -z "$countdown" ] || [ -z "$prompts" ] || [ "$eval_problems" -gt 0 -a -z "$eval_prompts" ] ||
     die "--countdown: no problem is drawn, all are of --prompts and --eval-prompts"
   command -v python3 > /dev/null || die "no python3 on the PATH"
@@ -150,13 +153,16 @@ check_flags() {  # everything that can be wrong with them, before the first roun
   sampling+=(--attention "$attention" "${split[@]}")
   words train "$train"
   updating=(--method "$method" --updates "$updates" --lr "$lr" --seed "$seed" "${split[@]}")
-  if [ "$rehearse" -gt 0 ]; then
-    updating+=(--rehearse "$dir/rehearsal/scored.jsonl" --rehearse-coef "$rehearse_coef")
-  fi
   words countdown "$countdown"
   problems=("${split[@]}")
   python "${here}generate.py" --model . --prompts . --out . --n "$n" "${sampling[@]}" --check-flags
-  python "${here}train.py" --model . --rollouts . --out . "${updating[@]}" --check-flags
+  local rounds_checked=(1)
+  [[ "$rehearse_coef" != *@* ]] || rounds_checked+=("${rehearse_coef#*@}")
+  for key in "${rounds_checked[@]}"; do
+    rehearsing_in "$key"
+    python "${here}train.py" --model . --rollouts . --out . "${updating[@]}" "${rehearsing[@]}" \
+      --check-flags
+  done
   python "${here}data/countdown.py" --out . "${problems[@]}" --check-flags
 }
 
@@ -247,15 +253,24 @@ rehearsal() {  # the base's own samples: half for all problems, half for those i
   mv "$to/scored.jsonl.partial" "$to/scored.jsonl"
 }
 
+rehearsing_in() {  # ROUND: train.py's flags of the rehearsal into the array `rehearsing`
+  local coef=${rehearse_coef%%,*} later=${rehearse_coef#*,}
+  rehearsing=()
+  [ "$rehearse" -gt 0 ] || return 0
+  if [[ "$later" == *@* ]] && [ "$1" -ge "${later#*@}" ]; then coef=${later%@*}; fi
+  rehearsing=(--rehearse "$dir/rehearsal/scored.jsonl" --rehearse-coef "$coef")
+}
+
 one_round() {
   local id before began
   id=$(printf %03d "$1") before=$(round_path $(($1 - 1)))
   problems_of "$1" "$prompts_per_round" "$dir/prompts-$id.jsonl"
   sample_and_score "$before" "$dir/prompts-$id.jsonl" "$n" $((seed * 100000 + $1)) \
     "$dir/rollouts-$id.jsonl" "$dir/scored-$id.jsonl"
+  rehearsing_in "$1"
   began=$SECONDS
   launch "${here}train.py" --model "$before" --rollouts "$dir/scored-$id.jsonl" \
-    --out "$dir/round-$id" "${updating[@]}"
+    --out "$dir/round-$id" "${updating[@]}" "${rehearsing[@]}"
   tell "$1" "$dir/round-$id/metrics.jsonl" "$sampled" "$verified" $((SECONDS - began))
 }
 

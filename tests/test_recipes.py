@@ -16,7 +16,7 @@ from test_run import Loop, warm  # noqa: F401  the fixture
 
 TOY = {  # flag: its value in the dry run; all others stay as they are
     "--prompts-per-round": "4", "--n": "4", "--max-new-tokens": "8", "--eval-problems": "3",
-    "--eval-n": "2", "--nproc": "2", "--at-most": "1"}
+    "--eval-n": "2", "--nproc": "2", "--at-most": "1", "--rehearse": "8", "--rehearse-coef": "1.0,0.3@2"}
 
 
 def recipes():
@@ -31,7 +31,7 @@ def toy(commands):
     for flag, value in TOY.items():
         commands = re.sub(rf"({flag}) \S+", rf"\1 {value}", commands)
     commands = re.sub(r"(--model) Qwen/\S+", r"\1 model", commands)
-    rounds = {"150": "2"}  # all others: 1
+    rounds = {"150": "2", "51": "2"}  # all others: 1
     commands = re.sub(r"(?<=--rounds )\d+", lambda found: rounds.get(found[0], "1"), commands)
     commands = commands.replace("in 1 2 3 4;", "in 1 2;")
     return re.sub(r"(trained|round)-(075|002|008)", r"\1-001", commands)
@@ -39,7 +39,7 @@ def toy(commands):
 
 def test_toy_changes_values_alone_and_every_recipe_has_commands():
     found = recipes()
-    assert len(found) == 9 and all(commands for _, commands in found)
+    assert len(found) == 10 and all(commands for _, commands in found)
     for _, commands in found:
         flags = re.compile(r"(?<!\S)\"?(--[a-z-]+)")
         assert flags.findall(toy(commands)) == flags.findall(commands)
@@ -142,20 +142,28 @@ def test_what_is_rehearsed(loop):
 
 
 @pytest.mark.slow
-def test_negative_first_and_many_samples(loop):
+def test_rehearsal_with_a_smaller_weight_later(loop):
     run(loop, toy(recipes()[6][1]))
+    rounds = [report(loop, f"far/round-00{number}.meta.json")["flags"] for number in (1, 2)]
+    assert [flags["rehearse_coef"] for flags in rounds] == [1.0, 0.3]
+    assert report(loop, "far/eval-002.json")["runs"][1]["problems"] == 3
+
+
+@pytest.mark.slow
+def test_negative_first_and_many_samples(loop):
+    run(loop, toy(recipes()[7][1]))
     last = report(loop, "negative-grpo/round-001.meta.json")
     assert last["flags"]["method"] == "grpo" and "runs/negative/round-001" in last["flags"]["model"]
     first = report(loop, "negative/round-001.meta.json")["flags"]
     assert first["arm"] == {"positive_weight": 0} and first["method"].endswith(":w_reinforce")
     assert report(loop, "negative-grpo/round-001/trainer_state.json")["step"] == 8
-    run(loop, toy(recipes()[7][1]))
+    run(loop, toy(recipes()[8][1]))
     assert report(loop, "broad/round-001.meta.json")["flags"]["updates"] == 4
 
 
 @pytest.mark.slow
 def test_averaged_weights(loop):
-    run(loop, toy(recipes()[8][1]), os.path.dirname(sys.executable))
+    run(loop, toy(recipes()[9][1]), os.path.dirname(sys.executable))
     folders = ("data/tiny-countdown", "runs/ends/round-001", "averaged")
     base, trained, mixed = (load_file(loop.folder / folder / "model.safetensors")
                             for folder in folders)

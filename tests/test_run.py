@@ -118,6 +118,9 @@ def test_help_names_every_flag_and_needs_no_python(tmp_path):
     (["--prompts", "gone.jsonl"], "--prompts: no file gone.jsonl"),
     (["--eval-prompts", "data"], "--eval-prompts: no file data"),
     (["--rehearse-coef", "0.5"], "--rehearse-coef belongs to --rehearse"),
+    *((["--rehearse", "8", "--rehearse-coef", coef],
+       f"--rehearse-coef is a weight C, or C,D@R with D from round R on, not '{coef}'")
+      for coef in ("", "1,0.3", "0.3@2", "1,0.3@0", "1,0.3@x", "1,@2", "1,0.5@2,0.3@4")),
     (["--eval-problems", "0", "--against", "x"], "--against: nothing is evaluated with --eval-problems 0"),
     (["--against", "demo"], "--against: another run than runs/demo itself"),
     (["--against", "base"],
@@ -147,6 +150,10 @@ def test_wrong_flags_end_with_one_line_before_anything_is_made(loop, flags, told
     (["--train", "--kl-coef 0.1"], "train.py: error: --kl-coef and --ref-model go together"),
     (["--lr", "fast"], "train.py: error: argument --lr: invalid float value: 'fast'"),
     (["--updates", "0"], "train.py: error: --updates must be at least 1"),
+    (["--rehearse", "8", "--rehearse-coef", "x,0.3@2"],
+     "train.py: error: argument --rehearse-coef: invalid float value: 'x'"),
+    (["--rehearse", "8", "--rehearse-coef", "1,x@2"],
+     "train.py: error: argument --rehearse-coef: invalid float value: 'x'"),
     (["--countdown", "--numbers four"], "countdown.py: error: argument --numbers: invalid"),
 ])
 def test_flags_of_the_stages_are_checked_before_anything_is_made(loop, flags, told):
@@ -412,7 +419,7 @@ def test_against_another_run_there_is_a_third_curve(loop):
 
 
 def test_rehearsal_samples_the_base_once(loop):
-    flags = [*TINY, "--eval-problems", "0", "--rehearse", "8", "--rehearse-coef", "0.3"]
+    flags = [*TINY, "--eval-problems", "0", "--rehearse", "8", "--rehearse-coef", "1.5,0.3@2"]
     few = ["--model", "data/tiny-countdown", "--max-new-tokens", "24", "--countdown", ""]
     code, err = loop(*flags, *few)
     assert code == 0, err
@@ -427,9 +434,9 @@ def test_rehearsal_samples_the_base_once(loop):
     assert not {row["completion"] for row in again} <= {row["completion"] for row in once}  # other draws, not the same ones
     meta = files["rehearsal/rollouts.jsonl.meta.json"]["flags"]
     assert meta["model"] == "data/tiny-countdown" and meta["seed"] == 0
-    flags_of_train = files["round-002.meta.json"]["flags"]
-    assert flags_of_train["rehearse"] == "runs/demo/rehearsal/scored.jsonl"
-    assert flags_of_train["rehearse_coef"] == 0.3
+    flags_of_train = [files[f"round-00{number}.meta.json"]["flags"] for number in (1, 2)]
+    assert {flags["rehearse"] for flags in flags_of_train} == {"runs/demo/rehearsal/scored.jsonl"}
+    assert [flags["rehearse_coef"] for flags in flags_of_train] == [1.5, 0.3]
     assert loop(*flags, *few, "--rehearse", "0")[0] == 2  # another run
     code, err = loop(*flags, *few, "--rounds", "3")
     assert code == 0 and loop.files()["rehearsal/scored.jsonl"] == files["rehearsal/scored.jsonl"]
