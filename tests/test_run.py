@@ -419,7 +419,7 @@ def test_against_another_run_there_is_a_third_curve(loop):
 
 
 def test_rehearsal_samples_the_base_once(loop):
-    flags = [*TINY, "--eval-problems", "0", "--rehearse", "8", "--rehearse-coef", "1.5,0.3@2"]
+    flags = [*TINY, "--eval-problems", "0", "--rehearse", "8", "--rehearse-coef", "1.5,0.3@2", "--keep", "2"]
     few = ["--model", "data/tiny-countdown", "--max-new-tokens", "24", "--countdown", ""]
     code, err = loop(*flags, *few)
     assert code == 0, err
