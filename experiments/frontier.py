@@ -15,7 +15,7 @@ only after ten and twenty) the policy is sampled on 300 held-out problems, 256 t
 fixed regime on its own training problems, too (split "train"). An end point says how far an arm
 went; a path says whether it went a better way. Lest a learning rate is mistaken for a method, GRPO,
 DS-GRPO and each of them with rehearsal are run at a second one. The neighbours are run from the
-weak base alone, the -even and the rehearsal arms of 51 rounds from the strong one.
+weak base alone, the -even ones from the strong one.
 
 Rehearsal arms first sample the base on 1,500 training problems: 32 times each, then those with at
 most one right answer as many times in all (fixed: 250 times on their 192). That is 96,000 rollouts,
@@ -109,12 +109,13 @@ LATER = ", from round 11 on --rehearse-coef 0.3"  # of the last two
 EVEN = tuple(f"{arm}-even" for arm in ("rehearsal", "grpo-rehearsal", "ds-rehearsal"))
 ARMS = (*CANDIDATES, *PARTS, *EVEN)
 FIVE_SEEDS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
-              "ds-rehearsal", "grpo-rehearsal-longer")  # the README's contrasts, at the best rate
-TEN_SEEDS = ("base", "grpo-rehearsal")  # from the strong base: whether Pass@k is kept at every k
+              "ds-rehearsal")  # the README's contrasts, from both bases at the best rate
+# From the strong base alone: whether Pass@k is kept at every k, and how much more than GRPO keeps.
+MORE_SEEDS = {"base": 10, "grpo-rehearsal": 10, "grpo-rehearsal-longer": 5}
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo")  # two seeds
-ONE_BASE = {**dict.fromkeys(NEIGHBOURS, "weak-base"),
-            **dict.fromkeys((*EVEN, *LONGER[1:]), "strong-base")}
+ONE_BASE = {**dict.fromkeys((*NEIGHBOURS, "ds-rehearsal-longer"), "weak-base"),
+            **dict.fromkeys(EVEN, "strong-base")}
 SHORT = (*NEIGHBOURS, *EVEN, "rehearsal")  # ten rounds
 # The others run at the best rate alone.
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
@@ -351,16 +352,17 @@ def is_reported(regime, arm, rate):
     """Whether an arm is run in a regime at the best learning rate (1), at the second best (2)."""
     if rate == 2:
         return arm in TWO_RATES and regime != "fixed"
-    return ONE_BASE.get(arm, regime) == regime
+    return ONE_BASE.get(arm, regime) == regime and (arm not in LONGER[1:] or regime != "fixed")
 
 
 def seeds_of(regime, arm, rate):
     """How many seeds an arm is reported with."""
     if arm in NEIGHBOURS:
         return 2
-    if arm not in FIVE_SEEDS or rate == 2 or regime == "fixed":
+    if rate == 2 or regime == "fixed":
         return 3
-    return 10 if arm in TEN_SEEDS and regime == "strong-base" else 5
+    usual = 5 if arm in FIVE_SEEDS else 3
+    return MORE_SEEDS.get(arm, usual) if regime == "strong-base" else usual
 
 
 def labels_of(args):
