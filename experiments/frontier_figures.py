@@ -42,8 +42,8 @@ LABELS = {
     "rehearsal": "rehearsal alone", "grpo-rehearsal": "GRPO + rehearsal",
     "ds-rehearsal": "DS-GRPO + rehearsal",
     "ds-entropy-rehearsal": "differential entropy + rehearsal",
-    "grpo-rehearsal-longer": "GRPO + rehearsal, 51 rounds",
-    "ds-rehearsal-longer": "DS-GRPO + rehearsal, 51 rounds"}
+    "grpo-rehearsal-longer": "GRPO + rehearsal, less later",
+    "ds-rehearsal-longer": "DS-GRPO + rehearsal, less later"}
 COLOURS = {  # of the arms in the figure
     **figures.COLOURS, "rehearsal": "#999999", "grpo-rehearsal": "#8C564B",
     "ds-rehearsal": "#56B4E9", "ds-entropy-rehearsal": "#7FC97F",
@@ -72,9 +72,10 @@ Written by `python experiments/frontier_figures.py` from results.csv and checkpo
 mean difference at equal Pass@1, from the base to the largest Pass@1 that both reach; its other
 columns are at that largest one. Each pair of arms stands once; an arm at its second learning rate
 is the reference of those at that rate alone. Beside 51 rounds of GRPO an arm is at its own last
-round. Intervals: 95 % Student t over seeds, differences paired by seed; in brackets behind them the
-share of seeds with that sign. All seeds have the same 300 held-out problems; `fixed` trains the
-strong base on 192 others in every round, and is measured on both."""
+round. "Less later": 51 rounds, with weight 1 of rehearsal up to the tenth and 0.3 after it.
+Intervals: 95 % Student t over seeds, differences paired by seed; in brackets behind them the share
+of seeds with that sign. All seeds have the same 300 held-out problems; `fixed` trains the strong
+base on 192 others in every round, and is measured on both."""
 
 
 def load(folder):
