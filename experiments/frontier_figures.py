@@ -12,9 +12,9 @@ of one seed, without checkpoints that one of them passed and has not, are compar
     by their gap      the area between them from the base to there, divided by the Pass@1 covered:
                       the mean difference of the measure at equal Pass@1,
     at equal rounds   at the last checkpoint that both have, whatever their Pass@1; beside
-                      grpo-longer, which has the rollouts of a rehearsal arm, at the last one of
-                      each. What is followed from the base, and what smoothing, a bonus and GRPO
-                      add to an arm, at every checkpoint.
+                      grpo-longer, which has the rollouts of a rehearsal arm of 20 rounds, at the
+                      last one of each. What is followed from the base, and what smoothing, a
+                      bonus and GRPO add to an arm, at every checkpoint.
 
 The summary in front has the pairs that are most asked for, a column a regime.
 
@@ -34,7 +34,7 @@ import numpy as np
 
 from experiments import figures
 from experiments.figures import interval, plt
-from experiments.frontier import LONGER, NEIGHBOURS
+from experiments.frontier import NEIGHBOURS
 from experiments.suite import read_csv
 
 LABELS = {
@@ -42,28 +42,26 @@ LABELS = {
     "rehearsal": "rehearsal alone", "grpo-rehearsal": "GRPO + rehearsal",
     "ds-rehearsal": "DS-GRPO + rehearsal",
     "ds-entropy-rehearsal": "differential entropy + rehearsal",
-    "grpo-rehearsal-longer": "GRPO + rehearsal, less later",
-    "ds-rehearsal-longer": "DS-GRPO + rehearsal, less later"}
+    "grpo-rehearsal-longer": "GRPO + rehearsal, less later"}
 COLOURS = {  # of the arms in the figure
     **figures.COLOURS, "rehearsal": "#999999", "grpo-rehearsal": "#8C564B",
     "ds-rehearsal": "#56B4E9", "ds-entropy-rehearsal": "#7FC97F",
-    "grpo-longer": figures.COLOURS["grpo"], "grpo-rehearsal-longer": "#8C564B",
-    "ds-rehearsal-longer": "#56B4E9"}
+    "grpo-longer": figures.COLOURS["grpo"], "grpo-rehearsal-longer": "#8C564B"}
+SHARED = {"grpo-longer": 20, "grpo-rehearsal-longer": 10}  # rounds drawn as another arm's
 
 MEASURES = ("256", "64", "16", "coverage")  # Pass@k, and the share of existing solutions found
 REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal")
 # Arms whose differences are followed from checkpoint to checkpoint; None: all.
 FOLLOWED = {"base": None, "grpo": ("ds-token", "entropy-bonus"), "rehearsal": ("grpo-rehearsal",),
-            "grpo-rehearsal": ("ds-rehearsal", "ds-entropy-rehearsal"),
-            "grpo-rehearsal-longer": ("ds-rehearsal-longer",)}
+            "grpo-rehearsal": ("ds-rehearsal", "ds-entropy-rehearsal")}
 # The summary's pairs, a first arm minus a second: what is compared along the path, and what is
 # followed by the round; both at the best learning rate.
 ALONG = (("ds-token", "grpo"), ("ds-token", "entropy-bonus"), ("ds-token", "ds-positive"),
          ("ds-token", "ds-negative"), ("entropy-bonus", "grpo"), ("entropy-penalty", "grpo"),
          ("ds-entropy", "grpo"), ("grpo-rehearsal", "grpo"), ("grpo-rehearsal-longer", "grpo"),
-         ("grpo-rehearsal-longer", "grpo-longer"), ("ds-rehearsal-longer", "grpo-longer"))
-BY_ROUND = (("grpo", "base"), ("ds-token", "grpo"), ("rehearsal", "base"),
-            ("grpo-rehearsal", "base"), ("grpo-rehearsal", "rehearsal"),
+         ("grpo-rehearsal-longer", "grpo-longer"))
+BY_ROUND = (("grpo", "base"), ("ds-token", "grpo"), ("ds-token", "entropy-bonus"),
+            ("rehearsal", "base"), ("grpo-rehearsal", "base"), ("grpo-rehearsal", "rehearsal"),
             ("ds-rehearsal", "grpo-rehearsal"), ("ds-entropy-rehearsal", "grpo-rehearsal"))
 STYLES = ("-", "--")  # of an arm's learning rates; arms of 51 rounds are dotted
 TITLE = """# The frontier's tables
@@ -72,7 +70,8 @@ Written by `python experiments/frontier_figures.py` from results.csv and checkpo
 mean difference at equal Pass@1, from the base to the largest Pass@1 that both reach; its other
 columns are at that largest one. Each pair of arms stands once; an arm at its second learning rate
 is the reference of those at that rate alone. Beside 51 rounds of GRPO an arm is at its own last
-round. "Less later": 51 rounds, with weight 1 of rehearsal up to the tenth and 0.3 after it.
+round. "Less later": 51 rounds, with weight 1 of rehearsal up to the tenth and 0.3 after it; with
+its 96,000 samples of the base it has the rollouts of 82.
 Intervals: 95 % Student t over seeds, differences paired by seed; in brackets behind them the share
 of seeds with that sign. All seeds have the same 300 held-out problems; `fixed` trains the strong
 base on 192 others in every round, and is measured on both."""
@@ -360,9 +359,10 @@ def draw(panels, path):
             if arm not in COLOURS or len(runs) < 2:
                 continue
             rounds = sorted(set.intersection(*(set(points) for points in runs.values())))
+            rounds = [number for number in rounds if number >= SHARED.get(arm, 0)]
             x, y = (star[k] + np.mean([[run[r][k] - run[0][k] for r in rounds]
                                        for run in runs.values()], 0) for k in ("1", "256"))
-            style = ":" if arm in LONGER else STYLES[drawn.count(arm)]
+            style = ":" if arm in SHARED else STYLES[drawn.count(arm)]
             look = {"marker": "o", "markersize": 4, "linestyle": style}
             if arm == "base":
                 look = {"marker": "*", "markersize": 15, "zorder": 3, "linestyle": ""}

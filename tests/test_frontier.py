@@ -95,7 +95,6 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     assert setting("ds-entropy-rehearsal") == setting("ds-entropy") + " --rehearse FILE --rehearse-coef 1.0"
     # with a smaller weight of it after ten rounds
     assert setting("grpo-rehearsal-longer", "strong-base") == setting("grpo-rehearsal") + ", from round 11 on --rehearse-coef 0.3"
-    assert setting("ds-rehearsal-longer") == setting("ds-rehearsal") + ", from round 11 on --rehearse-coef 0.3"
     # tuned on the tune split with two seeds that are never reported; fixed takes what the strong base has
     assert {arguments[1].seed for arguments in tuning} == {101, 102} and {arguments[4] for arguments in tuning} == {"tune"}
     assert {arguments[1].regime for arguments in tuning} == {"weak-base", "strong-base"}
@@ -106,7 +105,7 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
         assert rounds("grpo", base) == rounds("ds-negative", base) == rounds("ds-rehearsal", base, seed=5) == (5, 10, 15, 20)
         assert rounds("grpo", base, "2e-4", 3) == rounds("ds-rehearsal", base, "2e-4", 3) == (10, 20)
         assert rounds("rehearsal", base) == (5, 10) and rounds("grpo-longer", base) == (51,)
-    assert rounds("grpo-rehearsal-longer", "strong-base") == rounds("ds-rehearsal-longer", "weak-base") == (5, 10, 15, 20, 35, 51)
+        assert rounds("grpo-rehearsal-longer", base) == (5, 10, 15, 20, 35, 51)
     assert rounds("ds-token", "fixed") == (10, 20) and rounds("rehearsal", "fixed") == (10,) and rounds("base", "fixed", "0") == (0,)
     assert all(rounds(arm, "weak-base", seed=2) == (5, 10) for arm in frontier.NEIGHBOURS)
     assert all(rounds(arm, "strong-base", seed=3) == (5, 10) for arm in frontier.EVEN)
@@ -117,9 +116,10 @@ def test_the_rule_chooses_and_every_arm_is_reported(runs, tmp_path):
     assert seeds("grpo", "weak-base") == seeds("base", "weak-base", "0") == seeds("grpo", "strong-base") == {1, 2, 3, 4, 5} and seeds("ds-negative", "weak-base") == {1, 2, 3}
     assert seeds("base", "strong-base", "0") == seeds("grpo-rehearsal", "strong-base") == set(range(1, 11))
     assert seeds("grpo-rehearsal-longer", "strong-base") == {1, 2, 3, 4, 5}
-    assert seeds("grpo-rehearsal-longer", "weak-base") == seeds("ds-rehearsal-longer", "weak-base") == {1, 2, 3}
-    assert seeds("grpo-rehearsal-longer", "fixed") == seeds("ds-rehearsal-longer", "strong-base") == set()
-    assert seeds("grpo", "fixed") == seeds("base", "fixed", "0") == seeds("grpo", "weak-base", "2e-4") == {1, 2, 3}
+    assert seeds("grpo-rehearsal-longer", "weak-base") == {1, 2, 3} and seeds("grpo-rehearsal-longer", "fixed") == set()
+    for arm, regime, lr in (("grpo", "fixed", "1e-4"), ("base", "fixed", "0"), ("grpo-rehearsal", "fixed", "1e-4"), ("grpo", "weak-base", "2e-4")):
+        assert seeds(arm, regime, lr) == {1, 2, 3, 4, 5}
+    assert seeds("ds-token", "fixed") == seeds("ds-rehearsal", "weak-base", "2e-4") == seeds("grpo", "strong-base", "2e-4") == {1, 2, 3}
     assert {label.regime for label in reported if label.lr == "2e-4"} == {"weak-base", "strong-base"}
     assert {(label.regime, label.seed) for label in reported if label.arm in frontier.NEIGHBOURS} == {("weak-base", 1), ("weak-base", 2)}
     assert {(label.regime, label.seed) for label in reported if label.arm in frontier.EVEN} == {("strong-base", seed) for seed in (1, 2, 3)}
@@ -212,6 +212,7 @@ def test_it_lists_and_checks(runs, tmp_path, capsys):
     done = runs(*chosen, "--check", "--until", "10")
     assert runs.code == 0 and "weak-base grpo 1e-4 1: equal" in capsys.readouterr().out
     assert done[0][1][3] == [5, 10]  # a cheaper check: the first two checkpoints
+    assert runs(*chosen, "--check", "--until", "4") == [] and "nothing was measured up to round 4 (--until)" in runs.code
 
     def other(*arguments):
         figures = fake(*arguments)
