@@ -38,8 +38,8 @@
 #   --rehearse N            sample N problems with the base, then as often those
 #                           with at most one right answer: train.py rehearses
 #                           the right ones; 0 is off                          (0)
-#   --rehearse-coef C|C,D@R their weight in the loss; with "1.0,0.3@11" it is
-#                           0.3 from round 11 on                              (1.0)
+#   --rehearse-coef C|C,D@R their weight in the loss, above 0; 1.0,0.3@11 is
+#                           1.0 up to round 10 and 0.3 from round 11 on       (1.0)
 #   --generate "FLAGS"      more flags for generate.py                        (none)
 #   --train "FLAGS"         more flags for train.py; only without it ds-grpo on
 #                           an embedded model gets the gammas tuned for it
@@ -135,8 +135,8 @@ check_flags() {  # everything that can be wrong with them, before the first roun
     die "--against: no round in ${here}runs/$against"
   [[ "$given" != *' --rehearse-coef '* || "$rehearse" -gt 0 ]] ||
     die "--rehearse-coef belongs to --rehearse"
-  [[ "$rehearse_coef" =~ ^[^,@]+(,[^,@]+@[1-9][0-9]{0,8})?$ ]] ||
-    die "--rehearse-coef is a weight C, or C,D@R with D from round R on, not '$rehearse_coef'"
+  [[ "$rehearse_coef" =~ ^[^,@\ ]+(,[^,@\ ]+@([2-9]|[1-9][0-9]{1,8}))?$ ]] ||
+    die "--rehearse-coef is C, or C,D@R with D from round R > 1 on, not '$rehearse_coef'"
   [ -z "$countdown" ] || [ -z "$prompts" ] || [ "$eval_problems" -gt 0 -a -z "$eval_prompts" ] ||
     die "--countdown: no problem is drawn, all are of --prompts and --eval-prompts"
   command -v python3 > /dev/null || die "no python3 on the PATH"

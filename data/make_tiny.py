@@ -10,7 +10,7 @@ after its snapshot first-3000):
     python data/make_tiny.py --out data/tiny-countdown --init /tmp/second --seed 2 --steps 400 \
         --lr 6e-4 --problems 40000
 
-The weak one, which is right in one of sixty to seventy samples, is the snapshot weak-250 of a
+The weak one, which is right in one of sixty samples, is the snapshot weak-250 of a
 longer run, four minutes in, before its learning rate falls:
 
     python data/make_tiny.py --out /tmp/weak --steps 6000 --problems 40000 --save-every 250 \

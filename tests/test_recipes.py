@@ -16,7 +16,7 @@ from test_run import Loop, warm  # noqa: F401  the fixture
 
 TOY = {  # flag: its value in the dry run; all others stay as they are
     "--prompts-per-round": "4", "--n": "4", "--max-new-tokens": "8", "--eval-problems": "3",
-    "--eval-n": "2", "--nproc": "2", "--at-most": "1", "--rehearse": "8", "--rehearse-coef": "1.0,0.3@2"}
+    "--eval-n": "2", "--nproc": "2", "--at-most": "1", "--rehearse-coef": "1.0,0.3@2"}
 
 
 def recipes():
@@ -30,6 +30,7 @@ def recipes():
 def toy(commands):
     for flag, value in TOY.items():
         commands = re.sub(rf"({flag}) \S+", rf"\1 {value}", commands)
+    commands = re.sub(r"(--rehearse) \d+", r"\1 8", commands)
     commands = re.sub(r"(--model) Qwen/\S+", r"\1 model", commands)
     rounds = {"150": "2", "51": "2"}  # all others: 1
     commands = re.sub(r"(?<=--rounds )\d+", lambda found: rounds.get(found[0], "1"), commands)

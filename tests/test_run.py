@@ -119,8 +119,8 @@ def test_help_names_every_flag_and_needs_no_python(tmp_path):
     (["--eval-prompts", "data"], "--eval-prompts: no file data"),
     (["--rehearse-coef", "0.5"], "--rehearse-coef belongs to --rehearse"),
     *((["--rehearse", "8", "--rehearse-coef", coef],
-       f"--rehearse-coef is a weight C, or C,D@R with D from round R on, not '{coef}'")
-      for coef in ("", "1,0.3", "0.3@2", "1,0.3@0", "1,0.3@x", "1,@2", "1,0.5@2,0.3@4")),
+       f"--rehearse-coef is C, or C,D@R with D from round R > 1 on, not '{coef}'")
+      for coef in ("", "1,0.3", "0.3@2", "1,0.3@1", "1, 0.3@2", "1,0.3@x", "1,@2", "1,0.5@2,0.3@4")),
     (["--eval-problems", "0", "--against", "x"], "--against: nothing is evaluated with --eval-problems 0"),
     (["--against", "demo"], "--against: another run than runs/demo itself"),
     (["--against", "base"],
