@@ -388,6 +388,35 @@ def test_the_tables_in_the_repository_are_those_of_its_runs(tmp_path):
     assert (tmp_path / "frontier.md").read_text() == before
 
 
+def intervals_of(text):
+    """The 'mean [low, high]' of a text, without the sign of the mean: a pair may be named either way round."""
+    found = re.findall(r"[+-]?(\d\.\d{3}) \[([+-]\d\.\d{3}), ([+-]\d\.\d{3})\]", " ".join(text.split()))
+    other = {"+": "-", "-": "+"}
+    return {min((mean, low, high), (mean, other[high[0]] + high[1:], other[low[0]] + low[1:])) for mean, low, high in found}
+
+
+def test_the_readmes_say_what_the_tables_say():
+    def text(path, first, last):
+        with open(os.path.join(suite.ROOT, path), encoding="utf-8") as file:
+            return file.read().partition(first)[2].partition(last)[0]
+    tables = text("experiments/frontier.md", "# The frontier", "(no end)")
+    told = [text("README.md", "**When it helps", "## Two commands"), text("README.md", "## Results", "## Your own"),
+            text("experiments/README.md", "## The frontier", "### What to rehearse")]
+    for part in told:
+        found = intervals_of(part)
+        assert len(found) > 10 and found - intervals_of(tables) == set()
+    # the table of end points: 'mean ± half (seeds)' of an arm at its last round, from either base
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in ("| arm |" + told[1].partition("| arm |")[2].partition("\n\n")[0]).splitlines()]
+    for regime in ("weak", "strong"):
+        rows = tables.partition(f"## {regime} base")[2].partition("| minus ")[0].splitlines()
+        columns = [i for i, title in enumerate(lines[0]) if regime in title]
+        assert len(columns) == 3
+        for name, lr in (("base", ""), *((arm, ", lr 2e-4") for arm in ("GRPO", "DS-GRPO", "GRPO + rehearsal", "DS-GRPO + rehearsal"))):
+            line = next(line for line in lines if line[0] == name)
+            row = next(row for row in rows if row.startswith(f"| {name}{lr} |"))
+            assert all(f"| {line[i].partition(' (')[0]} |" in row for i in columns)
+
+
 def test_without_a_base_there_is_no_path(runs, tmp_path):
     runs("--regimes", "weak-base", "--arms", "grpo", "--seeds", "1", "--rates", "1")
     with pytest.raises(SystemExit, match="no run together with the base"):
