@@ -47,7 +47,8 @@ COLOURS = {  # of the arms in the figure
     **figures.COLOURS, "rehearsal": "#999999", "grpo-rehearsal": "#8C564B",
     "ds-rehearsal": "#56B4E9", "ds-entropy-rehearsal": "#7FC97F",
     "grpo-longer": figures.COLOURS["grpo"], "grpo-rehearsal-longer": "#8C564B"}
-SHARED = {"grpo-longer": 20, "grpo-rehearsal-longer": 10}  # rounds drawn as another arm's
+# The first round that is drawn of these; up to it their path is that of a shorter arm.
+SHARED = {"grpo-longer": 20, "grpo-rehearsal-longer": 10}
 
 MEASURES = ("256", "64", "16", "coverage")  # Pass@k, and the share of existing solutions found
 REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal")
@@ -71,7 +72,8 @@ mean difference at equal Pass@1, from the base to the largest Pass@1 that both r
 columns are at that largest one. Each pair of arms stands once; an arm at its second learning rate
 is the reference of those at that rate alone. Beside 51 rounds of GRPO an arm is at its own last
 round. "Less later": 51 rounds, with weight 1 of rehearsal up to the tenth and 0.3 after it; with
-its 96,000 samples of the base it has the rollouts of 82.
+its 96,000 samples of the base it has the rollouts of 82, and its first ten rounds are those of GRPO
++ rehearsal.
 Intervals: 95 % Student t over seeds, differences paired by seed; in brackets behind them the share
 of seeds with that sign. All seeds have the same 300 held-out problems; `fixed` trains the strong
 base on 192 others in every round, and is measured on both."""

@@ -212,7 +212,9 @@ def test_it_lists_and_checks(runs, tmp_path, capsys):
     done = runs(*chosen, "--check", "--until", "10")
     assert runs.code == 0 and "weak-base grpo 1e-4 1: equal" in capsys.readouterr().out
     assert done[0][1][3] == [5, 10]  # a cheaper check: the first two checkpoints
-    assert runs(*chosen, "--check", "--until", "4") == [] and "nothing was measured up to round 4 (--until)" in runs.code
+    assert runs(*chosen, "--check", "--until", "4") == [] and "none of these runs was measured up to round 4 (--until)" in runs.code
+    both = chosen[:-2]  # at the second rate, which is first measured after ten rounds, nothing is repeated
+    assert [key.lr for key, _ in runs(*both, "--check", "--until", "5")] == ["1e-4"] and runs.code == 0
 
     def other(*arguments):
         figures = fake(*arguments)
@@ -389,32 +391,45 @@ def test_the_tables_in_the_repository_are_those_of_its_runs(tmp_path):
 
 
 def intervals_of(text):
-    """The 'mean [low, high]' of a text, without the sign of the mean: a pair may be named either way round."""
-    found = re.findall(r"[+-]?(\d\.\d{3}) \[([+-]\d\.\d{3}), ([+-]\d\.\d{3})\]", " ".join(text.split()))
-    other = {"+": "-", "-": "+"}
-    return {min((mean, low, high), (mean, other[high[0]] + high[1:], other[low[0]] + low[1:])) for mean, low, high in found}
+    """The 'mean [low, high]' of a text as (mean, low, high) in thousandths; of a pair named the other way round, too."""
+    number = r"([+-]?\d\.\d{3})"
+    found = re.findall(rf"{number} \[{number}, {number}\]", " ".join(text.split()))
+    found = {tuple(round(1000 * float(value)) for value in one) for one in found}
+    assert all(low <= mean <= high for mean, low, high in found)
+    return found
+
+
+def text_between(path, first, last):
+    with open(os.path.join(suite.ROOT, path), encoding="utf-8") as file:
+        return file.read().partition(first)[2].partition(last)[0]
 
 
 def test_the_readmes_say_what_the_tables_say():
-    def text(path, first, last):
-        with open(os.path.join(suite.ROOT, path), encoding="utf-8") as file:
-            return file.read().partition(first)[2].partition(last)[0]
-    tables = text("experiments/frontier.md", "# The frontier", "(no end)")
-    told = [text("README.md", "**When it helps", "## Two commands"), text("README.md", "## Results", "## Your own"),
-            text("experiments/README.md", "## The frontier", "### What to rehearse")]
-    for part in told:
-        found = intervals_of(part)
-        assert len(found) > 10 and found - intervals_of(tables) == set()
-    # the table of end points: 'mean ± half (seeds)' of an arm at its last round, from either base
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in ("| arm |" + told[1].partition("| arm |")[2].partition("\n\n")[0]).splitlines()]
-    for regime in ("weak", "strong"):
-        rows = tables.partition(f"## {regime} base")[2].partition("| minus ")[0].splitlines()
-        columns = [i for i, title in enumerate(lines[0]) if regime in title]
-        assert len(columns) == 3
-        for name, lr in (("base", ""), *((arm, ", lr 2e-4") for arm in ("GRPO", "DS-GRPO", "GRPO + rehearsal", "DS-GRPO + rehearsal"))):
-            line = next(line for line in lines if line[0] == name)
-            row = next(row for row in rows if row.startswith(f"| {name}{lr} |"))
-            assert all(f"| {line[i].partition(' (')[0]} |" in row for i in columns)
+    """Each interval and each 'mean ± half' stands in frontier.md; of which arm, the readers must see to."""
+    tables = text_between("experiments/frontier.md", "# The frontier", "(no end)")
+    known = intervals_of(tables)
+    known |= {(-mean, -high, -low) for mean, low, high in known}  # one minus other, other minus one
+    ends = re.compile(r"\d\.\d{3} ± \d\.\d{3}")
+    for path, first, last in (("README.md", "**When it helps", "## Two commands"), ("README.md", "## Results", "## Your own"),
+                              ("experiments/README.md", "## The frontier", "### What to rehearse")):
+        text = " ".join(text_between(path, first, last).split())
+        assert len(intervals_of(text)) > 10 and intervals_of(text) - known == set()
+        assert set(ends.findall(text)) - set(ends.findall(tables)) == set()
+
+
+def test_the_readme_has_the_end_points_of_every_arm_that_it_names():
+    """Its table cell by cell: arm, round, Pass@1, Pass@16 and Pass@256 from either base, seeds in brackets where they are not five."""
+    told = "| arm |" + text_between("README.md", "## Results", "## Your own").partition("| arm |")[2].partition("\n\n")[0]
+    (_, *titles), _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines()]
+    assert titles == ["round"] + [f"{base}: Pass@{k}" for base in ("weak", "strong") for k in (1, 16, 256)] and len(lines) == 7
+    for name, number, *cells in lines:
+        arm = re.sub(r" \(`.*`\)", "", name)
+        for base, three in (("weak", cells[:3]), ("strong", cells[3:])):
+            rows = text_between("experiments/frontier.md", f"## {base} base", "| minus ").splitlines()
+            _, seeds, last, first, _, middle, _, large, *_ = next(
+                row.strip("| ").split(" | ") for row in rows if row.startswith((f"| {arm} |", f"| {arm}, lr 2e-4 |")))
+            bracket = "" if seeds == "5" else f" ({seeds})"
+            assert (number, three) == (last, [f"{value}{bracket}" for value in (first, middle, large)])
 
 
 def test_without_a_base_there_is_no_path(runs, tmp_path):

@@ -440,6 +440,7 @@ def test_rehearsal_samples_the_base_once(loop):
     assert loop(*flags, *few, "--rehearse", "0")[0] == 2  # another run
     code, err = loop(*flags, *few, "--rounds", "3")
     assert code == 0 and loop.files()["rehearsal/scored.jsonl"] == files["rehearsal/scored.jsonl"]
+    assert loop.files()["round-003.meta.json"]["flags"]["rehearse_coef"] == 0.3
     code, err = loop(*flags, "--train", "--rehearse x", "--name", "other")
     assert code == 2 and "--rehearse is given to the stage by run.sh itself" in err
 
