@@ -156,10 +156,10 @@ check_flags() {  # everything that can be wrong with them, before the first roun
   words countdown "$countdown"
   problems=("${split[@]}")
   python "${here}generate.py" --model . --prompts . --out . --n "$n" "${sampling[@]}" --check-flags
-  local rounds_checked=(1)
+  local round rounds_checked=(1)
   [[ "$rehearse_coef" != *@* ]] || rounds_checked+=("${rehearse_coef#*@}")
-  for key in "${rounds_checked[@]}"; do
-    rehearsing_in "$key"
+  for round in "${rounds_checked[@]}"; do
+    rehearsing_in "$round"
     python "${here}train.py" --model . --rollouts . --out . "${updating[@]}" "${rehearsing[@]}" \
       --check-flags
   done

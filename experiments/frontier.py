@@ -113,19 +113,22 @@ PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longe
 LATER = ", from round 11 on --rehearse-coef 0.3"  # of grpo-rehearsal-longer
 EVEN = tuple(f"{arm}-even" for arm in ("rehearsal", "grpo-rehearsal", "ds-rehearsal"))
 ARMS = (*CANDIDATES, *PARTS, *EVEN)
+NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
+              "oreal", "drpo")
 CONTRASTS = dict.fromkeys(("base", "grpo", "ds-token", "entropy-bonus", "rehearsal",
                            "grpo-rehearsal", "ds-rehearsal"), 5)  # that README.md compares
-# Seeds by regime and rate (1 the best): two for the neighbours, three for what is not named here.
+# Seeds by regime and rate (1 the best); three of what is not named.
 SEEDS = {
-    ("weak-base", 1): CONTRASTS,
+    ("weak-base", 1): {**CONTRASTS, **dict.fromkeys(NEIGHBOURS, 2)},
     ("weak-base", 2): {"grpo": 5, "ds-token": 5},
     ("strong-base", 1): {**CONTRASTS, "base": 10, "grpo-rehearsal": 10, "grpo-rehearsal-longer": 5},
     ("fixed", 1): {"base": 5, "grpo": 5, "grpo-rehearsal": 5},
 }
-NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
-              "oreal", "drpo")  # two seeds
-ONE_BASE = {**dict.fromkeys(NEIGHBOURS, "weak-base"), **dict.fromkeys(EVEN, "strong-base")}
-SHORT = (*NEIGHBOURS, *EVEN, "rehearsal")  # ten rounds
+# Regimes of the arms that are not run in all of them, and rounds of those without the usual ones.
+REGIMES = {**dict.fromkeys(NEIGHBOURS, ("weak-base",)), **dict.fromkeys(EVEN, ("strong-base",)),
+           "grpo-rehearsal-longer": ("weak-base", "strong-base")}
+ROUNDS = {"base": (0,), "grpo-longer": (51,), "grpo-rehearsal-longer": (*CHECKPOINTS, 35, 51),
+          **dict.fromkeys((*NEIGHBOURS, *EVEN, "rehearsal"), CHECKPOINTS[:2])}
 # The others run at the best rate alone.
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
 
@@ -141,7 +144,7 @@ def parse_args(argv=None):
                         help="only these arms (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int,
                         help="these seeds (default: as many as the table SEEDS in this file says, "
-                        "1..2 for the neighbours, 1..3 for the rest)")
+                        "1..3 for what it does not name)")
     parser.add_argument("--rates", nargs="+", type=int, choices=(1, 2), default=[1, 2],
                         help="the best learning rate, the second best or both (default: both)")
     parser.add_argument("--jobs", type=int, default=2,
@@ -359,14 +362,14 @@ def tuning_jobs(args, arms, rates):
 # ---- The reported runs -------------------------------------------------------------------------
 def is_reported(regime, arm, rate):
     """Whether an arm is run in a regime at the best learning rate (1), at the second best (2)."""
-    if regime == "fixed" and (rate == 2 or arm == "grpo-rehearsal-longer"):
-        return False
-    return arm in TWO_RATES if rate == 2 else ONE_BASE.get(arm, regime) == regime
+    if rate == 2:
+        return arm in TWO_RATES and regime != "fixed"
+    return regime in REGIMES.get(arm, MODELS)
 
 
 def seeds_of(regime, arm, rate):
     """How many seeds an arm is reported with."""
-    return 2 if arm in NEIGHBOURS else SEEDS.get((regime, rate), {}).get(arm, 3)
+    return SEEDS.get((regime, rate), {}).get(arm, 3)
 
 
 def labels_of(args):
@@ -382,14 +385,11 @@ def labels_of(args):
 
 def rounds_of(folder, label):
     """The rounds after which a run is evaluated; the last one ends it."""
-    if label.arm in ("base", "grpo-longer"):
-        return (0,) if label.arm == "base" else (51,)
-    if label.arm == "grpo-rehearsal-longer":
-        return *CHECKPOINTS, 35, 51
-    rounds = CHECKPOINTS[:2] if label.arm in SHORT else CHECKPOINTS
-    if label.regime == "fixed" or label.lr != rates_of(folder, label.regime)[0]:
-        return rounds[1::2]
-    return rounds
+    rounds = ROUNDS.get(label.arm, CHECKPOINTS)
+    if len(rounds) == 1:
+        return rounds
+    few = label.regime == "fixed" or label.lr != rates_of(folder, label.regime)[0]
+    return rounds[1::2] if few else rounds
 
 
 def label_of(row):

@@ -71,9 +71,8 @@ Written by `python experiments/frontier_figures.py` from results.csv and checkpo
 mean difference at equal Pass@1, from the base to the largest Pass@1 that both reach; its other
 columns are at that largest one. Each pair of arms stands once; an arm at its second learning rate
 is the reference of those at that rate alone. Beside 51 rounds of GRPO an arm is at its own last
-round. "Less later": 51 rounds, with weight 1 of rehearsal up to the tenth and 0.3 after it; with
-its 96,000 samples of the base it has the rollouts of 82, and its first ten rounds are those of GRPO
-+ rehearsal.
+round. "Less later": 51 rounds, with weight 1 of rehearsal up to the tenth, which are those of
+GRPO + rehearsal, and 0.3 after it; with 96,000 samples of the base it has the rollouts of 82.
 Intervals: 95 % Student t over seeds, differences paired by seed; in brackets behind them the share
 of seeds with that sign. All seeds have the same 300 held-out problems; `fixed` trains the strong
 base on 192 others in every round, and is measured on both."""
