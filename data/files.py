@@ -93,7 +93,7 @@ class Verdict(msgspec.Struct):
     `correct` and `reward`."""
     pred: str | None  # the extracted answer, or null
     reason: str  # one of REASONS; the completion is correct where it is "ok"
-    # By this evaluate.py counts distinct solutions (of the tasks that data/counts.py names); null
+    # By this evaluate.py counts distinct solutions (of the tasks that evaluate.py names); null
     # if the answer is wrong.
     solution: str | None | msgspec.UnsetType = msgspec.UNSET
     reward: float | None = None  # 1.0 if correct, else 0.0, unless the task says otherwise

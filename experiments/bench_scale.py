@@ -37,7 +37,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports
 
 sys.path.insert(0, ROOT)
-from data.report import COLOURS, new_figure
+from evaluate import COLOURS, new_figure
 from experiments.bench_files import usage, write_rollouts
 from experiments.roofline import SIZES, generate_flags, save, write_prompts
 

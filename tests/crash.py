@@ -71,7 +71,7 @@ def serve(path, base):
 
     modules = {name: importlib.import_module(name) for name in STAGES} | {
         name: importlib.import_module(name) for name in ("maths", "shuffle", "hard")}
-    report = importlib.import_module("data.report")
+    report = modules["evaluate"]
     report.save(report.new_figure(1, 2, 9, 4)[0], base + ".png")  # the first picture loads fonts
     torch.set_num_threads(1)
     torch.manual_seed(0)

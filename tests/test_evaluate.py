@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 
 import evaluate
-from data import counts
-from data import report as views
 from data.files import run
 
 
@@ -215,7 +213,7 @@ def test_the_data_s_own_solution_was_not_found_by_the_model(tmp_path, n_solution
 
 
 def test_solutions_of_a_task_that_is_named_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(counts, "WITH_SOLUTIONS", ("countdown", "reverse"))
+    monkeypatch.setattr(evaluate, "WITH_SOLUTIONS", ("countdown", "reverse"))
     rows = [row("p", s, s < 3, task="reverse") for s in range(4)]
     run = report(tmp_path, write(tmp_path / "a.jsonl", rows))["runs"][0]
     assert run["distinct"] == 2 and run["solution_coverage"] == 0.5
@@ -363,8 +361,8 @@ def test_complete_output_is_printed_again_and_left_alone(tmp_path, capsys):
 
 def drawn(monkeypatch):
     """The figures that are saved, kept for a look at what is in them."""
-    kept, save = [], views.save
-    monkeypatch.setattr(views, "save", lambda figure, path: (kept.append(figure), save(figure, path)))
+    kept, save = [], evaluate.save
+    monkeypatch.setattr(evaluate, "save", lambda figure, path: (kept.append(figure), save(figure, path)))
     return kept
 
 
@@ -466,7 +464,7 @@ def test_memory_grows_with_problems_and_not_with_rows(tmp_path):
     for n in (50, 1000):
         scored = write(tmp_path / f"{n}.jsonl", [row(f"p{p}", s, s % 3 == 0) for s in range(n) for p in range(10)])
         tracemalloc.start()
-        counts.read_problems(scored)
+        evaluate.read_problems(scored)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 20_000      # 9,500 more rows of 400 bytes
