@@ -1,22 +1,31 @@
-"""Draw the experiment's pictures and print its tables from what experiments/paper.py leaves.
+"""Draw the study's figure and write its tables, from the results.csv and checkpoints.csv that
+experiments/frontier.py and experiments/smollm2.py leave.
 
-    python experiments/figures.py                             # pictures, and tables in Markdown
-    python experiments/figures.py --tables experiments/long   # the same of another experiment
+    python experiments/figures.py             # frontier.png, and the summary as frontier.md
+    python experiments/figures.py --tables    # print every table, the summary first
+    python experiments/figures.py --folder FOLDER
 
-Reads counts.jsonl (of every arm, distribution and seed, for each problem: samples, correct ones,
-distinct solutions found, solutions that exist), curves.csv, gamma.csv, overhead.csv; writes
-passk.png, training.png and gamma.png beside them.
+A run is a path: the base, then its checkpoints, each with its Pass@1 and another measure (Pass@k at
+a larger k, or the coverage of solutions). Only checkpoints with a higher Pass@1 than all before
+them count: where Pass@1 falls back, stopping earlier was better. A checkpoint that only one of two
+compared runs has, and the other has passed, is left out. Two paths of one seed are compared
 
-A figure of an arm is a mean over seeds with a Student t interval over seeds. A difference between
-two arms is paired: per seed over the same problems, then Student t over seeds; in brackets behind
-it the share of seeds with its sign. One seed alone has no interval.
+    at equal Pass@1   at the largest Pass@1 that both reach, linear between checkpoints,
+    by their gap      the area between them from the base to there, divided by the Pass@1 covered:
+                      the mean difference of the measure at equal Pass@1,
+    at equal rounds   at the last checkpoint that both have, whatever their Pass@1 (beside
+                      grpo-longer: at the last one of each), or at every checkpoint.
+
+Every figure is a mean over seeds with a 95 % Student t interval over seeds. Differences are paired
+by seed; in brackets behind them stands the share of seeds with that sign.
 """
 import argparse
-import csv
+import contextlib
 import functools
-import json
+import itertools
 import math
 import os
+import statistics
 import sys
 
 import matplotlib
@@ -26,29 +35,56 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.append(os.path.dirname(HERE))
-import evaluate
+sys.path.insert(0, os.path.dirname(HERE))
+from experiments.frontier import NEIGHBOURS
+from experiments.suite import read_csv
 
 LABELS = {
-    "base": "base", "grpo": "GRPO", "ds-token": "DS-GRPO (token)",
-    "ds-sequence": "DS-GRPO (sequence)", "ds-reward": "DS-GRPO (reward)",
-    "ds-positive": "DS, positive half", "ds-negative": "DS, negative half",
-    "ds-entropy": "differential entropy", "entropy-bonus": "uniform bonus",
-    "entropy-penalty": "uniform penalty", "passk": "Pass@k training", "cispo": "CISPO",
-    "w-reinforce": "W-REINFORCE"}
-LEVELS = ("ds-token", "ds-sequence", "ds-reward")  # of DS-GRPO's smoothing
-COLOURS = {
-    "base": "#000000", "grpo": "#D55E00", **dict.fromkeys(LEVELS, "#0072B2"),
-    "ds-entropy": "#009E73", "entropy-bonus": "#CC79A7", "entropy-penalty": "#E69F00"}
+    "base": "base", "grpo": "GRPO", "ds-token": "DS-GRPO", "ds-positive": "DS, positive half",
+    "ds-negative": "DS, negative half", "ds-entropy": "differential entropy",
+    "entropy-bonus": "uniform bonus", "entropy-penalty": "uniform penalty",
+    "grpo-longer": "GRPO, 51 rounds", "rehearsal": "rehearsal alone",
+    "rehearsal-samples": "rehearsal alone, by samples", "grpo-rehearsal": "GRPO + rehearsal",
+    "grpo-rehearsal-samples": "GRPO + rehearsal, by samples",
+    "ds-rehearsal": "DS-GRPO + rehearsal",
+    "ds-entropy-rehearsal": "differential entropy + rehearsal",
+    "grpo-rehearsal-longer": "GRPO + rehearsal, less later"}
+# The figure's lines: an arm, at the best learning rate (1) or the second best (2); its name, its
+# colour and by how many points its name stands above its end.
+LINES = {("grpo", 1): ("GRPO", "#D55E00", 0), ("grpo", 2): ("GRPO, half the rate", "#E69F00", 0),
+         ("ds-token", 1): ("DS-GRPO", "#0072B2", 0), ("rehearsal", 1): ("rehearsal", "#7F7F7F", 14),
+         ("grpo-rehearsal", 1): ("GRPO + rehearsal", "#009E73", 0)}
+TITLES = {"weak-base": "weak base", "strong-base": "strong base", "pre-trained": "SmolLM2-135M"}
+REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal")
+# Arms whose differences are followed from checkpoint to checkpoint; None: all.
+FOLLOWED = {"base": None, "grpo": ("ds-token", "entropy-bonus"), "rehearsal": ("grpo-rehearsal",),
+            "grpo-rehearsal": ("ds-rehearsal", "ds-entropy-rehearsal")}
+# The summary's pairs, a first arm minus a second, at the best learning rate: by the gap in Pass@k
+# at the largest k, by the round at three k, and rehearsal's two weightings.
+ALONG = (("ds-token", "grpo"), ("ds-token", "entropy-bonus"), ("ds-token", "ds-positive"),
+         ("ds-token", "ds-negative"), ("entropy-bonus", "grpo"), ("entropy-penalty", "grpo"),
+         ("ds-entropy", "grpo"), ("grpo-rehearsal", "grpo"), ("grpo-rehearsal-longer", "grpo"),
+         ("grpo-rehearsal-longer", "grpo-longer"), *((arm, "grpo") for arm in NEIGHBOURS))
+BY_ROUND = (("grpo", "base"), ("ds-token", "grpo"), ("ds-token", "entropy-bonus"),
+            ("rehearsal", "base"), ("grpo-rehearsal", "base"), ("grpo-rehearsal", "rehearsal"),
+            ("ds-rehearsal", "grpo-rehearsal"), ("ds-entropy-rehearsal", "grpo-rehearsal"))
+WEIGHTINGS = (("rehearsal-samples", "rehearsal"), ("grpo-rehearsal-samples", "grpo-rehearsal"))
+TITLE = """# The study's summary
+
+Written by `python experiments/figures.py`; `python experiments/figures.py --tables` prints this and
+all other tables. "Gap": the mean difference at equal Pass@1, from the base to the largest Pass@1
+that both reach. "Less later": 51 rounds, the first ten those of GRPO + rehearsal, then a weight of
+0.3. Intervals: 95 % Student t over seeds, differences paired by seed; in brackets behind them the
+share of seeds with that sign. All seeds have the same 300 held-out problems; `fixed` trains the
+strong base on 192 others in every round, and is measured on both."""
 
 
-# ---- Statistics ----------------------------------------------------------------------------------
+# ---- Statistics --------------------------------------------------------------------------------
 def student_t(t, freedom):
     """P(|T| <= t) of Student's t with a whole number of degrees of freedom, for t >= 0.
 
     The finite series in the angle atan(t / sqrt(freedom)) of Abramowitz and Stegun, 26.7.3 and
-    26.7.4: each term is the one before times cos^2 and the next ratio of whole numbers.
-    """
+    26.7.4: each term is the one before times cos^2 and the next ratio of whole numbers."""
     angle = math.atan(t / math.sqrt(freedom))
     odd = freedom % 2
     term = math.sin(angle) * (math.cos(angle) if odd else 1)
@@ -78,250 +114,330 @@ def interval(values):
     return values.mean(), half
 
 
-def pass_at_k(counts, k):
-    """Pass@k of each problem, (problems,).
-
-    counts: (problems, 4) with n, the same for all, and the number of correct samples in front.
-    """
-    return evaluate.pass_at_k(int(counts[0, 0]), k)[counts[:, 1]]
-
-
-def distinct(counts):
-    return counts[:, 2]
+def text_of(values, signed=False):
+    """'mean ± half' or, signed, 'mean [low, high] (seeds with its sign/seeds)'."""
+    mean, half = interval(values)
+    if not signed:
+        return f"{mean:.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
+    bounds = f" [{mean - half:+.3f}, {mean + half:+.3f}]" if len(values) > 1 else ""
+    same = sum(np.sign(value) == np.sign(mean) for value in values)
+    return f"{mean:+.3f}{bounds} ({same}/{len(values)})"
 
 
-def coverage(counts):
-    return counts[:, 2] / counts[:, 3]
-
-
-def at(k):
-    """Pass@k as a measure, a function from counts to a value a problem."""
-    return functools.partial(pass_at_k, k=k)
-
-
-def curve(counts, ks):
-    """Pass@k at every k of one run."""
-    return np.array([pass_at_k(counts, k).mean() for k in ks])
-
-
-def difference(one, other, measure):
-    """'mean [low, high] (seeds with that sign/seeds)' of one arm minus the other, paired.
-
-    one, other: {seed: counts}. measure: counts -> a value of each problem.
-    """
-    seeds = sorted(one.keys() & other.keys())
-    if not seeds:
-        return "-"
-    means = [(measure(one[seed]) - measure(other[seed])).mean() for seed in seeds]
-    mean, half = interval(means)
-    if len(seeds) == 1:  # no interval: one over problems would say nothing of another seed
-        return f"{mean:+.3f} (one seed)"
-    same_sign = sum(np.sign(m) == np.sign(mean) for m in means)
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] ({same_sign}/{len(seeds)})"
-
-
-# ---- What paper.py left --------------------------------------------------------------------------
-def place(name):
-    return os.path.join(place.tables, name)
-
-
-def read_csv(name):
-    with open(place(name), newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def load():
-    """{(arm, distribution): {seed: (problems, 4)}}; a later line of a run stands for it.
-
-    The four columns are a problem's n, correct, distinct and existing.
-    """
+# ---- Runs --------------------------------------------------------------------------------------
+def load(folder):
+    """{(regime, split, arm, lr): {seed: {round: {measure: value}}}}; the measures are texts."""
     table = {}
-    with open(place("counts.jsonl")) as file:
-        for row in map(json.loads, file):
-            runs = table.setdefault((row["arm"], row["distribution"]), {})
-            runs[row["seed"]] = np.array(row["problems"])
+    for row in read_csv(f"{folder}/results.csv") + read_csv(f"{folder}/checkpoints.csv"):
+        runs = table.setdefault((row["regime"], row["split"], row["arm"], row["lr"]), {})
+        point = runs.setdefault(int(row["seed"]), {}).setdefault(int(row["round"]), {})
+        if "k" in row:
+            point[row["k"]] = float(row["pass_at_k"])
+        else:  # the base has no entropy: nothing was trained
+            point |= {name: float(row[name] or "nan")
+                      for name in ("coverage", "distinct", "entropy", "train_s")}
     return table
 
 
-def tuned_level(table):
-    """The DS-GRPO arm of the level that the tuning chose: the one with the most runs."""
-    def runs_of(arm):
-        return sum(len(runs) for (name, _), runs in table.items() if name == arm)
-
-    return max(LEVELS, key=runs_of)
-
-
-def core_arms(table):
-    return [arm for arm in COLOURS if arm not in LEVELS or arm == tuned_level(table)]
-
-
-# ---- Tables --------------------------------------------------------------------------------------
-def tables(table, ks):
-    """Print, for every distribution, the arms and then their differences to some of them."""
-    for distribution in sorted({distribution for _, distribution in table}):
-        runs = {arm: table[arm, distribution] for arm in LABELS if (arm, distribution) in table}
-        print(f"\n### {distribution}\n")
-        print_arms(runs, ks)
-        for reference in ("grpo", "entropy-bonus", tuned_level(table), "base"):
-            if reference in runs:
-                print_differences(runs, reference, ks)
+def with_base(table):
+    """The table, with every run's path beginning at the base of its seed, if that is there; the
+    path of grpo-longer is that of GRPO and one checkpoint more."""
+    paths = {}
+    for (regime, split, arm, lr), runs in table.items():
+        bases = table.get((regime, split, "base", "0"), {})
+        shorter = table.get((regime, split, "grpo", lr), {}) if arm == "grpo-longer" else {}
+        paths[regime, split, arm, lr] = {
+            seed: {**bases[seed], **shorter.get(seed, {}), **points}
+            for seed, points in runs.items() if seed in bases}
+    return paths
 
 
-def print_arms(runs, ks):
-    """runs: {arm: {seed: counts}}."""
-    head = [f"Pass@{k}" for k in (1, 16, ks[-1])] + ["distinct", "coverage"]
-    print(f"| arm | seeds | {' | '.join(head)} | samples to match GRPO |")
-    print("|---|---|---|---|---|---|---|---|")
-    grpo = [at(ks[-1])(counts).mean() for counts in runs.get("grpo", {}).values()]
-    goal = np.mean(grpo) if grpo else np.nan
-    fine = range(1, ks[-1] + 1)
-    for arm, seeds in runs.items():
-        cells = []
-        for measure in (at(1), at(16), at(ks[-1]), distinct, coverage):
-            mean, half = interval([measure(counts).mean() for counts in seeds.values()])
-            cells.append(f"{mean:.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}"))
-        mean_curve = np.mean([curve(counts, fine) for counts in seeds.values()], 0)
-        reached = np.flatnonzero(mean_curve >= goal)
-        match = str(fine[reached[0]]) if len(reached) else f"> {ks[-1]}"
-        match = "-" if np.isnan(goal) else match
-        print(f"| {LABELS[arm]} | {len(seeds)} | {' | '.join(cells)} | {match} |")
+def panels_of(paths):
+    """{(regime, split): {(arm, lr): {seed: points}}}, without empty ones; arms as in LABELS."""
+    names, panels = list(LABELS), {}
+
+    def place(item):
+        _, _, arm, lr = item[0]
+        plain = arm.removesuffix("-even")
+        return names.index(plain) if plain in names else len(names), arm, -float(lr)
+
+    for (regime, split, arm, lr), runs in sorted(paths.items(), key=place):
+        if runs:
+            panels.setdefault((regime, split), {})[arm, lr] = runs
+    return dict(sorted(panels.items(), reverse=True))  # weak, strong, pre-trained, fixed
 
 
-def print_differences(runs, reference, ks):
-    print(f"\n| minus {LABELS[reference]} | Pass@1 | Pass@16 | Pass@{ks[-1]} | coverage |")
-    print("|---|---|---|---|---|")
-    for arm, seeds in runs.items():
-        if arm != reference:
-            cells = [difference(seeds, runs[reference], measure)
-                     for measure in (at(1), at(16), at(ks[-1]), coverage)]
-            print(f"| {LABELS[arm]} | {' | '.join(cells)} |")
+def large(runs_of):
+    """The largest k of a panel's runs, a text."""
+    points = next(iter(next(iter(runs_of.values())).values()))
+    return max((name for name in next(iter(points.values())) if name.isdigit()), key=int)
 
 
-def predicted(table, ks):
-    """One line: how often the other seeds of its arm predict a seed's Pass@k.
+def best_rate(runs_of):
+    """The learning rate that most arms have; the second best is that of a few."""
+    return statistics.mode(lr for arm, lr in runs_of if arm != "base")
 
-    The 95 % prediction interval is their mean +- t s sqrt(1 + 1/n).
+
+def path_of(points, measure):
+    """(Pass@1, measure) of the checkpoints with a higher Pass@1 than all before: two arrays."""
+    kept = []
+    for _, point in sorted(points.items()):
+        if not kept or point["1"] > kept[-1][0]:
+            kept.append((point["1"], point[measure]))
+    return np.array(kept).T
+
+
+def alike(one, other):
+    """The checkpoints of a run without those that the other passed by: between two, a path is a
+    straight line, so that one with fewer would be better or worse for that alone."""
+    return {number: point for number, point in one.items()
+            if number in other or number > max(other)}
+
+
+def shared(one, other):
+    """The largest Pass@1 that both paths reach."""
+    return min(one[0][-1], other[0][-1])
+
+
+def at_equal(one, other):
+    """one minus other at the largest Pass@1 that both reach; both begin at the same base."""
+    at = shared(one, other)
+    return np.interp(at, *one) - np.interp(at, *other)
+
+
+def gap(one, other):
+    """The area between two paths from their base to the largest Pass@1 that both reach, divided by
+    its width; 0 where one of them never leaves the base."""
+    low, high = one[0][0], shared(one, other)
+    if high <= low:
+        return 0.0
+    knots = np.unique(np.clip(np.concatenate([one[0], other[0]]), low, high))
+    difference = np.interp(knots, *one) - np.interp(knots, *other)
+    return np.trapezoid(difference, knots) / (high - low)
+
+
+def paths_of(pairs, measure):
+    """Both paths of each pair of runs."""
+    alikes = [(alike(one, other), alike(other, one)) for one, other in pairs]
+    return [(path_of(one, measure), path_of(other, measure)) for one, other in alikes]
+
+
+def at_round(pairs, number, other, measure):
+    """one minus other of each pair of runs that were measured after a round; of the base, if that
+    is the other arm, there is one measurement."""
+    at = 0 if other == "base" else number
+    return [a[number][measure] - b[at][measure] for a, b in pairs if number in a and at in b]
+
+
+def last(points, measure):
+    return points[max(points)][measure]
+
+
+def ends(arms, one, other):
+    """The checkpoints of two runs that are compared; arms: both names."""
+    if "grpo-longer" in arms:
+        return one[max(one)], other[max(other)]
+    common = max(one.keys() & other.keys())
+    return one[common], other[common]
+
+
+def paired(runs, others):
+    """[(points, points of the other)] of the seeds that both have."""
+    return [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
+
+
+def pairs_of(runs_of, reference):
+    """{(arm, lr): [its points and the reference's, a pair a seed that both have]}.
+
+    A reference at the best learning rate is compared with all arms, one at the second best with
+    those at that rate."""
+    best, pairs = best_rate(runs_of), {}
+    for key, runs in runs_of.items():
+        both = paired(runs, runs_of[reference])
+        at_its_rate = reference[1] in (best, key[1]) or reference[0] == "base"
+        if both and at_its_rate and key not in (reference, ("base", "0")):
+            pairs[key] = both
+    return pairs
+
+
+# ---- Tables ------------------------------------------------------------------------------------
+def row_of(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def header(*cells):
+    print()
+    row_of(*cells)
+    print("|" + "---|" * len(cells))
+
+
+def name_of(arm, lr):
+    even = ", even" * arm.endswith("-even")
+    return LABELS.get(arm.removesuffix("-even"), arm) + even + (f", lr {lr}" if float(lr) else "")
+
+
+def title_of(regime, split):
+    if regime == "fixed":
+        return f"fixed problems, on {'them' if split == 'train' else 'held-out ones'}"
+    return TITLES[regime]
+
+
+def end_points(runs_of):
+    """Every arm at its last checkpoint."""
+    ks = ("1", "4", "16", "64", large(runs_of))
+    header("arm", "seeds", "round", *(f"Pass@{k}" for k in ks), "coverage", "distinct",
+           "updates, s")
+    for (arm, lr), runs in runs_of.items():
+        cells = [text_of([last(points, measure) for points in runs.values()])
+                 for measure in (*ks, "coverage", "distinct")]
+        seconds = np.mean([last(points, "train_s") for points in runs.values()])
+        rounds = max(max(points) for points in runs.values())
+        row_of(name_of(arm, lr), len(runs), rounds, *cells, f"{seconds:.0f}")
+
+
+def differences(runs_of, reference, done=()):
+    """Every arm but those already printed minus a reference, (arm, lr): at equal rounds, then at
+    equal Pass@1."""
+    pairs = {key: both for key, both in pairs_of(runs_of, reference).items() if key not in done}
+    if not pairs:
+        return
+    minus, top = f"minus {name_of(*reference)}", large(runs_of)
+    measures = ("1", "4", "16", "64", top, "coverage")
+    rounds = "last" if reference[0] == "grpo-longer" else "equal"
+    header(f"{minus}, {rounds} rounds", *(f"Pass@{k}" for k in measures[:5]), "coverage")
+    for key, both in pairs.items():
+        points = [ends((key[0], reference[0]), a, b) for a, b in both]
+        cells = [[a[measure] - b[measure] for a, b in points] for measure in measures]
+        row_of(name_of(*key), *(text_of(cell, signed=True) for cell in cells))
+    measures = (top, "64", "16", "coverage")
+    header(f"{minus}, equal Pass@1", "at Pass@1", *(f"Pass@{k}" for k in measures[:3]),
+           "coverage", f"gap in Pass@{top}", "gap in Pass@64")
+    for key, both in pairs.items():
+        if {key[0], reference[0]} == {"grpo", "grpo-longer"}:
+            continue  # one path
+        paths = {measure: paths_of(both, measure) for measure in measures}
+        cells = [[at_equal(*pair) for pair in paths[measure]] for measure in measures]
+        cells += [[gap(*pair) for pair in paths[measure]] for measure in (top, "64")]
+        row_of(name_of(*key), text_of([shared(*pair) for pair in paths[top]]),
+               *(text_of(cell, signed=True) for cell in cells))
+
+
+def along(runs_of, reference, arms):
+    """These arms, at its learning rate, or all (None) minus a reference, (arm, lr), at every
+    checkpoint that both have; of the base there is one."""
+    ks = [str(2 ** power) for power in (0, 2, 4, 5, 6, 7, 8) if 2 ** power <= int(large(runs_of))]
+    pairs = {key: both for key, both in pairs_of(runs_of, reference).items()
+             if arms is None or key[0] in arms and key[1] == reference[1]}
+    if pairs:
+        header(f"minus {name_of(*reference)}", "round", *(f"Pass@{k}" for k in ks), "coverage")
+    for key, both in pairs.items():
+        rounds = set.intersection(*(set(points) for points, _ in both)) - {0}
+        if reference[0] != "base":
+            rounds = rounds.intersection(*(set(points) for _, points in both))
+        for number in sorted(rounds):
+            cells = [at_round(both, number, reference[0], k) for k in (*ks, "coverage")]
+            row_of(name_of(*key), number, *(text_of(cell, signed=True) for cell in cells))
+
+
+def summary(panels):
+    """The pairs ALONG, BY_ROUND and WEIGHTINGS, a column a panel; empty where not measured."""
+    def runs(runs_of, arm):
+        return runs_of.get((arm, "0" if arm == "base" else best_rate(runs_of)), {})
+
+    def row(one, other, *more, figures):
+        cells = [figures(paired(runs(runs_of, one), runs(runs_of, other)), large(runs_of))
+                 for runs_of in panels.values()]
+        if any(cells):
+            minus = " minus ".join(LABELS.get(arm, arm) for arm in (one, other))
+            row_of(minus, *more, *(text_of(cell, signed=True) if cell else "" for cell in cells))
+
+    titles = list(itertools.starmap(title_of, panels))
+    header("gap in Pass@k at the largest k", *titles)
+    for pair in ALONG:
+        row(*pair, figures=lambda pairs, top: list(itertools.starmap(gap, paths_of(pairs, top))))
+    tables = [(number, BY_ROUND, ("1", "64", "largest")) for number in (5, 10, 20)]
+    tables.append((10, WEIGHTINGS, ("1", "16", "64", "largest", "entropy", "distinct")))
+    for number, rows, measures in tables:
+        header(f"after {number} rounds", "k", *titles)
+        for (one, other), k in itertools.product(rows, measures):
+            row(one, other, k, figures=lambda pairs, top: at_round(
+                pairs, number, other, top if k == "largest" else k))
+
+
+def tables_of(runs_of):
+    """A regime's tables: all arms, their differences to REFERENCES, those that are FOLLOWED."""
+    end_points(runs_of)
+    done = []
+    for arm in REFERENCES:
+        rates = [key for key in runs_of if key[0] == arm]
+        for reference in sorted(rates, key=lambda key: key[1] != best_rate(runs_of)):
+            differences(runs_of, reference, done)
+            done.append(reference)
+    for arm, followed in FOLLOWED.items():
+        for reference in [key for key in runs_of if key[0] == arm]:
+            along(runs_of, reference, followed)
+
+
+# ---- The figure --------------------------------------------------------------------------------
+def mean_path(runs, star, ks):
+    """The checkpoints that all seeds have, {round: (Pass@1, Pass@k)}: the star, which is the mean
+    base, plus the seeds' mean distance from their own base, so that all paths begin at one point.
     """
-    inside = []
-    for runs in table.values():
-        curves = np.array([curve(counts, ks) for counts in runs.values()])  # (seeds, ks)
-        for i in range(len(curves) if len(curves) > 2 else 0):
-            others = np.delete(curves, i, 0)
-            spread = others.std(0, ddof=1) * (1 + 1 / len(others)) ** 0.5
-            half = quantile_t(len(others) - 1) * spread
-            inside += (abs(curves[i] - others.mean(0)) <= half).tolist()
-    if inside:
-        print(f"\n{sum(inside)} of {len(inside)} Pass@k of a run lie in the 95 % prediction "
-              "interval of the same arm's other seeds")
+    rounds = sorted(set.intersection(*(set(points) for points in runs.values())))
+    return {number: [star[k] + np.mean([run[number][k] - run[0][k] for run in runs.values()])
+                     for k in ks] for number in rounds}
 
 
-def overhead():
-    """Two lines: what the tuned DS-GRPO costs over GRPO, by the pairs of overhead.csv."""
-    rows = read_csv("overhead.csv")
-    arm = next(row["arm"] for row in rows if row["arm"] != "grpo")
-    for key, what in (("cpu_s", "CPU time"), ("peak_rss_mib", "peak memory")):
-        value = {(row["arm"], row["pair"]): float(row[key]) for row in rows}
-        pairs = [pair for name, pair in value if name == arm]
-        ratios = [value[arm, pair] / value["grpo", pair] for pair in pairs]
-        spread = f"{np.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
-        grpo = np.median([value["grpo", pair] for pair in pairs])
-        print(f"\n{LABELS[arm]} over GRPO, {what} of train.py: {spread}, {len(ratios)} pairs; "
-              f"GRPO {grpo:.1f}")
-
-
-# ---- Pictures ------------------------------------------------------------------------------------
-def figure_passk(table, ks):
-    """Pass@k against k, a panel a distribution; one with fewer than three seeds is no result."""
-    drawn, shown = core_arms(table), {}
-    for distribution in ("main", "low-multiplicity"):
-        runs = {arm: table[arm, distribution] for arm in drawn if (arm, distribution) in table}
-        seeds = min(map(len, runs.values()), default=0)
-        if distribution == "main" or seeds >= 3:
-            title = f"{distribution} ({seeds} seed{'s' * (seeds > 1)})"
-            shown[title] = runs
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.8 * len(shown), 3.8),
+def draw(panels, path):
+    """Pass@1 against Pass@k at the largest k: a line an arm of LINES, of at least two seeds, with
+    its name at its end; checkpoints are dots, the base is a star."""
+    panels = {key: panels[key] for key in panels if key[0] in TITLES}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.1),
                                 layout="constrained", squeeze=False)
-    for axis, (title, runs) in zip(axes[0], shown.items()):
-        for arm, seeds in runs.items():
-            curves = np.array([curve(counts, ks) for counts in seeds.values()])
-            middle, half = np.array([interval(values) for values in curves.T]).T
-            half = np.nan_to_num(half)
-            axis.plot(ks, middle, color=COLOURS[arm], marker="o", markersize=3.5,
-                      linestyle="--" if arm == "base" else "-", label=LABELS[arm])
-            axis.fill_between(ks, middle - half, middle + half, color=COLOURS[arm], alpha=0.15,
-                              linewidth=0)
-        axis.set(title=title, xlabel="k (samples a problem)", ylabel="Pass@k, held-out problems")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ks, ks)
+    for axis, ((regime, split), runs_of) in zip(axes[0], panels.items()):
+        ks = ("1", large(runs_of))
+        star = {k: np.mean([run[0][k] for run in runs_of["base", "0"].values()]) for k in ks}
+        rates = [best_rate(runs_of)]
+        rates += sorted({lr for _, lr in runs_of} - {"0", *rates}, key=float)
+        for (arm, rate), (name, colour, above) in LINES.items():
+            runs = runs_of.get((arm, rates[rate - 1] if rate <= len(rates) else None), {})
+            if len(runs) > 1:
+                x, y = np.array(list(mean_path(runs, star, ks).values())).T
+                axis.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.8)
+                axis.annotate(name, (x[-1], y[-1]), (8, above), textcoords="offset points",
+                              color=colour, va="center")
+        axis.plot(*star.values(), "*k", markersize=14, zorder=3)
+        axis.annotate("base", tuple(star.values()), (0, 9), textcoords="offset points",
+                      ha="center")
+        axis.margins(0.12, 0.1)
+        axis.set(title=TITLES[regime], xlabel="Pass@1", ylabel=f"Pass@{ks[1]}")
         axis.grid(color="#e6e6e6")
-        axis.legend(frameon=False, fontsize=8)
-    figure.savefig(place("passk.png"), dpi=160)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
-def figure_training(table):
-    """Training curves of the core arms, means over seeds."""
-    drawn = core_arms(table)
-    rows = [row for row in read_csv("curves.csv") if row["distribution"] == "main"]
-    panels = {"pass@1": "Pass@1 of the rollouts", "entropy": "token entropy, all (nats)",
-              "entropy_correct": "token entropy, correct (nats)",
-              "entropy_wrong": "token entropy, wrong (nats)",
-              "completion_len": "completion length (tokens)"}
-    figure, axes = plt.subplots(1, 5, figsize=(16, 3.2), layout="constrained")
-    for axis, (key, title) in zip(axes, panels.items()):
-        for arm in drawn:
-            points = {}
-            for row in rows:
-                if row["arm"] == arm and row[key]:
-                    points.setdefault(int(row["step"]), []).append(float(row[key]))
-            if points:
-                axis.plot(points.keys(), [np.mean(values) for values in points.values()],
-                          color=COLOURS[arm], label=LABELS[arm], linewidth=1.2)
-        axis.set(title=title, xlabel="update")
-        axis.grid(color="#e6e6e6")
-    axes[0].legend(frameon=False, fontsize=7)
-    figure.savefig(place("training.png"), dpi=130)
-
-
-def figure_gamma():
-    """Heat maps of Pass@k at the smallest and the largest k over gamma_p and gamma_n."""
-    rows = read_csv("gamma.csv")
-    ks = sorted({int(row["k"]) for row in rows})
-    p, n = (sorted({float(row[key]) for row in rows}) for key in ("gamma_p", "gamma_n"))
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-    for axis, k in zip(axes, (ks[0], ks[-1])):
-        grid = np.full((len(p), len(n)), np.nan)
-        for row in rows:
-            if int(row["k"]) == k:
-                place_of = p.index(float(row["gamma_p"])), n.index(float(row["gamma_n"]))
-                grid[place_of] = float(row["pass_at_k"])
-        axis.imshow(grid, cmap="viridis", origin="lower")
-        middle = np.nanmean([np.nanmin(grid), np.nanmax(grid)])
-        for i, j in np.ndindex(grid.shape):
-            axis.text(j, i, f"{grid[i, j]:.3f}", ha="center", va="center",
-                      color="black" if grid[i, j] > middle else "white")
-        axis.set(title=f"Pass@{k}", xlabel="gamma_n", ylabel="gamma_p", xticks=range(len(n)),
-                 yticks=range(len(p)), xticklabels=n, yticklabels=p)
-    figure.savefig(place("gamma.png"), dpi=140)
-
-
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", default=HERE,
-                        help="folder of the tables and pictures (default: experiments)")
-    place.tables = parser.parse_args().tables
-    table = load()
-    n = min(counts[:, 0].min() for runs in table.values() for counts in runs.values())
-    ks = [2**power for power in range(int(n).bit_length())]
-    tables(table, ks)
-    predicted(table, ks)
-    figure_passk(table, ks)
-    if os.path.exists(place("curves.csv")):
-        figure_training(table)
-    if os.path.exists(place("gamma.csv")):
-        figure_gamma()
-    if os.path.exists(place("overhead.csv")):
-        overhead()
+    parser.add_argument("--tables", action="store_true",
+                        help="print every table in Markdown, and write nothing")
+    parser.add_argument("--folder", default=HERE,
+                        help="folder of all of these files (default: experiments)")
+    args = parser.parse_args(argv)
+    panels = panels_of(with_base(load(args.folder)))
+    if not panels:
+        sys.exit(f"{args.folder}/results.csv: no run together with the base of its seed")
+    if args.tables:
+        summary(panels)
+        for panel, runs_of in panels.items():
+            print(f"\n## {title_of(*panel)}")
+            tables_of(runs_of)
+        return
+    with open(f"{args.folder}/frontier.md", "w") as file, contextlib.redirect_stdout(file):
+        print(TITLE)
+        summary(panels)
+    draw(panels, f"{args.folder}/frontier.png")
 
 
 if __name__ == "__main__":

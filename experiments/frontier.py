@@ -5,7 +5,7 @@
     python experiments/frontier.py --regimes weak-base --arms grpo ds-token --seeds 1 2 3
     python experiments/frontier.py --regimes weak-base --arms grpo --seeds 1 --check --until 5
     python experiments/frontier.py --device cuda --jobs 14     # many runs share one GPU
-    python experiments/frontier_figures.py     # the figure, and the tables in Markdown
+    python experiments/figures.py             # the figure, and a summary in Markdown
 
 Regimes: `weak-base` trains data/weak-countdown/ and `strong-base` data/tiny-countdown/ on fresh
 problems every round; `fixed` trains the strong base on the same 192 problems every round (others

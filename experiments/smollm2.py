@@ -40,7 +40,7 @@ SOLVED = [((4, 9), 13, "4+9"), ((7, 6), 42, "7*6"), ((3, 11), 8, "11-3"), ((2, 1
 ARMS = {
     "grpo": ["--method", "grpo"],
     "ds-grpo": ["--method", "ds-grpo", "--gamma-p", "0.3", "--gamma-n", "0.03"],
-}  # the gammas that were tuned for data/tiny-countdown, on Countdown, too: experiments/tuning.csv
+}  # the gammas that were tuned for data/tiny-countdown, on Countdown, too
 EVAL_SEED = 1
 TRAINING_KEYS = ["step", "reward", "entropy", "nll", "completion_len", "truncated_frac",
                  "logprob_gap", "grad_norm", "dead_groups", "tokens_per_s", "peak_mem_bytes"]

@@ -1,24 +1,18 @@
-"""The frontier: experiments/frontier.py tunes by its rule, does every run once, carries on and checks;
-experiments/frontier_figures.py compares paths as worked out by hand; the weak base is weak."""
+"""experiments/frontier.py tunes by its rule, does every run once, carries on and checks; the weak base is weak."""
 import collections
 import concurrent.futures
-import contextlib
 import csv
 import fcntl
 import glob
-import io
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 import threading
 
-import numpy as np
 import pytest
 
-from experiments import frontier, frontier_figures, suite
+from experiments import frontier, suite
 
 KS = [2**power for power in range(9)]
 BEST = {"5e-5": 0.05, "1e-4": 0.09, "2e-4": 0.07}  # GRPO's Pass@1 in tuning, by learning rate
@@ -281,161 +275,6 @@ def test_rehearsal_alone_has_no_advantage():
     reward = torch.tensor([[1.0, 0.0]])
     batch = train.Batch(reward, reward > 0, torch.tensor([[2, 1]]), torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([0, 0, 1]))
     assert arms.w_reinforce(batch).abs().sum() > 0 and arms.nothing(batch).tolist() == [0.0, 0.0, 0.0]
-
-
-# ---- The paths, by hand ------------------------------------------------------------------------------------------------
-def path(*points):
-    """A run's checkpoints out of (Pass@1, Pass@256)."""
-    return frontier_figures.path_of({number: {"1": x, "256": y} for number, (x, y) in enumerate(points)}, "256")
-
-
-def test_paths_at_equal_pass_at_1():
-    base = (0.1, 0.9)
-    one, other = path(base, (0.2, 0.8), (0.3, 0.6)), path(base, (0.25, 0.5))
-    assert frontier_figures.shared(one, other) == 0.25
-    assert frontier_figures.at_equal(one, other) == pytest.approx(0.7 - 0.5)
-    assert frontier_figures.at_equal(other, one) == pytest.approx(-0.2)
-    # differences at Pass@1 0.1, 0.2, 0.25 are 0, 0.8 - (0.9 - 0.4 * 2/3), 0.2; trapezoids over 0.15
-    middle = 0.8 - (0.9 - 0.4 * 2 / 3)
-    area = 0.1 * middle / 2 + 0.05 * (middle + 0.2) / 2
-    assert frontier_figures.gap(one, other) == pytest.approx(area / 0.15)
-    assert frontier_figures.gap(other, one) == pytest.approx(-area / 0.15)
-
-
-def test_paths_are_compared_at_checkpoints_that_neither_passed_by():
-    point = lambda x: {"1": x, "4": x, "16": x, "64": x, "coverage": x, "256": 1 - x * x}  # one curve for all
-    whole, few = ({number: point(number / 20) for number in rounds} for rounds in ((0, 5, 10, 15, 20), (0, 10, 20)))
-    assert list(frontier_figures.alike(whole, few)) == list(frontier_figures.alike(few, whole)) == [0, 10, 20]
-    short = {number: whole[number] for number in (0, 5, 10)}  # ended earlier: nothing is left out
-    assert frontier_figures.alike(whole, short) == whole and frontier_figures.alike(short, whole) == short
-    curves = [frontier_figures.path_of(points, "256") for points in (whole, few)]
-    assert frontier_figures.gap(*curves) > 0.01  # what a chord alone would do
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        frontier_figures.differences({("grpo", "1e-4"): {1: few}, ("ds-token", "2e-4"): {1: whole}}, ("grpo", "1e-4"))
-    assert re.findall(r"[+-]\d\.\d{3}", out.getvalue().splitlines()[-1]) == 6 * ["+0.000"]
-
-
-def test_a_checkpoint_that_falls_back_is_passed_over_and_a_collapse_is_the_base():
-    back = path((0.1, 0.9), (0.3, 0.7), (0.2, 0.1), (0.4, 0.6))
-    assert np.allclose(back, [[0.1, 0.3, 0.4], [0.9, 0.7, 0.6]])
-    collapsed = path((0.1, 0.9), (0.05, 0.2), (0.0, 0.0))
-    assert np.allclose(collapsed, [[0.1], [0.9]])
-    assert frontier_figures.shared(back, collapsed) == 0.1
-    assert frontier_figures.at_equal(back, collapsed) == frontier_figures.gap(back, collapsed) == 0
-
-
-def test_differences_are_paired_by_seed_with_student_t(capsys):
-    """Two seeds, differences 0.1 and 0.3 at the end: mean 0.2, sd 0.1414, t(1) = 12.706, half width 1.271."""
-    def run_of(x, y):
-        return {0: {"1": 0.1, **dict.fromkeys(("4", "16", "64", "256", "coverage"), 0.9)},
-                20: {"1": x, **dict.fromkeys(("4", "16", "64", "256", "coverage"), y)}}
-    table = {("grpo", "1e-4"): {1: run_of(0.2, 0.5), 2: run_of(0.2, 0.5), 3: run_of(0.3, 0.1)},
-             ("ds-token", "1e-4"): {1: run_of(0.2, 0.6), 2: run_of(0.2, 0.8), 4: run_of(0.9, 0.9)}}
-    frontier_figures.differences(table, ("grpo", "1e-4"))
-    out = capsys.readouterr().out
-    assert out.count("+0.200 [-1.071, +1.471] (2/2)") == 5 + 4  # Pass@4 once, 16, 64, 256, coverage twice: without seeds 3 and 4
-    assert "equal rounds" in out and "equal Pass@1" in out and "+0.000 [+0.000, +0.000] (2/2)" in out  # Pass@1
-    assert "+0.100 [-0.535, +0.735] (2/2)" in out  # the gap: both begin at the base, so half of the end's
-
-
-def test_rounds_are_compared_that_both_have():
-    long, short = ({number: {"1": number} for number in rounds} for rounds in ((0, 5, 10, 20), (0, 5, 10)))
-    assert frontier_figures.ends(("rehearsal", "grpo"), short, long) == ({"1": 10}, {"1": 10})
-    for arms in ("rehearsal", "grpo-longer"), ("grpo-longer", "rehearsal"):
-        assert frontier_figures.ends(arms, short, long) == ({"1": 10}, {"1": 20})
-
-
-def test_the_figure_and_tables_of_a_whole_suite(runs, tmp_path):
-    runs("--seeds", "1", "2")
-    frontier_figures.main(["--tables", str(tmp_path)])
-    out = (tmp_path / "frontier.md").read_text()
-    for title in ("## weak base\n", "## strong base\n", "## fixed problems, on held-out ones\n", "## fixed problems, on them\n"):
-        assert title in out
-    assert out.index("## weak base") < out.index("## strong base") < out.index("## fixed")
-    # The summary: GRPO + rehearsal is 0.04 above the base at k = 1 before its 1 % a round; a cell a panel with its seeds.
-    summary = out.partition("## Summary")[2].partition("\n## ")[0]
-    cell = f"{0.06 * 1.1 - 0.02:+.3f}"
-    row = next(line for line in summary.partition("| after 10 rounds |")[2].splitlines() if line.startswith("| GRPO + rehearsal minus base | 1 |"))
-    assert row.count(f" {cell} [{cell}, {cell}] (2/2) |") == 4 and "| after 20 rounds | k |" in summary
-    assert re.search(r"^\| GRPO \+ rehearsal minus base \| 64 \|.*\|  \|  \|$", summary.partition("| after 5 rounds |")[2], re.M)  # not measured: empty
-    neighbours = out.partition("### Neighbours, and GRPO, lr 1e-4")[2].partition("\n\n|")[2].partition("\n\n")[0].splitlines()
-    assert len(neighbours) == 2 + len(frontier.NEIGHBOURS) + 1 and all("| 2 | 10 |" in line for line in neighbours[2:])
-    # GRPO + rehearsal of the stand-in: 0.06 + 1 % a round, the base 0.02, at k = 1; 0.8 + 1 % a round less 0.5 at others
-    path = [line for line in out.partition("| minus base | round |")[2].splitlines() if line.startswith("| GRPO + rehearsal, lr 1e-4 |")]
-    assert [line.split(" | ")[1:3] for line in path[:4]] == [
-        [str(number), f"{0.06 * (1 + number / 100) - 0.02:+.3f} [{0.06 * (1 + number / 100) - 0.02:+.3f}, "
-         f"{0.06 * (1 + number / 100) - 0.02:+.3f}] (2/2)"] for number in (5, 10, 15, 20)]
-    # Each pair of arms once, but by the round also what smoothing adds.
-    weak, _, _ = out.partition("\n## strong base")
-    def rows_below(header):
-        return [line.split(" | ")[0] for line in weak.partition(f"| {header} |")[2].partition("\n\n")[0].splitlines()[2:]]
-    assert "| DS-GRPO, lr 1e-4" in rows_below("minus GRPO, lr 1e-4, equal rounds")
-    assert "| GRPO, lr 1e-4" not in rows_below("minus DS-GRPO, lr 1e-4, equal rounds")
-    assert "| GRPO, 51 rounds, lr 1e-4" not in rows_below("minus GRPO, lr 1e-4, equal Pass@1")
-    # Beside a reference at the second rate only what has it, too.
-    assert "| GRPO, lr 2e-4" in rows_below("minus GRPO, lr 1e-4, equal rounds")
-    assert {row[-7:] for row in rows_below("minus GRPO, lr 2e-4, equal rounds")} == {"lr 2e-4"}
-    assert rows_below("minus GRPO + rehearsal, lr 1e-4 | round")[:4] == ["| DS-GRPO + rehearsal, lr 1e-4"] * 4
-    assert "minus GRPO, lr 1e-4, equal Pass@1" in out and "minus GRPO, lr 2e-4" in out and "minus uniform bonus" in out
-    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_tables_in_the_repository_are_those_of_its_runs(tmp_path):
-    names = ("results.csv", "checkpoints.csv", "frontier.md")
-    for name in names:
-        shutil.copy(os.path.join(suite.ROOT, "experiments", name), tmp_path)
-    before = (tmp_path / "frontier.md").read_text()
-    frontier_figures.main(["--tables", str(tmp_path)])
-    assert (tmp_path / "frontier.md").read_text() == before
-
-
-def intervals_of(text):
-    """The 'mean [low, high]' of a text as (mean, low, high) in thousandths; of a pair named the other way round, too."""
-    number = r"([+-]?\d\.\d{3})"
-    found = re.findall(rf"{number} \[{number}, {number}\]", " ".join(text.split()))
-    found = {tuple(round(1000 * float(value)) for value in one) for one in found}
-    assert all(low <= mean <= high for mean, low, high in found)
-    return found
-
-
-def text_between(path, first, last):
-    with open(os.path.join(suite.ROOT, path), encoding="utf-8") as file:
-        return file.read().partition(first)[2].partition(last)[0]
-
-
-def test_the_readmes_say_what_the_tables_say():
-    """Each interval and each 'mean ± half' stands in frontier.md; of which arm, the readers must see to."""
-    tables = text_between("experiments/frontier.md", "# The frontier", "(no end)")
-    known = intervals_of(tables)
-    known |= {(-mean, -high, -low) for mean, low, high in known}  # one minus other, other minus one
-    ends = re.compile(r"\d\.\d{3} ± \d\.\d{3}")
-    for path, first, last in (("README.md", "**When it helps", "## Two commands"), ("README.md", "## Results", "## Your own"),
-                              ("experiments/README.md", "## The frontier", "### What to rehearse")):
-        text = " ".join(text_between(path, first, last).split())
-        assert len(intervals_of(text)) > 10 and intervals_of(text) - known == set()
-        assert set(ends.findall(text)) - set(ends.findall(tables)) == set()
-
-
-def test_the_readme_has_the_end_points_of_every_arm_that_it_names():
-    """Its table cell by cell: arm, round, Pass@1, Pass@16 and Pass@256 from either base, seeds in brackets where they are not five."""
-    told = "| arm |" + text_between("README.md", "## Results", "## Your own").partition("| arm |")[2].partition("\n\n")[0]
-    (_, *titles), _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines()]
-    assert titles == ["round"] + [f"{base}: Pass@{k}" for base in ("weak", "strong") for k in (1, 16, 256)] and len(lines) == 7
-    for name, number, *cells in lines:
-        arm = re.sub(r" \(`.*`\)", "", name)
-        for base, three in (("weak", cells[:3]), ("strong", cells[3:])):
-            rows = text_between("experiments/frontier.md", f"## {base} base", "| minus ").splitlines()
-            _, seeds, last, first, _, middle, _, large, *_ = next(
-                row.strip("| ").split(" | ") for row in rows if row.startswith((f"| {arm} |", f"| {arm}, lr 2e-4 |")))
-            bracket = "" if seeds == "5" else f" ({seeds})"
-            assert (number, three) == (last, [f"{value}{bracket}" for value in (first, middle, large)])
-
-
-def test_without_a_base_there_is_no_path(runs, tmp_path):
-    runs("--regimes", "weak-base", "--arms", "grpo", "--seeds", "1", "--rates", "1")
-    with pytest.raises(SystemExit, match="no run together with the base"):
-        frontier_figures.main(["--tables", str(tmp_path)])
 
 
 def test_the_weak_base_is_weak_and_says_how_it_was_made(tmp_path):
