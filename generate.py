@@ -1,13 +1,14 @@
-"""Stage 1: sample n completions of every prompt from a Hugging Face causal language model.
+r"""Stage 1: sample n completions of every prompt from a Hugging Face causal language model.
 
     python generate.py --model data/tiny-countdown --prompts prompts.jsonl --out rollouts.jsonl \
         --n 16 --max-new-tokens 24
     torchrun --nproc-per-node 8 -- generate.py --model Qwen/Qwen2.5-Math-1.5B --prompts P.jsonl \
         --out rollouts.jsonl --n 8 --temperature 0.7 --max-new-tokens 2048
 
-Reads prompts.jsonl, one problem a line: `id`, `prompt` (text) or `messages` (a chat, put through
+Reads prompts.jsonl, one problem a line: `id`, `prompt` (text) or `messages` (a chat, rendered with
 the model's own chat template), and any other fields, which pass through untouched.
-Writes rollouts.jsonl, one sample a line, in the prompt file's order: the problem's fields, then
+Writes rollouts.jsonl, one sample a line, sorted by problem, then by sample: the problem's fields,
+then
 
     sample          0 .. n - 1
     completion      the text, without special tokens
@@ -16,21 +17,21 @@ Writes rollouts.jsonl, one sample a line, in the prompt file's order: the proble
                     top-k were; 0 when greedy
     finish_reason   "stop" or "length"
 
-and OUT.meta.json, which says how. data/files.py holds the types of all fields.
+and OUT.meta.json, which says how it was made. data/files.py holds the types of all fields.
 
 How it works, in the order of the code:
-  1. every (prompt, sample) is an item; items are sorted by prompt length and cut into chunks of at
+  1. one token a row and step is drawn (`draw`) by inverse CDF from one uniform number that depends
+     on (seed, id, sample, step) alone (`uniforms`);
+  2. in a batch each prompt is computed once (`sample`); its samples share its key-value cache, or
+     get copies of it (--attention); finished rows are dropped;
+  3. prompts become token ids (`encode`); end-of-text ids and --stop end a completion;
+  4. every (problem, sample) is an item; items are sorted by prompt length and cut into chunks of at
      most --max-batch-tokens (data/chunks.py);
-  2. rank r of W takes the chunks r, r + W, ...; each finished chunk is one file in OUT.partial/, so
-     that a restart loses one chunk at most; nothing but the file system is shared between ranks;
-  3. in a chunk each prompt is computed once (`sample`); its samples share its key-value cache, or
-     get copies of it (--attention); one token a row and step is drawn (`draw`) by inverse CDF from
-     one uniform number that depends on (seed, id, sample, step) alone (`uniforms`); finished rows
-     are dropped;
-  4. when all chunks are there, rank 0 merges them in the prompts' order and names the file.
+  5. rank r of W samples the chunks r, r + W, ...; each finished chunk is one file in OUT.partial/,
+     so that a restart loses one chunk at most; ranks share nothing but the file system;
+  6. when all chunks are there, rank 0 merges them in the problems' order and publishes the file.
 """
 import argparse
-import functools
 import hashlib
 import itertools
 import json
@@ -42,20 +43,24 @@ import time
 from data.files import Parser, Problem, describe, fail, publish, read_rows, run
 
 
-def parse_args(argv=None):
-    parser = Parser(__file__, description=__doc__)
-    add = parser.add_argument
-    # files
+def add_flags(parser):
+    """The flags of a sampler; experiments/vllm_generate.py takes the same."""
+    add = parser.add_argument_group("files").add_argument
     add("--model", required=True,
         help="folder of a Hugging Face model, or a Hub id such as Qwen/Qwen2.5-0.5B")
     add("--prompts", required=True, help="JSONL file of problems")
     add("--out", required=True,
         help="JSONL file to write; OUT.partial/ holds the finished chunks until then")
     add("--limit", type=int, help="only the first so many problems (default: all)")
+
+    add = parser.add_argument_group("prompts").add_argument
     add("--overlong", default="refuse", choices=["refuse", "skip"],
-        help="a prompt too long for the model's positions ends the stage, or its problem is left "
-             "out, counted and told (default %(default)s)")
-    # sampling; of the model's generation_config.json nothing is taken but its end-of-text ids
+        help="end the stage at a prompt too long for the model's positions, or leave such problems "
+             "out and count them (default %(default)s)")
+
+    add = parser.add_argument_group(
+        "sampling", "Of the model's generation_config.json only the end-of-text ids count."
+    ).add_argument
     add("--n", type=int, default=8, help="samples a problem (default %(default)s)")
     add("--temperature", type=float, default=1.0, help="T; 0 is greedy (default %(default)s)")
     add("--top-p", type=float, default=1.0,
@@ -65,31 +70,34 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=int, default=64,
         help="longest completion, in tokens (default %(default)s)")
     add("--stop", nargs="+", action="extend", default=[], metavar="TEXT",
-        help="end a completion when it contains one of these texts, special tokens included")
+        help="end a completion when it contains one of these texts or special tokens")
     add("--ignore-eos", action="store_true",
-        help="go on past end-of-text tokens, to --max-new-tokens")
+        help="continue past end-of-text tokens, to --max-new-tokens")
     add("--seed", type=int, default=0, help="seed of all randomness (default %(default)s)")
-    # machine
+
+    add = parser.add_machine(rank_timeout=1800)
     add("--max-batch-tokens", type=int, default=65536,
         help="most rows x (prompt + new tokens) at once: bounds the key-value cache "
              "(default %(default)s)")
     add("--attention", default="auto", choices=["auto", "model", "shared"],
-        help="model: as transformers picks, on copies of the prompt's cache; shared: to one cache "
-             "for all samples of a prompt; auto: shared on a CPU where possible")
-    add("--compile", action="store_true",
-        help="the step of the sampler as one compiled function, at a few fixed batch sizes, with "
-             "--attention model; its compilation takes a minute (kernels/decode_step.py)")
-    parser.add_machine(rank_timeout=1800)
-    args = parser.parse_args(argv)
+        help="model: as transformers picks, on copies of the prompt's cache; shared: all samples "
+             "of a prompt attend to one cache; auto: shared on a CPU where possible")
+
+
+def check_flags(parser, args):
     parser.at_least(args, n=1, temperature=0, top_k=0, max_new_tokens=1, max_batch_tokens=1,
                     limit=1)
     if not 0 < args.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
-    if args.compile and args.attention == "shared":
-        parser.error("--compile works with --attention model alone")
     if "" in args.stop:
         parser.error("--stop takes texts that are not empty")
     return parser.checked(args)
+
+
+def parse_args(argv=None):
+    parser = Parser(__file__, description=__doc__)
+    add_flags(parser)
+    return check_flags(parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
@@ -102,7 +110,7 @@ import transformers
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
-from data.chunks import (begin, chunk_path, chunks_of, fixed_chunks, join, merge, wait_for_chunks,
+from data.chunks import (begin, chunk_path, chunks_of, merge, wait_for_chunks, wait_for_folder,
                          write_synced)
 from data.models import (OF_TRAINING, check_model, device_and_dtype, load, load_model,
                          load_tokenizer, positions_of, source_of)
@@ -110,7 +118,6 @@ from data.models import (OF_TRAINING, check_model, device_and_dtype, load, load_
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
-from decode_step import Decoder
 from shared_prompt import (attention_of, check_sampler, choose_attention, pad_left,
                            shared_attention, spread, with_cache)
 
@@ -119,6 +126,7 @@ transformers.utils.logging.set_verbosity_error()  # what matters of its warnings
 
 # Flags that change no byte of the output, and those that name inputs, whose digests are compared.
 FREE_FLAGS = ("out", "prompts", "model", "rank_timeout")
+SAMPLED = ("sample", "completion", "prompt_ids", "completion_ids", "logprobs", "finish_reason")
 
 
 # ---- Drawing a token -----------------------------------------------------------------------------
@@ -165,7 +173,7 @@ def draw(logits, uniform, temperature, top_p=1.0, top_k=0):
     return ids, logp.gather(-1, ids[:, None]).squeeze(-1)
 
 
-# ---- Sampling a chunk ----------------------------------------------------------------------------
+# ---- Sampling a batch ----------------------------------------------------------------------------
 @torch.inference_mode()
 def sample(model, prompts, owner, uniform, ends, stopped, args):
     """Sample one completion a row.
@@ -174,8 +182,8 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
     owner     (rows,) index of each row's prompt, ascending
     uniform   (rows, max_new_tokens) in [0, 1), fp64
     ends      end-of-text ids
-    stopped   stopped(ids): does one of args.stop stand at the end of these ids of a completion?
-              None: do not ask
+    stopped   function: does the text of these ids, the end of a completion, hold a stop text?
+              None where there is no stop text
 
     Returns ids and log-probs, both (rows, max_new_tokens), lengths (rows,), and whether each row
     stopped by itself (rows,).
@@ -194,7 +202,7 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
     logits, positions = logits[owner], positions[owner, -1:]
     mask = None if mask is None or shared else mask[owner]
 
-    # 3. What is written down, for all rows; and of the rows in the batch, which those are.
+    # 3. What is stored of all rows; and which rows are in the batch.
     rows = len(owner)
     uniform = torch.as_tensor(uniform, device=device)
     ends = torch.tensor(ends, dtype=torch.long, device=device)
@@ -240,67 +248,24 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
     return tokens.cpu(), logprobs.cpu(), lengths.tolist(), stops.tolist()
 
 
-SAMPLED = ("sample", "completion", "prompt_ids", "completion_ids", "logprobs", "finish_reason")
+def prepare(model, device, rows, encoded, args):
+    """Set the model's attention and try it on the shortest and the longest prompt.
 
-
-def prepare(model, device, ends, rows, encoded, args):
-    """Set the model's attention; with --compile, the Decoder of chunks of at most `rows` rows.
-
-    encoded: the ids of all prompts; the shortest and the longest one are sampled on trial.
-    ValueError: of an architecture that cannot be had so.
+    rows: of the largest chunk; encoded: the ids of all prompts. ValueError: the architecture is not
+    supported, or not with this --attention.
     """
-    auto = "model" if args.compile else device
-    choose_attention(model, auto if args.attention == "auto" else args.attention)
-    known, steps = list(filter(None, encoded)), min(3, args.max_new_tokens)
-    longest = max(known, key=len)
-    few = [min(known, key=len), longest][-rows:]
-    uniform = np.full((len(few), args.max_new_tokens), 0.5)
-    if args.compile:
-        drawn = functools.partial(draw, temperature=args.temperature, top_p=args.top_p,
-                                  top_k=args.top_k)
-        decoder = Decoder(model, drawn, rows, len(longest), args.max_new_tokens, ends)
-        found = decoder.trial(functools.partial(draw, temperature=1), few, uniform, steps)
-    else:
-        trial = argparse.Namespace(temperature=1, top_p=1, top_k=0, max_new_tokens=steps, stop=[])
-        decoder, found = None, sample(model, few, range(len(few)), uniform, [], None, trial)
-    check_sampler(model, few, *found[:2])
-    return decoder
+    choose_attention(model, device if args.attention == "auto" else args.attention)
+    prompts = list(filter(None, encoded))
+    shortest_and_longest = [min(prompts, key=len), max(prompts, key=len)][-rows:]
+    trial = argparse.Namespace(temperature=1, top_p=1, top_k=0, stop=[],
+                               max_new_tokens=min(3, args.max_new_tokens))
+    uniform = np.full((len(shortest_and_longest), trial.max_new_tokens), 0.5)
+    tokens, logprobs, *_ = sample(model, shortest_and_longest, range(len(uniform)), uniform, [],
+                                  None, trial)
+    check_sampler(model, shortest_and_longest, tokens, logprobs)
 
 
-def run_chunk(chunk, problems, encoded, model, tokenizer, ends, args, decoder=None):
-    """The JSONL lines (str) of one chunk's items: the fields that this stage adds.
-
-    decoder: samples in place of `sample`, if given.
-    """
-    wanted = list(dict.fromkeys(problem for problem, _ in chunk))
-    place = {problem: i for i, problem in enumerate(wanted)}
-    owner = [place[problem] for problem, _ in chunk]
-    identity = [problems[problem][1].id for problem, _ in chunk]
-    uniform = np.stack([uniforms(args.seed, name, k, args.max_new_tokens)
-                        for name, (_, k) in zip(identity, chunk)])
-
-    def stopped(ids):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        return any(stop in text for stop in args.stop)
-
-    prompts, asked = [encoded[problem] for problem in wanted], stopped if args.stop else None
-    if decoder:
-        found = decoder.sample(prompts, owner, uniform, asked, tail_of(args.stop))
-    else:
-        found = sample(model, prompts, owner, uniform, ends, asked, args)
-    tokens, logprobs, lengths, stops = found
-    if not torch.isfinite(logprobs).all():
-        fail(f"{args.model}: logits that are not finite, for the prompt {identity[0]!r} or near it")
-    completions = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    rows = zip(chunk, texts, completions, logprobs.tolist(), stops)
-    return [json.dumps({
-        "sample": k, "completion": text, "prompt_ids": encoded[problem], "completion_ids": ids,
-        "logprobs": logp[:len(ids)], "finish_reason": "stop" if stop else "length",
-    }, ensure_ascii=False) + "\n" for (problem, k), text, ids, logp, stop in rows]
-
-
-# ---- Prompts ------------------------------------------------------------------------------------
+# ---- Prompts to ids ------------------------------------------------------------------------------
 def load_problems(path, limit=None):
     """[(where, Problem)] of a prompt file; ids are unique, and each has a prompt or messages."""
     problems, seen = [], set()
@@ -323,12 +288,12 @@ def with_whole_turns(problem, line):
     return problem
 
 
-def unchanged(path, problems):
-    """The line (bytes) of each problem in the prompt file, which still says what was sampled."""
+def problem_lines(path, problems):
+    """Yield the line (bytes) of each problem; ends the stage where the prompt file has changed."""
     rows = read_rows(path, Problem)
-    for where, known in problems:
+    for where, sampled in problems:
         _, line, problem = next(rows, (None, None, None))
-        if problem is None or with_whole_turns(problem, line) != known:
+        if problem is None or with_whole_turns(problem, line) != sampled:
             fail(f"{where}: changed while its completions were sampled")
         yield line
 
@@ -367,6 +332,7 @@ def encode(problems, tokenizer, config, max_new_tokens, overlong="refuse"):
     return encoded
 
 
+# ---- Where a completion ends ---------------------------------------------------------------------
 def special_tokens(tokenizer):
     """{text: id} of the tokens that a completion's text leaves out."""
     added = tokenizer.added_tokens_decoder.items()
@@ -383,8 +349,8 @@ def stop_ids(tokenizer, stop):
 
 
 def tail_of(stop):
-    """So many tokens can hold one of these texts, up to 8 special ones, which are no text, among
-    them: a token is a byte at the least."""
+    """How many tokens, at most, hold one of these texts and up to 8 special tokens, which are no
+    text: every other token is at least one byte."""
     return 8 + 4 * max(map(len, stop), default=0)
 
 
@@ -395,11 +361,11 @@ def end_ids(model, tokenizer, stops=(), ignore_eos=False):
     """
     if ignore_eos:
         return sorted(stops)
-    found = model.generation_config.eos_token_id
-    found = set(found if isinstance(found, list) else [found]) | {tokenizer.eos_token_id}
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     vocab = model.config.get_text_config().vocab_size
-    found = {token for token in found if isinstance(token, int) and 0 <= token < vocab}
-    return sorted(found.union(stops))
+    ends = {token for token in ends if isinstance(token, int) and 0 <= token < vocab}
+    return sorted(ends.union(stops))
 
 
 def turn_end(tokenizer):
@@ -414,8 +380,55 @@ def turn_end(tokenizer):
     return next(((token, special[token]) for token in special if after.startswith(token)), None)
 
 
-def tell(args, meta, encoded, turn):
-    """On stderr what was chosen, and what should be known before hours are spent on it."""
+# ---- Chunks of work ------------------------------------------------------------------------------
+def run_chunk(chunk, problems, encoded, model, tokenizer, ends, args):
+    """The JSONL lines (str) of one chunk's items: the fields that this stage adds."""
+    distinct = list(dict.fromkeys(problem for problem, _ in chunk))
+    place = {problem: i for i, problem in enumerate(distinct)}
+    prompts, owner = [encoded[problem] for problem in distinct], [place[item[0]] for item in chunk]
+    identity = [problems[problem][1].id for problem, _ in chunk]
+    uniform = np.stack([uniforms(args.seed, name, k, args.max_new_tokens)
+                        for name, (_, k) in zip(identity, chunk)])
+
+    def stopped(ids):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return any(stop in text for stop in args.stop)
+
+    tokens, logprobs, lengths, stops = sample(model, prompts, owner, uniform, ends,
+                                              stopped if args.stop else None, args)
+    if not torch.isfinite(logprobs).all():
+        fail(f"{args.model}: logits that are not finite, for the prompt {identity[0]!r} or near it")
+    completions = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    rows = zip(chunk, texts, completions, logprobs.tolist(), stops)
+    return [json.dumps({
+        "sample": k, "completion": text, "prompt_ids": encoded[problem], "completion_ids": ids,
+        "logprobs": logp[:len(ids)], "finish_reason": "stop" if stop else "length",
+    }, ensure_ascii=False) + "\n" for (problem, k), text, ids, logp, stop in rows]
+
+
+def run_chunks(chunks, folder, rank, world, args, *parts):
+    """Sample this rank's chunks that `folder` does not hold yet; (tokens, seconds).
+
+    parts: what `run_chunk` takes between the chunk and args.
+    """
+    tokens, seconds = 0, 0.0
+    mine = range(rank, len(chunks), world)
+    for number in tqdm(mine, "chunks", disable=None if rank == 0 else True):
+        path = chunk_path(folder, number)
+        if os.path.exists(path) or os.path.exists(args.out):  # rank 0 may even have merged it
+            continue
+        start = time.monotonic()
+        lines = run_chunk(chunks[number], *parts, args)
+        write_synced(path, lines, rank)
+        seconds += time.monotonic() - start
+        tokens += sum(line.count(",", line.index('"completion_ids"'), line.index('"logprobs"'))
+                      for line in lines)
+    return tokens, seconds
+
+
+def print_summary(args, meta, encoded, turn):
+    """On stderr: what was chosen, and what to know before hours are spent on it."""
     skipped = meta["overlong"]
     if skipped:
         print(f"{args.prompts}: {skipped} of {len(encoded)} problems skipped: their prompts are "
@@ -447,8 +460,8 @@ def main(args):
                         world_size=world)
         folder = begin(args.out, meta, FREE_FLAGS, OF_TRAINING)
     else:
-        folder = join(args.out, vars(args), kind, inputs, FREE_FLAGS, OF_TRAINING,
-                      args.rank_timeout)
+        folder = wait_for_folder(args.out, vars(args), kind, inputs, FREE_FLAGS, OF_TRAINING,
+                                 args.rank_timeout)
     if folder is None:
         return
 
@@ -464,43 +477,31 @@ def main(args):
         fail(f"{args.model}: neither the tokenizer nor generation_config.json names an end-of-text "
              f"token; give --stop or --ignore-eos")
     lengths = [len(ids) for ids in encoded]
-    cut = fixed_chunks if args.compile else chunks_of
-    chunks = cut(lengths, args.n, args.max_new_tokens, args.max_batch_tokens)
+    chunks = chunks_of(lengths, args.n, args.max_new_tokens, args.max_batch_tokens)
     try:
-        decoder = prepare(model, device, ends, max(map(len, chunks)), encoded, args)
+        prepare(model, device, max(map(len, chunks)), encoded, args)
     except ValueError as error:
         fail(f"{args.model}: {error}")
     if rank == 0:
         meta.update(attention=attention_of(model), end_ids=ends, chunks=len(chunks),
                     overlong=lengths.count(0))
-        tell(args, meta, encoded, turn_end(tokenizer))
+        print_summary(args, meta, encoded, turn_end(tokenizer))
 
     # 3. This rank's chunks.
-    made, busy = 0, 0.0
-    mine = range(rank, len(chunks), world)
-    for number in tqdm(mine, "chunks", disable=None if rank == 0 else True):
-        path = chunk_path(folder, number)
-        if os.path.exists(path) or os.path.exists(args.out):  # rank 0 may even have merged it
-            continue
-        start = time.monotonic()
-        lines = run_chunk(chunks[number], problems, encoded, model, tokenizer, ends, args,
-                          decoder)
-        write_synced(path, lines, rank)
-        busy += time.monotonic() - start
-        made += sum(line.count(",", line.index('"completion_ids"'), line.index('"logprobs"'))
-                    for line in lines)
+    tokens, seconds = run_chunks(chunks, folder, rank, world, args, problems, encoded, model,
+                                 tokenizer, ends)
     if rank:
         return
 
-    # 4. All chunks, in the prompts' order.
+    # 4. All chunks, in the problems' order.
     wait_for_chunks(folder, len(chunks), args.rank_timeout)
     merged = f"{folder}/merged.jsonl"
-    merge(unchanged(args.prompts, problems), folder, chunks, SAMPLED, merged)
+    merge(problem_lines(args.prompts, problems), folder, chunks, SAMPLED, merged)
     publish(args.out, {**meta, "wall_s": time.monotonic() - began}, merged)
     shutil.rmtree(folder, ignore_errors=True)
-    if busy:
-        rate = f"{made / busy:.0f} tokens/s on rank 0"
-        print(f"{args.out}: {sum(map(len, chunks))} rows; {rate}", file=sys.stderr)
+    if seconds:
+        print(f"{args.out}: {sum(map(len, chunks))} rows; {tokens / seconds:.0f} tokens/s on "
+              f"rank 0", file=sys.stderr)
 
 
 if __name__ == "__main__":

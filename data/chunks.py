@@ -1,9 +1,9 @@
 """The folder OUT.partial of work that is cut into chunks: each finished chunk is a file there.
 
-Chunks are cut the same way whenever the same command is started, so that a restart does only those
-that are missing, and several processes share the work by dealing out their numbers, with nothing
-between them but the file system. A chunk is a list of items (problem, sample); its file has one
-JSONL line an item, with the fields that the stage adds to the problem's row.
+The same command always cuts the same chunks: a restart makes only those that are missing, and
+several ranks take turns over the chunks' numbers and share nothing but the file system. A chunk is
+a list of items (problem, sample); its file has one JSONL line an item, with the fields that the
+stage adds to the problem's row.
 """
 import contextlib
 import json
@@ -34,14 +34,6 @@ def chunks_of(lengths, n, max_new_tokens, budget):
     return chunks
 
 
-def fixed_chunks(lengths, n, max_new_tokens, budget):
-    """The same for --compile, whose rows all have the room of the longest: of 2^k rows each."""
-    longest = max(lengths)
-    rows = max(budget // (longest + max_new_tokens), 1)
-    room = (1 << (rows.bit_length() - 1)) * (longest + max_new_tokens)
-    return chunks_of([longest if length else 0 for length in lengths], n, max_new_tokens, room)
-
-
 def chunk_path(folder, number):
     return f"{folder}/{number:06d}.jsonl"
 
@@ -56,18 +48,18 @@ def write_synced(path, lines, rank=0):
 
 
 def command_of(folder):
-    """What command.json says: the command that the folder's chunks belong to; None if nothing."""
+    """The command in command.json, to which the folder's chunks belong; None if there is none."""
     with contextlib.suppress(OSError, ValueError):
         with open(f"{folder}/command.json", encoding="utf-8") as file:
             return json.load(file)
 
 
 def begin(out, meta, ignore, unread):
-    """Rank 0: the folder of this command's chunks, `out`.partial; None if `out` is complete.
+    """Rank 0: lock and return the folder of this command's chunks; None if `out` is complete.
 
-    It checks, locks and complains for all ranks. meta, ignore: as `claim` takes them; unread: as
-    `describe` does. command.json says to which command the folder belongs, and by which stamps of
-    the inputs the other ranks know that theirs are the same.
+    Rank 0 reports what is wrong for all ranks. meta, ignore: as `claim` takes them; unread: as
+    `describe` does. command.json holds the command that the folder belongs to, and the stamps of
+    its inputs, by which the other ranks see that theirs are the same.
     """
     folder = out + ".partial"
     command = {"flags": meta["flags"] | dict.fromkeys(ignore), "dtype": meta["dtype"],
@@ -87,10 +79,10 @@ def begin(out, meta, ignore, unread):
     return folder
 
 
-def join(out, flags, dtype, inputs, ignore, unread, timeout):
+def wait_for_folder(out, flags, dtype, inputs, ignore, unread, timeout):
     """Another rank: that folder, once rank 0 has begun it; None if `out` is complete.
 
-    What a killed run left there is none of ours: flags and inputs must be the same. Inputs are
+    A folder that a killed run left does not count: flags and inputs must be the same. Inputs are
     hashed only where their stamps differ, as those of another machine's copies do.
     """
     folder, began, digests = out + ".partial", time.monotonic(), None
@@ -129,8 +121,8 @@ def wait_for_chunks(folder, count, timeout):
 def merge(rows, folder, chunks, fields, out):
     """Write the finished chunks to `out`, in the order of the problems.
 
-    rows: the line (bytes) of each problem, in order; its own fields stand in `out` as they stand
-    there, without `fields`, those that the chunks bring.
+    rows: the line (bytes) of each problem, in order. Its fields are copied byte for byte, except
+    `fields`, which the chunks bring.
     """
     # 1. Where are a problem's lines? problem -> [[chunk, offset of its first line there, lines]].
     where = {}
@@ -146,7 +138,7 @@ def merge(rows, folder, chunks, fields, out):
     # 2. Each problem's own fields, spliced with its lines.
     with open(out, "wb") as target:
         for problem, line in enumerate(rows):
-            head = without(line, fields) + b", "
+            head = drop_fields(line, fields) + b", "
             for number, offset, lines in where.get(problem, ()):  # none of a skipped one
                 with open(chunk_path(folder, number), "rb") as file:
                     file.seek(offset)
@@ -154,8 +146,8 @@ def merge(rows, folder, chunks, fields, out):
                         target.write(head + file.readline()[1:])
 
 
-def without(line, fields):
-    """A row (bytes) up to its closing brace, without some of its fields."""
+def drop_fields(line, fields):
+    """A row (bytes) without some of its fields and without its closing brace."""
     row = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
     if not row.keys() & set(fields):
         return line[:-1]

@@ -150,16 +150,18 @@ class Parser(argparse.ArgumentParser):
                           help="do nothing but say what is wrong with the flags")
 
     def add_machine(self, rank_timeout):
-        """The flags that all stages with a model have."""
-        self.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                          help="of the forward pass; auto: float32 on a CPU, bfloat16 on CUDA "
-                               "(train.py: autocast over fp32 master weights)")
-        self.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
-                          help="auto: cuda if there is one")
-        self.add_argument("--rank-timeout", type=float, default=rank_timeout,
-                          help="seconds that one rank waits for another (default %(default)s)")
-        self.add_argument("--trust-remote-code", action="store_true",
-                          help="run Python code that the model's folder brings along")
+        """The flags that all stages with a model have; add_argument of their group."""
+        add = self.add_argument_group("machine").add_argument
+        add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+            help="of the forward pass; auto: float32 on a CPU, bfloat16 on CUDA (train.py: "
+                 "autocast over fp32 master weights)")
+        add("--device", default="auto", choices=["auto", "cpu", "cuda"],
+            help="auto: cuda if there is one")
+        add("--rank-timeout", type=float, default=rank_timeout,
+            help="seconds that one rank waits for another (default %(default)s)")
+        add("--trust-remote-code", action="store_true",
+            help="run Python code that the model's folder brings along")
+        return add
 
     def at_least(self, args, **lowest):
         """Refuse numbers that are not finite, and those below flag=LOWEST."""

@@ -7,7 +7,7 @@
 
     kernel    the kernel's table (bench_kernel.py) and its gates
     tests     the kernel's tests, and the stages beside those of the CPU (tests/test_cuda.py)
-    generate  generate.py with and without --compile: 256 rows at once of 128 + 256 tokens, bf16
+    generate  generate.py: 256 rows at once of 128 + 256 tokens, bf16
     update    train.py: its share of the matrix peak, its peak memory beside what it announces
     pipeline  two rounds by their commands, process starts included; and this machine's rates of
               hashing, saving and loading
@@ -307,7 +307,6 @@ def measure_generate(part):
         many = max(1, SIZES[name].prompts // CHUNKS)
         label = f"{name}, {many} x {SIZES[name].n} rows"
         part.add("generate.py", label, sampled(part, name, many))
-        part.add("generate.py", f"{label}, --compile", sampled(part, name, many, "--compile"))
         # So few rows that a step waits for Python alone.
         label = f"{name}, 1 x {SIZES[name].n} rows"
         for row in part.add("generate.py", label, sampled(part, name, 1)):

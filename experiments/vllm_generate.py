@@ -80,7 +80,7 @@ def main(args):
 
     from data.chunks import begin, chunk_path, merge, write_synced
     from data.models import OF_TRAINING, check_model, load, load_tokenizer, source_of
-    from generate import SAMPLED, encode, load_problems, unchanged
+    from generate import SAMPLED, encode, load_problems, problem_lines
 
     # 1. The prompts, read, checked and encoded as generate.py does.
     began = time.monotonic()
@@ -124,7 +124,7 @@ def main(args):
                 for sample, output in enumerate(answer.outputs)]
         write_synced(chunk_path(folder, number), [json.dumps(row, ensure_ascii=False) + "\n"
                                                   for row in rows])
-    merge(unchanged(args.prompts, problems), folder, chunks, SAMPLED, f"{folder}/merged.jsonl")
+    merge(problem_lines(args.prompts, problems), folder, chunks, SAMPLED, f"{folder}/merged.jsonl")
     publish(args.out, {**meta, "wall_s": time.monotonic() - began}, f"{folder}/merged.jsonl")
     shutil.rmtree(folder, ignore_errors=True)
 

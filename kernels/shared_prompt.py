@@ -1,8 +1,8 @@
 """A prompt once for all its samples.
 
-The n completions of a prompt begin with the same tokens, so everything that a transformer computes
-for those tokens is the same n times. Here it is computed once. What the completions need of it is
-its key-value cache, and two places make use of that:
+The n completions of a prompt begin with the same tokens, so a transformer would compute the same
+for those tokens n times. Here it is computed once. The completions need only its key-value cache,
+in two places:
 
 the sampler (generate.py)   runs the prompts once and calls `spread`. `RoomyLayer` copies each
     prompt's keys and values to its samples, for attention as transformers picks it. `SharedLayer`
@@ -15,8 +15,8 @@ the trainer (train.py)      `shared_hidden` runs the distinct prompts, repeats t
     gradients of all samples arrive at the prompt summed. `repeated_hidden` is the plain way, for
     models whose cache cannot be repeated: prompt and completion in one row.
 
-Prompts are padded on the left (`pad_left`): then all of them end at the same place, and a
-completion's first token stands there. Rows are samples; `owner` (rows,) is the index of each row's
+Prompts are padded on the left (`pad_left`), so that all of them end at the same place, where the
+completions begin. Rows are samples; `owner` (rows,) is the index of each row's
 prompt.
 """
 import copy
@@ -50,15 +50,15 @@ def pad_left(prompts, device):
 
 
 # ---- What is transformers' own -------------------------------------------------------------------
-# Names that are no part of its documented interface, or change within it, stand here and nowhere
-# else: the keyword of the cache, the attention that a config carries, and the class of a cache's
-# layer. requirements.txt names the versions for which they were tried.
+# Names that transformers does not document, or changes between versions, stand only here: the
+# keyword of the cache, the attention in a config, and the class of a cache's layer.
+# requirements.txt names the versions that were tried.
 @functools.cache
 def cache_keyword(kind):
-    """How the forward of a class of models calls its cache: `cache`, once past_key_values."""
-    names = inspect.signature(kind.forward).parameters
+    """The keyword of the cache in a model class's forward: `cache`, formerly past_key_values."""
+    parameters = inspect.signature(kind.forward).parameters
     for name in ("cache", "past_key_values"):
-        if name in names:
+        if name in parameters:
             return name
     raise ValueError(f"unsupported architecture: {kind.__name__}.forward takes no key-value cache")
 
@@ -77,8 +77,8 @@ def attention_of(model):
     return name
 
 
-def become(layer, kind):
-    """Make a DynamicLayer, which holds keys and values, one of a class that is derived from it."""
+def set_layer_class(layer, kind):
+    """Turn a DynamicLayer that holds keys and values into `kind`, a class derived from it."""
     if not (torch.is_tensor(layer.keys) and torch.is_tensor(layer.values)):
         raise ValueError("this version of transformers keeps keys and values elsewhere; "
                          "requirements.txt names those that do not")
@@ -203,7 +203,7 @@ def spread(cache, owner, padding, spare, shared):
     """Turn the cache of a pass over the prompts into that of their samples (see RoomyLayer)."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
-            become(layer, SharedLayer if shared else RoomyLayer)
+            set_layer_class(layer, SharedLayer if shared else RoomyLayer)
             layer.spread(owner, padding, spare)
         else:  # a sliding window is short: transformers' own way
             layer.batch_select_indices(owner)
@@ -213,15 +213,15 @@ def spread(cache, owner, padding, spare, shared):
 def shared_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Attention as transformers calls it, (rows, heads, queries, d) -> (rows, queries, heads, d).
 
-    It hands no cache over: whoever samples leaves it in `shared_attention.cache`. The prompts
-    themselves, several queries a row in a layer that is not spread yet, are left to SDPA;
-    `shared_attention.plain` counts the calls among them that got the very tensors of the cache, and
-    no mask of the layer's own: one token alone needs none.
+    transformers passes no cache: the sampler leaves it in `shared_attention.cache`. The prompts
+    themselves, several queries a row in a layer that is not spread yet, go to SDPA;
+    `shared_attention.plain` counts the calls among them that got the cache's own tensors and no
+    mask of the layer's own (a single token needs none).
     """
     layer = shared_attention.cache.layers[module.layer_idx]
     if type(layer) is DynamicLayer:
-        own = key is layer.keys and value is layer.values
-        shared_attention.plain += own and attention_mask is None
+        cached = key is layer.keys and value is layer.values
+        shared_attention.plain += cached and attention_mask is None
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows, heads, _, width = query.shape
@@ -236,10 +236,10 @@ AttentionMaskInterface.register("shared", sdpa_mask)
 
 
 def choose_attention(model, attention):
-    """Set the attention of a model that samples; ValueError where it cannot be.
+    """Set the attention of a model that samples; ValueError where that is not possible.
 
-    "model": as transformers picked; "shared": `shared_attention`; "cpu": that one where possible;
-    anything else (a GPU's name): as transformers picked.
+    "model", or the name of a GPU: as transformers picked; "shared": `shared_attention`; "cpu":
+    `shared_attention` where possible, else as transformers picked.
     """
     layers = [type(layer) for layer in DynamicCache(config=model.config).layers]
     for kind in set(layers) - {DynamicLayer, DynamicSlidingWindowLayer}:
@@ -257,9 +257,10 @@ def choose_attention(model, attention):
 
 
 def attends_to_its_cache(model):
-    """Tried on one token: does every layer attend to what is in its cache?
+    """Does every layer attend to the tensors in its cache? Tries it on one token.
 
-    Some architectures attend to what they make of it. Leaves the model with `shared_attention`.
+    Some architectures derive their keys and values from them. Leaves the model with
+    `shared_attention`.
     """
     model.set_attn_implementation("shared")
     shared_attention.cache = cache = DynamicCache(config=model.config)
@@ -271,22 +272,22 @@ def attends_to_its_cache(model):
 
 
 def check_sampler(model, prompts, tokens, logprobs):
-    """ValueError unless these log-probs, which a sampler wrote down, are those of plain passes.
+    """ValueError unless the sampler's log-probs are those of plain passes.
 
-    One row a pass, without padding and from an empty cache. Architectures that count positions or
-    build masks in ways of their own may be right there and wrong in a batch.
+    A plain pass takes one row, without padding, from an empty cache. Architectures that count
+    positions or build masks in ways of their own may be right there and wrong in a batch.
     prompts: lists of ids; tokens, logprobs: (prompts, steps), at temperature 1.
     """
-    apart = 0.0
+    gap = 0.0
     with torch.inference_mode():
         for prompt, row, logp in zip(prompts, tokens, logprobs):
             shared_attention.cache = cache = DynamicCache(config=model.config)
             ids = torch.tensor([[*prompt, *row.tolist()]], device=model.device)
             logits = with_cache(model, cache, input_ids=ids).logits[0, len(prompt) - 1:-1].cpu()
             plain = logits.float().log_softmax(-1).gather(-1, row[:, None]).squeeze(-1)
-            apart = max(apart, float((plain - logp).abs().mean()))
-    if not apart < (1e-2 if model.dtype == torch.float32 else 0.5):
-        raise ValueError(f"unsupported architecture: log-probs of a batch are {apart:.2g} apart "
+            gap = max(gap, float((plain - logp).abs().mean()))
+    if not gap < (1e-2 if model.dtype == torch.float32 else 0.5):
+        raise ValueError(f"unsupported architecture: log-probs of a batch differ by {gap:.2g} "
                          f"from those of its rows alone")
 
 
@@ -298,12 +299,12 @@ def repeated_hidden(model, prompts, completions):
     """
     ends = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions)]
     ids = torch.zeros(len(prompts), max(ends), dtype=torch.long)
-    wanted = torch.zeros_like(ids, dtype=torch.bool)
+    predicts = torch.zeros_like(ids, dtype=torch.bool)  # does its hidden state predict a token?
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         ids[i, :ends[i]] = torch.as_tensor(np.concatenate([prompt, completion]))
-        wanted[i, len(prompt) - 1:ends[i] - 1] = True
+        predicts[i, len(prompt) - 1:ends[i] - 1] = True
     output = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False)
-    return output.last_hidden_state[wanted.to(model.device)]
+    return output.last_hidden_state[predicts.to(model.device)]
 
 
 def shared_hidden(model, prompts, completions):
@@ -329,18 +330,20 @@ def shared_hidden(model, prompts, completions):
     for block in length_blocks([len(completion) - 1 for completion in completions]):
         width = len(completions[block[0]]) - 1
         ids = torch.zeros(len(block), width, dtype=torch.long)
-        wanted = torch.zeros_like(ids, dtype=torch.bool)
+        predicts = torch.zeros_like(ids, dtype=torch.bool)
         for i, row in enumerate(block):
             ids[i, :len(completions[row]) - 1] = torch.as_tensor(completions[row][:-1])
-            wanted[i, :len(completions[row]) - 1] = True
-        of = owner[torch.tensor(block, device=device)]  # (block's rows,)
-        both = None if mask is None else torch.cat([mask[of], mask.new_ones(ids.shape)], 1)
-        after = positions[of, -1:] + 1 + torch.arange(width, device=device)  # the prompts
-        output = with_cache(decoder, repeated_cache(cache, of), input_ids=ids.to(device),
-                            attention_mask=both,
+            predicts[i, :len(completions[row]) - 1] = True
+        block_owner = owner[torch.tensor(block, device=device)]  # (block's rows,)
+        whole_mask = None if mask is None else torch.cat(
+            [mask[block_owner], mask.new_ones(ids.shape)], 1)
+        place = positions[block_owner, -1:] + 1 + torch.arange(width, device=device)
+        predicts = predicts.to(device)
+        output = with_cache(decoder, repeated_cache(cache, block_owner), input_ids=ids.to(device),
+                            attention_mask=whole_mask,
                             # 0 for padding, which may reach past the model's last position
-                            position_ids=after * wanted.to(device))
-        hidden.append(output.last_hidden_state[wanted.to(device)])
+                            position_ids=place * predicts)
+        hidden.append(output.last_hidden_state[predicts])
         places += [np.arange(starts[row] + 1, starts[row + 1]) for row in block]
 
     # 3. Row after row.
@@ -349,7 +352,7 @@ def shared_hidden(model, prompts, completions):
 
 
 def repeated_cache(cache, owner):
-    """A cache of its own for some rows, of which the prompts' `cache` knows nothing.
+    """A copy of the prompts' `cache` for some rows, which leaves `cache` as it is.
 
     ValueError if it holds more than keys and values: recurrent states may be changed in place.
     """

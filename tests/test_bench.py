@@ -173,16 +173,14 @@ def test_kernels_beside_eager_pytorch(tmp_path):
 
 
 @pytest.mark.slow
-def test_shards_and_compile(tmp_path):
+def test_shards(tmp_path):
     out = tmp_path / "shards.json"
     script("bench_shards.py", "--ranks", "1", "2", "--layers", "1", "--out", out)
     rows = json.loads(out.read_text())
     assert [(row["files"], row["ranks"], len(row["peak_bytes"])) for row in rows] == [
         (files, ranks, ranks) for files in ("one file", "several files") for ranks in (1, 2)]
     assert all(row["floor_bytes"] == 16 * row["weights"] // row["ranks"] for row in rows)
-    said = script("bench_compile.py", "--size", "toy", "--rounds", "1").splitlines()
-    assert said[0].startswith("first chunk of --compile: ")
-    assert [line.partition(":")[0] for line in said[1:]] == ["--attention model", "--compile", "--attention shared"]
+
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 import data.chunks
 import generate
 from data.files import claim
-from shared_prompt import RoomyLayer, SharedLayer, attention_of, become, cache_keyword, shared_attention, with_cache
+from shared_prompt import RoomyLayer, SharedLayer, attention_of, cache_keyword, set_layer_class, shared_attention, with_cache
 
 ROOT = os.path.dirname(os.path.abspath(generate.__file__))
 
@@ -245,9 +245,8 @@ def test_prompts_are_computed_once_and_finished_rows_dropped(tiny_model, prompts
     shapes, prepare = [], generate.prepare
 
     def spied(model, *args):
-        decoder = prepare(model, *args)
+        prepare(model, *args)
         model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
-        return decoder
 
     monkeypatch.setattr(generate, "prepare", spied)
     rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
@@ -448,7 +447,7 @@ def test_the_keyword_of_the_cache_is_the_models(tiny_model):
 def test_a_version_of_transformers_that_keeps_things_elsewhere_is_told():
     """Not by an AttributeError in the middle of a chunk: the message names the file that says which versions were tried."""
     for broken in (lambda: attention_of(SimpleNamespace(config=SimpleNamespace())),
-                   lambda: become(SimpleNamespace(keys=None, values=torch.zeros(1)), RoomyLayer)):
+                   lambda: set_layer_class(SimpleNamespace(keys=None, values=torch.zeros(1)), RoomyLayer)):
         with pytest.raises(ValueError, match="this version of transformers .* requirements.txt names those that do"):
             broken()
 
