@@ -18,7 +18,7 @@ data/maths.py, data/gym.py. A task is a file that holds
 
     Row                        its rows: a Rollout with the fields that its verdict needs
     verify(completion, row)    the Verdict, or a Pending one for a process that can be killed
-                               (data/workers.py)
+                               (data/sandbox.py)
 
 and one line in TASKS below; data/README.md shows one being made. A completion that was cut at the
 length limit is right if its answer is complete and right; otherwise it is `truncated`. `timeout` is
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from data.files import (REASONS, Parser, Rollout, Verdict, claim, describe, fail, publish,
                         read_rows, run, sampling_of, say)
-from data.workers import Pending, Workers
+from data.sandbox import Pending, Workers
 
 TASKS = {  # what stands in a row's `task`: the file that judges it
     "countdown": import_module("data.countdown"),

@@ -1,8 +1,8 @@
 """The tasks of the library reasoning-gym: problems, and the verdict by the library's own scorers.
 
     pip install reasoning-gym
-    python data/gym.py --out prompts.jsonl --task chain_sum --n 1000 --seed 0
-    python data/gym.py --out hard.jsonl --task spell_backward --config min_word_len=8
+    python -m data.gym --out prompts.jsonl --task chain_sum --n 1000 --seed 0
+    python -m data.gym --out hard.jsonl --task spell_backward --config min_word_len=8
 
 Writes one problem a line (and OUT.meta.json): id, task "gym", prompt or messages, gym (the name of
 the library's task), entry (the library's own: question, answer, metadata), source (the same name).
@@ -15,15 +15,10 @@ get the parser of data/countdown.py in place of eval. So are tasks whose scorer 
 own answer again once it has been through JSON.
 """
 import json
-import os
-import sys
-
-if __name__ == "__main__":  # the repository's root, not this folder
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from data.countdown import OPERATE, last_answer, parse
 from data.files import Parser, Rollout, Verdict, claim, describe, fail, publish, run
-from data.workers import Judge, Pending
+from data.sandbox import Judge, Pending
 
 LONGEST = 10_000  # characters of an answer
 EVALUATED = ("bitwise_arithmetic", "intermediate_integration", "polynomial_multiplication",

@@ -1,7 +1,7 @@
 """Maths: from the Hub's benchmarks to prompt rows, and the verdict on an answer.
 
-    python data/maths.py --input MATH-500/test.jsonl --out math500.jsonl
-    python data/maths.py --input aime24.parquet --out aime24.jsonl --source aime24 --template chat
+    python -m data.maths --input MATH-500/test.jsonl --out math500.jsonl
+    python -m data.maths --input aime24.parquet --out aime24.jsonl --source aime24 --template chat
 
 Reads JSONL, or Parquet if `pyarrow` is installed. Of each row it takes the first of these fields
 that is there and not null:
@@ -35,17 +35,13 @@ import json
 import math
 import os
 import re
-import sys
-
-if __name__ == "__main__":  # the repository's root, not this folder
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from data.files import (Parser, Rollout, Verdict, claim, describe, fail, publish, read_rows, run,
                         say)
 from data.latex import (ALIKE, MULTIPLIED, PERCENT, boxes, is_name, join_thousands, multiplied,
                         normal, parts_of, sides_of, signs_of, split_parts, split_unit, unit_name,
                         words)
-from data.workers import Judge, Pending
+from data.sandbox import Judge, Pending
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 

@@ -70,7 +70,9 @@ def commands():
     """(script, its arguments) of every command of a stage or of data/ that is shown somewhere, but for those with variables."""
     for path in [*READMES, *SOURCES]:
         text = comments_and_docstrings(path).replace("\\\n", " ")
-        for script, rest in re.findall(r"(?:python|--) ((?:data/)?\w+\.py)((?: [^`\n#;&|><)]*)?)", text):
+        started = re.findall(r"(?:python|--) ((?:data/)?\w+\.py|-m data\.\w+)((?: [^`\n#;&|><)]*)?)", text)
+        for script, rest in started:
+            script = re.sub(r"-m data\.(\w+)", r"data/\1.py", script)
             if not re.search(r"[$\[{]|\.\.\.", rest) and script not in TO_BE_MADE and "parse_args" in (ROOT / script).read_text() and rest.strip():
                 yield script, tuple(shlex.split(rest))
 

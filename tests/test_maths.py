@@ -168,7 +168,7 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
 def test_without_pyarrow_one_line_says_so(tmp_path):
     (tmp_path / "pyarrow.py").write_text("raise ImportError")
     (tmp_path / "in.parquet").write_bytes(b"PAR1")
-    done = subprocess.run([sys.executable, "data/maths.py", "--input", str(tmp_path / "in.parquet"), "--out",
+    done = subprocess.run([sys.executable, "-m", "data.maths", "--input", str(tmp_path / "in.parquet"), "--out",
                            str(tmp_path / "out.jsonl")],
                           cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 2 and "needs pyarrow" in done.stderr and done.stderr.count("\n") == 1

@@ -17,9 +17,9 @@ from hypothesis import example, given, settings, strategies
 
 import fuzz
 import score
-from data import countdown, gym, maths, workers
+from data import countdown, gym, maths, sandbox
 from data.files import Verdict
-from data.workers import Pending
+from data.sandbox import Pending
 
 ROOT = pathlib.Path(score.__file__).parent
 # Python's own parser, in the oracle, warns of "(1)(2)".
@@ -335,7 +335,7 @@ def test_bombs_end_and_leave_the_others_alone(tmp_path, capsys, some):
 def test_a_large_parent_does_not_count_as_a_workers_memory(tmp_path):
     """Linux hands a process's peak memory on to its children: here it is above what a worker may use."""
     source = write(tmp_path / "r.jsonl", [maths_row(r"\frac{1}{2}", r"\boxed{0.5}", id="a"), maths_row("7", r"\boxed{8}", id="b")])
-    code = (f"import score; ballast = b'x' * {workers.MEMORY // 2 + 2**26}; "
+    code = (f"import score; ballast = b'x' * {sandbox.MEMORY // 2 + 2**26}; "
             f"score.main(score.parse_args([{source!r}, '--out', {str(tmp_path / 's.jsonl')!r}, '--timeout', '60', '--workers', '1']))")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert [json.loads(line)["reason"] for line in open(tmp_path / "s.jsonl")] == ["ok", "value"]
@@ -377,7 +377,7 @@ def test_no_file_process_network_or_eval_can_be_reached_from_an_answer(tmp_path)
 import ctypes, json, os, socket, subprocess, sys
 sys.path.insert(0, {str(ROOT)!r})
 import score, sympy
-from data import maths, workers
+from data import maths, sandbox
 attacks = {{
 {entries}}}
 def judge(name, *rest):
@@ -389,7 +389,7 @@ def judge(name, *rest):
         return type(error).__name__
     return "reached"
 maths.judge = judge
-workers.work("data.maths", "judge", 30)
+sandbox.work("data.maths", "judge", 30)
 """
     jobs = "".join(json.dumps([name]) + "\n" for name in ATTACKS)
     done = subprocess.run([sys.executable, "-c", code], input=jobs, text=True, capture_output=True, cwd=tmp_path)

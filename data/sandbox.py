@@ -25,11 +25,9 @@ import sys
 import time
 from typing import NamedTuple
 
-if __name__ == "__main__":  # the repository's root, not this folder
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
 from data.files import fail
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where `data` is imported from
 WORDS = ("ok", "value", "parse")  # all that a worker may say of an answer
 START = 120  # seconds that imports may take
 MEMORY = 2**31  # bytes of address space of a worker
@@ -129,9 +127,9 @@ class Workers:
         # Its own session: Ctrl-C and Ctrl-Z reach the parent alone. No open file goes along, the
         # lock on the output least of all.
         process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), *self.judge[:2], str(self.timeout)],
-            bufsize=0, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL)
+            [sys.executable, "-m", "data.sandbox", *self.judge[:2], str(self.timeout)],
+            cwd=ROOT, bufsize=0, start_new_session=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.busy[process] = (time.monotonic() + START, None)
 
     def submit(self, pending):
