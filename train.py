@@ -1,15 +1,15 @@
-"""Stage 3: update a policy on one round of scored rollouts with DS-GRPO (arXiv 2511.19942) or GRPO.
+r"""Stage 3: update a policy on one round of scored rollouts by DS-GRPO (arXiv 2511.19942) or GRPO.
 
     python train.py --model data/tiny-countdown --rollouts scored.jsonl --out round-001 \
         --updates 4 --lr 2e-4 --gamma-p 0.3 --gamma-n 0.03
     torchrun --nproc-per-node 8 -- train.py --model round-001 --rollouts scored-002.jsonl \
         --out round-002 --updates 4 --lr 2e-4 --gamma-p 0.3 --gamma-n 0.03
 
-Reads scored.jsonl, one rollout a line (data/files.py: Scored). Rollouts with one id are a group,
+Reads scored.jsonl, one rollout a line (data/files.py: Scored). Rollouts with one id form a group,
 and all groups have the same size. The file's meta gives the sampling temperature.
 Writes the folder OUT, an ordinary Hugging Face model (fp32 master weights) with
 optimizer.safetensors, trainer_state.json and metrics.jsonl (one line an update, carried on from the
-input folder), from which the next round goes on.
+input folder). The next round starts from that folder.
 
 The objective, for n rollouts y_1..y_n of each prompt x, sampled from pi_old; r_i = 1 if correct:
 
@@ -21,102 +21,57 @@ The objective, for n rollouts y_1..y_n of each prompt x, sampled from pi_old; r_
             / all completion tokens of the update
             - c mean log pi(z_t) over right answers z of the base     if --rehearse is given
 
-All log-probs are of logits / T. The smoothing stands in every group, also where all rollouts are
-right, or all wrong, and GRPO's A_i is 0. `--method FILE.py:NAME` takes another objective from a
-file: `Batch` says what it gets, and experiments/arms.py holds the rivals.
+All log-probs are of logits / T. Smoothing applies to every group, including those that are all
+right or all wrong, where GRPO's A_i is 0. `--method FILE.py:NAME` takes another objective from a
+file: `Batch` says what it gets, and experiments/arms.py holds rivals from the literature.
 
-The update, in the order of the code: read and group the rows; pi_old of all rows before any step
-(the first update's is its own forward pass, at no cost); then, update by update, micro-batches
-without padding in the head, each prompt computed once for all its rollouts; loss; clipped AdamW
-step on fp32 masters; metrics summed over micro-batches and ranks.
+The update, in the order of the code: advantage and loss; one optimizer step over micro-batches;
+the policy's forward pass, each prompt computed once for all its rollouts. log pi_old of all rows is
+computed before the first step; that of the first update is its own forward pass, at no extra cost.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
+import importlib.util
+import inspect
 import json
 import math
+import os
+import re
+import resource
+import signal
 import sys
 import time
 import typing
 
-from data.files import Parser, describe, fail, files_of, publish, run
-from data.plugins import check_method, clip_range, load_arm, setting, split_name, try_method
-
-
-# ---- The objective -------------------------------------------------------------------------------
-# torch is imported further down, after the flags. `Batch`, below, says what a batch holds.
-def grpo(batch, adv_norm="std", eps=1e-6):
-    """A_i = (r_i - mean(r)) / (std(r) + eps), std of the population: (tokens,).
-
-    Groups with equal rewards, and groups of one, get 0.
-    """
-    # So that equal rewards give exactly 0: in fp32 the mean of three times 0.1 is not 0.1.
-    reward = batch.reward - batch.reward[:, :1]
-    score = reward - reward.mean(1, keepdim=True)
-    if adv_norm == "std":
-        score = score / (reward.std(1, keepdim=True, correction=0) + eps)
-    return score.flatten()[batch.row]
-
-
-def ds_grpo(batch, gamma_p, gamma_n, smooth_level="token", adv_norm="std"):
-    """Eq. 6, GRPO with differential smoothing: (tokens,).
-
-    token     A_i,t = A_i -+ gamma log pi_old(y_i,t)
-    sequence  A_i,t = A_i -+ gamma mean_t log pi_old(y_i,t)
-    reward    r'_i = r_i -+ gamma mean_t log pi_old(y_i,t);  A_i,t = r'_i - mean(r')
-    """
-    gamma = torch.where(batch.correct, -gamma_p, gamma_n)  # bonus if correct, penalty if not
-    if smooth_level == "reward":
-        reward = batch.reward + gamma * batch.mean_logp
-        return (reward - reward.mean(1, keepdim=True)).flatten()[batch.row]
-    logp = batch.old_logp
-    if smooth_level == "sequence":
-        total = torch.zeros_like(batch.reward.flatten()).index_add(0, batch.row, logp)
-        logp = (total / batch.length.flatten().clamp(min=1))[batch.row]
-    return grpo(batch, adv_norm) + gamma.flatten()[batch.row] * logp
-
-
-def clipped_loss(logp, batch, advantage, clip_low, clip_high):
-    """The loss of every token, and where rho was cut from below and from above (bool): (tokens,).
-
-    - min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),  rho = pi / pi_old
-    """
-    # At most e^20: a ratio beyond fp32 would give a cut token the gradient 0 * inf.
-    ratio = (logp - batch.old_logp).clamp(max=20).exp()
-    low = (ratio < 1 - clip_low) & (advantage < 0)
-    high = (ratio > 1 + clip_high) & (advantage > 0)
-    cut = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantage, cut * advantage), low, high
-
-
-def k3(logp, other):
-    """Schulman's low-variance, non-negative estimate of KL(pi || other) at tokens drawn from pi.
-
-    exp(d) - d - 1,  d = log other - log pi
-    """
-    d = (other - logp).clamp(max=20)
-    return d.expm1() - d
+from data.files import (Parser, claim_empty, describe, fail, files_of, publish, rank_and_world, run,
+                        wait_for_rank_0)
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
-def add_flags(add):
-    def number(flag, default, help):
+def add_flags(parser):
+    def group(title):
+        return parser.add_argument_group(title).add_argument
+
+    def number(add, flag, default, help):
         add(flag, type=type(default), default=default, help=f"{help} (default {default})")
 
-    # files
+    add = group("files")
     add("--model", required=True,
         help="folder of a Hugging Face model (or of an earlier round), or a Hub id")
     add("--rollouts", required=True, help="JSONL file of scored rollouts")
     add("--out", required=True, help="folder to write")
     add("--temperature", type=float,
-        help="sampling temperature of rollouts whose meta does not say it")
+        help="sampling temperature of rollouts without a meta")
     add("--allow-off-policy", action="store_true",
         help="take rollouts drawn with top-p, top-k or a repetition penalty, whose log-probs are "
              "not those of the policy")
-    # the advantage
+
+    add = group("the advantage")
     add("--method", default="ds-grpo", metavar="ds-grpo|grpo|FILE.py:NAME",
         help="the objective; the last: function NAME of a file of yours (default ds-grpo)")
     add("--arm", action="append", type=setting, metavar="KEY=VALUE",
@@ -125,42 +80,54 @@ def add_flags(add):
         help="ds-grpo: weight of -log pi_old on correct rollouts (default 0.01)")
     add("--gamma-n", type=float,
         help="ds-grpo: weight of +log pi_old on wrong rollouts (default 0.01)")
-    add("--smooth-level", choices=["token", "sequence", "reward"],
-        help="ds-grpo: log pi_old of each token, its mean over the completion, or that mean added "
-             "to the reward before the group's mean is taken off (default token)")
+    add("--smooth-level", choices=["token", "sum", "mean", "share", "reward"],
+        help="ds-grpo: what gamma multiplies: log pi_old of each token; of the whole completion "
+             "(Eq. 6 as printed); that over the length, or over its square; or the mean, added to "
+             "the reward before the group's mean is subtracted (default token)")
     add("--adv-norm", choices=["std", "none"],
-        help="grpo, and ds-grpo but at level reward: divide A_i by the group's population std, or "
-             "not (default std)")
+        help="grpo, and ds-grpo except at level reward: divide A_i by the group's population std, "
+             "or not (default std)")
     add("--truncated", default="wrong", choices=["wrong", "mask"],
-        help="rollouts cut at the length limit: wrong with reward 0, unless score.py found a whole "
-             "right answer in them; or kept in the group's statistics and left out of the loss "
-             "(default wrong)")
-    # the loss
-    add("--clip-low", type=float, help="rho is cut at 1 - this (default 0.2)")
-    add("--clip-high", type=float, help="rho is cut at 1 + this (default 0.25)")
-    number("--entropy-coef", 0.0, "c of loss -= c H_t, averaged over all completion tokens; c > 0 "
-                                  "is a bonus, c < 0 a penalty")
-    number("--entropy-coef-correct", 0.0, "the same on correct rollouts alone")
-    number("--entropy-coef-wrong", 0.0, "the same on wrong rollouts alone")
-    number("--kl-coef", 0.0, "weight of the k3 estimate of KL(pi || ref)")
+        help="rollouts cut at the length limit: wrong with reward 0, unless score.py found a "
+             "complete right answer in them; or kept in the group's statistics and left out of the "
+             "loss (default wrong)")
+
+    add = group("the loss")
+    add("--clip-low", type=float, help="rho is clipped at 1 - this (default 0.2)")
+    add("--clip-high", type=float, help="rho is clipped at 1 + this (default 0.25)")
+    add("--tis-cap", type=float, metavar="C",
+        help="weigh each token's surrogate by min(pi_old / the sampler's probability, C), "
+             "detached: truncated importance sampling, for rows of another engine (default: off)")
+    number(add, "--entropy-coef", 0.0, "c of loss -= c H_t, averaged over all completion tokens; "
+                                       "c > 0 is a bonus, c < 0 a penalty")
+    number(add, "--entropy-coef-correct", 0.0, "the same on correct rollouts alone")
+    number(add, "--entropy-coef-wrong", 0.0, "the same on wrong rollouts alone")
+    number(add, "--kl-coef", 0.0, "weight of the k3 estimate of KL(pi || ref)")
     add("--ref-model", help="the reference model of --kl-coef")
     add("--rehearse", metavar="FILE",
         help="scored rollouts, as a rule of the base model, whose right answers are rehearsed")
     add("--rehearse-coef", type=float, help="c of loss -= c mean log pi over the answers drawn")
+    add("--rehearse-weight", choices=["samples", "distinct"],
+        help="of a problem draw each right rollout equally often, which is the forward KL to the "
+             "filtered base, or each distinct answer, whose target is flatter than the base "
+             "(default distinct)")
     add("--rehearse-n", type=int,
         help="answers drawn an update (default: as many as the update has rollouts)")
-    # the optimizer
-    number("--updates", 1, "optimizer steps: the shuffled groups are dealt into so many "
-                           "mini-batches")
-    number("--lr", 1e-6, "AdamW's learning rate")
-    number("--warmup-steps", 0, "steps of linear warm-up, counted over all rounds")
-    number("--weight-decay", 0.01, "AdamW's decoupled weight decay")
-    number("--max-grad-norm", 1.0, "the gradient is scaled down to this norm")
-    add("--reset-optimizer", action="store_true", help="start with fresh moments and step 0")
-    number("--seed", 0, "seed of the shuffle")
-    # the machine
-    number("--micro-batch-tokens", 4096, "most tokens in one forward and backward pass; where "
-                                         "prompts are shared, about a sixth is padding on top")
+
+    add = group("the optimizer")
+    number(add, "--updates", 1, "optimizer steps: the shuffled groups are dealt into so many "
+                                "mini-batches")
+    number(add, "--lr", 1e-6, "AdamW's learning rate")
+    number(add, "--warmup-steps", 0, "steps of linear warm-up, counted over all rounds")
+    number(add, "--weight-decay", 0.01, "AdamW's decoupled weight decay")
+    number(add, "--max-grad-norm", 1.0, "the gradient is scaled down to this norm")
+    add("--reset-optimizer", action="store_true",
+        help="start with fresh moments and a new warm-up; the count of steps goes on")
+    number(add, "--seed", 0, "seed of the shuffles, which also depend on the steps done")
+
+    add = group("memory")
+    number(add, "--micro-batch-tokens", 4096, "most tokens in one forward and backward pass; where "
+                                              "prompts are shared, about a sixth is padding on top")
     add("--share-prompts", action=argparse.BooleanOptionalAction,
         help="compute each prompt once for all its rollouts, with gradients through its key-value "
              "cache (default: yes, unless --checkpoint-activations or --shard)")
@@ -170,27 +137,83 @@ def add_flags(add):
         help="FSDP2: shard weights, gradients and optimizer over the ranks")
 
 
+def setting(text):
+    """KEY=VALUE of the command line as (key, int, float or text)."""
+    key, _, value = text.partition("=")
+    if not key.isidentifier() or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            value = kind(value)
+            break
+    if isinstance(value, float) and not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r}: a number must be finite")
+    return key, value
+
+
+def split_name(text):
+    """(path, name) of FILE.py:NAME; ValueError if it is no such text, or there is no such file."""
+    path, _, name = text.rpartition(":")
+    if not path.endswith(".py") or not name.isidentifier():
+        raise ValueError("neither ds-grpo nor grpo nor FILE.py:NAME")
+    if not os.path.isfile(path):
+        raise ValueError(f"no such file {path}")
+    return path, name
+
+
+def check_method(args, error):
+    """Give the settings of --method their defaults, and refuse those of another method."""
+    for name, default in {"gamma_p": 0.01, "gamma_n": 0.01, "smooth_level": "token"}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default if args.method == "ds-grpo" else None)
+        elif args.method != "ds-grpo" and getattr(args, name) != 0:
+            error(f"--{name.replace('_', '-')} belongs to --method ds-grpo")
+    normed = args.method in ("ds-grpo", "grpo") and args.smooth_level != "reward"
+    if args.adv_norm and not normed:
+        error("--adv-norm belongs to --method grpo, and to ds-grpo except at --smooth-level reward")
+    args.adv_norm = args.adv_norm or ("std" if normed else None)
+    if args.method in ("ds-grpo", "grpo"):
+        if args.arm:
+            error(f"--arm belongs to --method FILE.py:NAME, not to {args.method}")
+        return vars(args).update(clip_range(args))
+    try:
+        split_name(args.method)
+    except ValueError as problem:
+        error(f"--method {args.method}: {problem}")
+    if len(dict(args.arm or ())) < len(args.arm or ()):
+        error("--arm: a KEY is given twice")
+    args.arm = dict(args.arm or ())
+
+
+def clip_range(args):
+    """clip_low and clip_high, as given or by default."""
+    return {name: default if getattr(args, name) is None else getattr(args, name)
+            for name, default in (("clip_low", 0.2), ("clip_high", 0.25))}
+
+
 def parse_args(argv=None):
     parser = Parser(__file__, description=__doc__)
-    add_flags(parser.add_argument)
+    add_flags(parser)
     parser.add_machine(rank_timeout=600)
     args = parser.parse_args(argv)
     check_method(args, parser.error)
     parser.at_least(args, seed=0, updates=1, micro_batch_tokens=1, lr=0, clip_low=0, clip_high=0,
                     warmup_steps=0, weight_decay=0, kl_coef=0, rehearse_n=1)
-    for name in ("max_grad_norm", "temperature", "rehearse_coef"):
+    for name in ("max_grad_norm", "temperature", "rehearse_coef", "tis_cap"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if bool(args.kl_coef) != bool(args.ref_model):
         parser.error("--kl-coef and --ref-model go together")
     if bool(args.rehearse_coef) != bool(args.rehearse):
         parser.error("--rehearse and --rehearse-coef go together")
-    if args.rehearse_n and not args.rehearse:
-        parser.error("--rehearse-n belongs to --rehearse")
-    if args.checkpoint_activations and args.share_prompts:
+    if (args.rehearse_n or args.rehearse_weight) and not args.rehearse:
+        parser.error("--rehearse-n and --rehearse-weight belong to --rehearse")
+    if args.rehearse:
+        args.rehearse_weight = args.rehearse_weight or "distinct"
+    if args.share_prompts and args.checkpoint_activations:
         parser.error("--share-prompts and --checkpoint-activations exclude each other: "
                      "checkpointing drops the prompt's cache")
-    if args.shard and args.share_prompts:
+    if args.share_prompts and args.shard:
         parser.error("--share-prompts and --shard exclude each other: all ranks must call each "
                      "sharded layer equally often")
     if args.share_prompts is None:
@@ -202,30 +225,35 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and a wrong flag answer at once
 
+# ---- Imports -------------------------------------------------------------------------------------
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.metrics import Metrics
 from data.models import (OF_TRAINING, autocast, check_model, device_and_dtype, earlier_metrics,
-                         load_optimizer, load_tokenizer, save_round, source_of)
-from data.plan import plan_update
-from data.policy import (Policy, announce, checkpoint_activations, load_policy,
-                         memory_estimate)
-from data.ranks import (claim_empty, end_ranks, lost_ranks_told, rank_and_world, refuse,
-                        start_ranks, wait_for_rank_0)
-from data.rollouts import draw_answers, load_answers, load_rollouts, sampling_of
+                         load_model, load_optimizer, load_tokenizer, loading_told, positions_of,
+                         save_round, source_of, steps_done)
+from data.rollouts import (check_ids, draw_answers, load_answers, load_rollouts, sampling_of,
+                           write_rollouts)
+from data.shards import fill, model_without_weights
+
+# By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
+# installed.
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
+from fused_linear_entropy import choose_backend, fused_linear_entropy
+from shared_prompt import attention_of, repeated_hidden, shared_hidden, shares_prompts
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
 
-# What a finished output may have had otherwise, and inputs, whose digests are compared instead.
+# Flags that change no byte of the output, and inputs, whose digests are compared instead.
 FREE_FLAGS = ("out", "rollouts", "model", "ref_model", "rehearse", "rank_timeout", "device")
 
 
-# ---- The method ---------------------------------------------------------------------------------
+# ---- The objective -------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Batch:
     """What an objective sees: the verdicts of the whole round, the tokens of one micro-batch.
@@ -235,8 +263,8 @@ class Batch:
     length    (groups, n) long    completion tokens of each rollout
     old_logp  (tokens,) float     log pi_old of each completion token at T, detached
     row       (tokens,) long      the token's rollout, an index into groups * n; rollouts are whole
-    mean_logp (groups, n) float   mean_t log pi_old of each rollout; 0 of one without tokens. Asking
-                                  for it costs one more forward pass of the first update
+    mean_logp (groups, n) float   mean_t log pi_old of each rollout, as the sampler recorded it;
+                                  0 of a rollout without tokens
     and every field of the rows that NAME.fields names: a list of n values a group
     """
     reward: torch.Tensor
@@ -244,14 +272,8 @@ class Batch:
     length: torch.Tensor
     old_logp: torch.Tensor | None = None
     row: torch.Tensor | None = None
-    means: torch.Tensor | None = None
+    mean_logp: torch.Tensor | None = None
     fields: dict = dataclasses.field(default_factory=dict)
-    asked_for_means = False
-
-    @property
-    def mean_logp(self):
-        self.asked_for_means = True
-        return self.means
 
     def __getattr__(self, name):
         if name in vars(self).get("fields", ()):
@@ -259,19 +281,64 @@ class Batch:
         raise AttributeError(f"a batch has no {name!r}; of the rows it has what .fields names")
 
 
-def choose_method(args):
-    """--method as advantage(batch), loss(logp, batch, advantage), and the row fields it reads."""
-    clip = clip_range(args)
-    loss = functools.partial(clipped_loss, **clip)
-    if args.method == "grpo":
-        return functools.partial(grpo, adv_norm=args.adv_norm), loss, ()
-    if args.method == "ds-grpo":
-        return functools.partial(ds_grpo, gamma_p=args.gamma_p, gamma_n=args.gamma_n,
-                                 smooth_level=args.smooth_level, adv_norm=args.adv_norm), loss, ()
-    sys.modules.setdefault("train", sys.modules[__name__])  # a file may `from train import grpo`
-    given = {name for name in clip if getattr(args, name) is not None}
-    advantage, own_loss, fields = load_arm(args.method, args.arm, clip, given)
-    return advantage, own_loss or loss, fields
+def grpo(batch, adv_norm="std", eps=1e-6):
+    """A_i = (r_i - mean(r)) / (std(r) + eps), std of the population: (tokens,).
+
+    Groups with equal rewards, and groups of one, get 0.
+    """
+    # Relative to the first, so that equal rewards give exactly 0: in fp32 the mean of three times
+    # 0.1 is not 0.1.
+    reward = batch.reward - batch.reward[:, :1]
+    score = reward - reward.mean(1, keepdim=True)
+    if adv_norm == "std":
+        score = score / (reward.std(1, keepdim=True, correction=0) + eps)
+    return score.flatten()[batch.row]
+
+
+LENGTH_POWER = {"sum": 0, "mean": 1, "share": 2}
+
+
+def ds_grpo(batch, gamma_p, gamma_n, smooth_level="token", adv_norm="std"):
+    """GRPO with differential smoothing: (tokens,). Upper sign: correct; S_i = log pi_old(y_i|x).
+
+    token     A_i,t = A_i -+ gamma log pi_old(y_i,t)      the authors' code, Aug 2025
+    sum       A_i,t = A_i -+ gamma S_i                    Eq. 6 as printed
+    mean      A_i,t = A_i -+ gamma S_i / |y_i|
+    share     A_i,t = A_i -+ gamma S_i / |y_i|^2          the authors' code, Oct 2025
+    reward    r'_i = r_i -+ gamma S_i / |y_i|;  A_i,t = r'_i - mean(r')          ... and Nov 2025
+    """
+    gamma = torch.where(batch.correct, -gamma_p, gamma_n)  # bonus if correct, penalty if not
+    if smooth_level == "reward":
+        reward = batch.reward + gamma * batch.mean_logp
+        return (reward - reward.mean(1, keepdim=True)).flatten()[batch.row]
+    logp = batch.old_logp
+    if smooth_level != "token":
+        total = torch.zeros_like(batch.reward.flatten()).index_add(0, batch.row, logp)  # S_i
+        length = batch.length.flatten().clamp(min=1)
+        logp = (total / length ** LENGTH_POWER[smooth_level])[batch.row]
+    return grpo(batch, adv_norm) + gamma.flatten()[batch.row] * logp
+
+
+def clipped_loss(logp, batch, advantage, clip_low, clip_high):
+    """The loss of every token, and where rho was clipped from below and above (bool): (tokens,).
+
+    - min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),  rho = pi / pi_old
+    """
+    # At most e^20: a ratio beyond fp32 would give a clipped token the gradient 0 * inf.
+    ratio = (logp - batch.old_logp).clamp(max=20).exp()
+    low = (ratio < 1 - clip_low) & (advantage < 0)
+    high = (ratio > 1 + clip_high) & (advantage > 0)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -torch.minimum(ratio * advantage, clipped * advantage), low, high
+
+
+def k3(logp, other):
+    """Schulman's low-variance, non-negative estimate of KL(pi || other) at tokens drawn from pi.
+
+    exp(d) - d - 1,  d = log other - log pi
+    """
+    d = (other - logp).clamp(max=20)
+    return d.expm1() - d
 
 
 # ---- One update ----------------------------------------------------------------------------------
@@ -283,8 +350,8 @@ class Job:
     world: int
     device: str
     dtype: torch.dtype  # of the forward pass
-    rows: list
-    verdicts: Batch  # of the whole round; what belongs to a micro-batch is empty
+    rows: list  # of data/rollouts.py: Trajectory
+    verdicts: Batch  # of the whole round, without the tokens of a micro-batch
     advantage: typing.Callable  # as choose_method returns them
     loss: typing.Callable
     policy: Policy = None
@@ -295,56 +362,28 @@ class Job:
     ref_logp: dict = dataclasses.field(default_factory=dict)
     answers: list = dataclasses.field(default_factory=list)  # rows to rehearse, a list a problem
 
-    def plan(self, rows, members, unused=False):
+    def plan(self, rows, members):
         return plan_update(rows, members, self.rank, self.world, self.args.micro_batch_tokens,
-                           self.args.share_prompts, unused)
+                           self.args.share_prompts)
 
-    def progress(self, steps, what):
-        return tqdm(steps, what, disable=None if self.rank == 0 else True)
-
-
-def forward(policy, rows, micro, device, dtype):
-    """logp, entropy (tokens,) of a micro-batch, and each token's row.
-
-    micro: row indices; an empty one computes one token, for the ranks to stay in step.
-    """
-    prompts = [rows[i].prompt for i in micro] or [[0]]
-    completions = [rows[i].completion for i in micro] or [np.zeros(1, np.int64)]
-    with autocast(device, dtype):
-        logp, entropy = policy(prompts, completions)
-    row = np.repeat(micro or [0], [len(completion) for completion in completions])
-    return logp, entropy, torch.as_tensor(row, device=device)
+    def progress(self, steps, label):
+        return tqdm(steps, label, disable=None if self.rank == 0 else True)
 
 
 @torch.no_grad()
-def log_probs(job, module, updates, what, unused=False):
+def log_probs(job, module, updates, label):
     """{row: log-probs (tokens,) under `module`} of this rank's rows of some updates.
 
-    unused: also of rows that stand in no loss.
+    That of the updates after the first is pi_old; the first update's is its own forward pass.
     """
-    found = {}
-    for members in job.progress(updates, what):
-        for micro in job.plan(job.rows, members, unused):
+    logprobs = {}
+    for members in job.progress(updates, label):
+        for micro in job.plan(job.rows, members):
             logp, _, _ = forward(module, job.rows, micro, job.device, job.dtype)
             if micro:
-                found.update(zip(micro, logp.split([len(job.rows[i].completion) for i in micro])))
-    return found
-
-
-def old_logprobs(job, updates, whole):
-    """Fill in log pi_old of the rows of all updates but the first, whose own forward pass it is.
-
-    whole: of all rows of all updates, also those in no loss: means of whole groups are asked for.
-    """
-    updates = updates if whole else updates[1:]
-    job.old_logp = log_probs(job, job.module, updates, "pi_old", unused=whole)
-    if whole:
-        means = torch.zeros_like(job.verdicts.reward).flatten()
-        for i, logp in job.old_logp.items():
-            means[i] = logp.mean()
-        if job.world > 1:
-            dist.all_reduce(means)
-        job.verdicts.means = means.view_as(job.verdicts.reward)
+                lengths = [len(job.rows[i].completion) for i in micro]
+                logprobs.update(zip(micro, logp.split(lengths)))
+    return logprobs
 
 
 def token_losses(job, rows, micro, metrics):
@@ -353,33 +392,41 @@ def token_losses(job, rows, micro, metrics):
     logp, entropy, row = forward(job.module, rows, micro, job.device, job.dtype)
     if not micro:
         return 0 * logp
-    first = micro[0] not in job.old_logp  # the first update: pi is pi_old
-    old = logp.detach() if first else torch.cat([job.old_logp[i] for i in micro])
+    first_update = micro[0] not in job.old_logp  # where pi is pi_old
+    old = logp.detach() if first_update else torch.cat([job.old_logp[i] for i in micro])
     batch = dataclasses.replace(job.verdicts, old_logp=old, row=row)
     advantage = job.advantage(batch)
     loss, low, high = job.loss(logp, batch, advantage)
+    if advantage.shape != logp.shape or loss.shape != logp.shape:
+        raise ValueError(f"{args.method} must return a value a token, {tuple(logp.shape)}, not "
+                         f"{tuple(advantage.shape)} and {tuple(loss.shape)}")
+    sampler = np.concatenate([rows[i].logprobs for i in micro])
+    gap = old - torch.as_tensor(sampler, device=job.device)
+    if args.tis_cap:  # the expectation over the engine's samples becomes one over pi_old's
+        weight = gap.clamp(max=20).exp()
+        loss = loss * weight.clamp(max=args.tis_cap)
+        metrics.add(tis=weight.clamp(max=args.tis_cap), tis_capped=weight > args.tis_cap)
     right = batch.correct.flatten()[row]
     of_kind = torch.where(right, args.entropy_coef_correct, args.entropy_coef_wrong)
     loss = loss - (args.entropy_coef + of_kind) * entropy
     if args.ref_model:
         loss = loss + args.kl_coef * k3(logp, torch.cat([job.ref_logp[i] for i in micro]))
     with torch.no_grad():
-        sampler = np.concatenate([rows[i].logprobs for i in micro])
-        gap = (old - torch.as_tensor(sampler, device=job.device)).abs()
         gamma = torch.where(right, float(args.gamma_p or 0), float(args.gamma_n or 0))
         metrics.add(loss=loss, entropy=entropy, entropy_correct=entropy * right, right=right,
-                    nll=-logp, gap=gap, low=low, high=high, kl=k3(old, logp), adv=advantage,
+                    nll=-logp, gap=gap.abs(), low=low, high=high, kl=k3(old, logp), adv=advantage,
                     adv2=advantage.double() ** 2, smooth=(gamma * old).abs())
-        metrics.peak(gap=gap, ratio=(logp - old).clamp(max=88).exp())
+        metrics.peak(gap=gap.abs(), ratio=(logp - old).clamp(max=88).exp())
     return loss
 
 
 def rehearsal_losses(job, rows, micro, metrics):
     """- c log pi of every token of right answers drawn from an earlier model, the base: (tokens,).
 
-    Over base(y) v(x, y) / Z(x), the base filtered by the verifier v, the mean of -log pi is the
-    forward KL to it up to a constant: DPH-RL (arXiv 2509.07430), the limit of alpha-DPG
-    (2512.05962). Here each problem counts the same, and so does each of its distinct answers.
+    Each problem counts the same. Where its right rollouts are drawn equally often, this is, up to a
+    constant and a factor, the forward KL to base(y) v(x, y) / Z(x), the base filtered by the
+    verifier v: DPH-RL (arXiv 2509.07430), the limit of alpha-DPG (2512.05962). Where its distinct
+    answers are, the target is flatter than the base.
     """
     logp, _, _ = forward(job.module, rows, micro, job.device, job.dtype)
     if not micro:
@@ -389,8 +436,11 @@ def rehearsal_losses(job, rows, micro, metrics):
     return -job.args.rehearse_coef * logp
 
 
-def update_step(job, members, step):
-    """One optimizer step on the rows `members`, after `step` earlier ones; its line of metrics."""
+def update_step(job, members, step, optimizer_step):
+    """One optimizer step on the rows `members`; its line of metrics (a dict).
+
+    step: updates in the life of the model; optimizer_step: those since its moments began.
+    """
     began, args = time.monotonic(), job.args
     # 1. Gradients, micro-batch by micro-batch. `tokens`, over all ranks, is the one normaliser.
     tokens = sum(len(job.rows[i].completion) for i in members if job.rows[i].used)
@@ -417,37 +467,429 @@ def update_step(job, members, step):
         refuse(job, members, f"step {step + 1}: loss {loss}, gradient norm {norm}")
 
     # 3. AdamW.
-    lr = args.lr * min(1.0, (step + 1) / max(args.warmup_steps, 1))
+    lr = args.lr * min(1.0, (optimizer_step + 1) / max(args.warmup_steps, 1))
     for group in job.optimizer.param_groups:
         group["lr"] = lr
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
-    verdicts = job.verdicts
-    return metrics.line(
-        step=step + 1, tokens=tokens, rehearsal=(args.rehearse_coef, rehearsed), norm=norm, lr=lr,
-        seconds=time.monotonic() - began, device=job.device, rows=[job.rows[i] for i in members],
-        reward=verdicts.reward.flatten()[members].view(-1, verdicts.reward.shape[1]),
-        correct=verdicts.correct.flatten()[members])
+    return metrics.line(job, members, step=step + 1, tokens=tokens, rehearsed=rehearsed, norm=norm,
+                        lr=lr, seconds=time.monotonic() - began)
+
+
+# ---- The policy ----------------------------------------------------------------------------------
+def forward(module, rows, micro, device, dtype):
+    """logp, entropy (tokens,) of a micro-batch, and each token's row.
+
+    micro: row indices; an empty one computes one token, for the ranks to stay in step.
+    """
+    prompts = [rows[i].prompt for i in micro] or [[0]]
+    completions = [rows[i].completion for i in micro] or [np.zeros(1, np.int64)]
+    with autocast(device, dtype):
+        logp, entropy = module(prompts, completions)
+    row = np.repeat(micro or [0], [len(completion) for completion in completions])
+    return logp, entropy, torch.as_tensor(row, device=device)
+
+
+class Policy(torch.nn.Module):
+    """What DDP wraps: ids in, log-prob and entropy of every completion token out.
+
+    The head runs inside, under DDP's hooks. by_rows: whether it was filled by rows
+    (data/shards.py), and is to be saved by tensors.
+    """
+
+    def __init__(self, model, temperature, share_prompts, by_rows=False):
+        super().__init__()
+        self.model, self.temperature, self.share = model, temperature, share_prompts
+        self.by_rows = by_rows
+        self.head, config = model.get_output_embeddings(), model.config.get_text_config()
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        scaling = getattr(config, "logits_scaling", None) or 1
+        self.scale = getattr(config, "logit_scale", None) or 1 / scaling
+
+    def forward(self, prompts, completions):
+        """prompts, completions: ids, a row each -> logp, entropy (tokens,) fp32, row after row."""
+        hidden_of = shared_hidden if self.share else repeated_hidden
+        hidden = hidden_of(self.model, prompts, completions)
+        targets = torch.as_tensor(np.concatenate(completions), device=hidden.device)
+        logp, entropy, _ = fused_linear_entropy(
+            hidden, self.head.weight, targets, self.temperature, bias=self.head.bias,
+            softcap=self.cap, scale=self.scale)
+        return logp, entropy
+
+    @torch.no_grad()
+    def check(self, name, rows=()):
+        """Refuse a model that this class would get wrong, and rows with ids beyond its vocabulary.
+
+        The logits must be the model's own, also after a prompt that is shared through its cache."""
+        if not isinstance(self.head, torch.nn.Linear):
+            fail(f"{name}: unsupported head: not a linear layer but {type(self.head).__name__}")
+        decoder = self.model.get_decoder()
+        used = {id(weight) for part in (decoder, self.head) for weight in part.parameters()}
+        for key, weight in self.model.named_parameters():
+            if id(weight) not in used:
+                fail(f"{name}: unsupported architecture: {key} belongs neither to the text decoder "
+                     f"nor to its head")
+        ids = torch.arange(4, device=self.head.weight.device)[None]
+        expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if hidden is None:
+            fail(f"{name}: unsupported architecture: its decoder returns no hidden states")
+        logits = self.head(hidden[0]).float() * self.scale
+        logits = self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+        if not torch.allclose(logits, expected, atol=1e-3, rtol=1e-3):
+            fail(f"{name}: unsupported head: its logits are not a (soft-capped, scaled) linear map "
+                 f"of the last hidden states")
+        if self.share and not shares_prompts(self.model):
+            fail(f"{name}: a prompt cannot be shared through the cache of this architecture; give "
+                 f"--no-share-prompts")
+        positions = positions_of(self.model.config.get_text_config())
+        check_ids(rows, len(self.head.weight), positions, name)
+
+
+def checkpoint_activations(model):
+    """Recompute activations in the backward pass.
+
+    transformers wants training mode for the layers that do; dropout and noise stay off, so that
+    rho starts at 1.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        module.training = hasattr(module, "gradient_checkpointing")
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+# ---- Micro-batches -------------------------------------------------------------------------------
+def micro_batches(rows, members, budget, share):
+    """Cut members (row indices) into micro-batches of at most `budget` tokens, at least one row.
+
+    share: the rows of a group stand together, and a prompt counts once in each micro-batch that
+    holds one of them, padded to the longest; otherwise rows stand by length, and padding counts.
+    """
+    def place(i):
+        prompt, completion = len(rows[i].prompt), len(rows[i].completion)
+        return (prompt, rows[i].group) if share else (prompt + completion, i)
+
+    batches, groups, tokens = [], set(), 0
+    for i in sorted(members, key=place):  # each is the longest so far
+        prompt, completion = len(rows[i].prompt), len(rows[i].completion)
+        groups, tokens = groups | {rows[i].group}, tokens + completion
+        if share:
+            cost = len(groups) * prompt + tokens
+        else:
+            cost = (len(batches[-1]) + 1 if batches else 1) * (prompt + completion)
+        if not batches or cost > budget:
+            batches.append([])
+            groups, tokens = {rows[i].group}, completion
+        batches[-1].append(i)
+    return batches
+
+
+def plan_update(rows, members, rank, world, budget, share):
+    """This rank's micro-batches (lists of row indices) of one update.
+
+    The ranks' shares are cut from one order of the members by their tokens. Every rank gets equally
+    many micro-batches, at least one; an empty one takes part with weight 0.
+    """
+    siblings = np.bincount([rows[i].group for i in members])
+    order = sorted((i for i in members if len(rows[i].completion)),
+                   key=lambda i: (len(rows[i].prompt), rows[i].group))
+    cost = np.cumsum([len(rows[i].completion)
+                      + len(rows[i].prompt) / (siblings[rows[i].group] if share else 1)
+                      for i in order])
+    bounds = np.linspace(0, cost[-1] if order else 0, world + 1)[1:-1]
+    bounds = [0, *np.searchsorted(cost, bounds).tolist(), len(order)]
+    plans = []
+    for start, end in zip(bounds, bounds[1:]):
+        own = [i for i in order[start:end] if rows[i].used]
+        plans.append(micro_batches(rows, own, budget, share))
+    return plans[rank] + [[]] * (max(1, *map(len, plans)) - len(plans[rank]))
+
+
+# ---- Metrics -------------------------------------------------------------------------------------
+class Metrics:
+    """Sums and maxima over the completion tokens of an update, of all micro-batches and ranks."""
+    SUMS = ("loss", "entropy", "entropy_correct", "right", "nll", "gap", "low", "high", "kl", "adv",
+            "adv2", "smooth", "rehearsed", "tis", "tis_capped")
+    PEAKS = ("gap", "ratio")
+
+    def __init__(self):
+        self.sums, self.peaks = dict.fromkeys(self.SUMS, 0.0), dict.fromkeys(self.PEAKS, 0.0)
+
+    def add(self, **terms):
+        """A value a token, (tokens,), of each of SUMS."""
+        for name, term in terms.items():
+            self.sums[name] = self.sums[name] + term.double().sum()
+
+    def peak(self, **terms):
+        """A value a token, at least 0, of each of PEAKS."""
+        for name, term in terms.items():
+            self.peaks[name] = term.max().double().clamp(min=self.peaks[name])
+
+    def reduce(self, device, world):
+        """Sum over all ranks; then each is a number."""
+        sums, peaks = (torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device)
+                                    for value in of.values()]) for of in (self.sums, self.peaks))
+        if world > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(peaks, dist.ReduceOp.MAX)
+        self.sums = dict(zip(self.SUMS, sums.tolist()))
+        self.peaks = dict(zip(self.PEAKS, peaks.tolist()))
+
+    def line(self, job, members, step, tokens, rehearsed, norm, lr, seconds):
+        """The update's line of metrics.jsonl, which data/README.md explains key by key.
+
+        members: its rows; tokens: those in the loss; rehearsed: tokens of the answers drawn.
+        """
+        sums, count, args = self.sums, max(tokens, 1), job.args
+        mean, wrong = {name: value / count for name, value in sums.items()}, tokens - sums["right"]
+        rows, n = [job.rows[i] for i in members], job.verdicts.reward.shape[1]
+        reward = job.verdicts.reward.flatten()[members].view(-1, n)  # (groups of the update, n)
+        correct = job.verdicts.correct.flatten()[members].view(-1, n)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if job.device != "cpu":
+            memory = torch.cuda.max_memory_allocated()
+        optional = {}
+        if rehearsed:
+            optional["rehearse_nll"] = sums["rehearsed"] / rehearsed
+            mean["loss"] += args.rehearse_coef * optional["rehearse_nll"]
+        if args.tis_cap:
+            optional |= {"tis_mean": mean["tis"], "tis_capped_frac": mean["tis_capped"]}
+        return {
+            "step": step,
+            "loss": mean["loss"],
+            "reward": reward.mean().item(),
+            "pass@1": correct.float().mean().item(),
+            "pass@n": correct.any(1).float().mean().item(),
+            "entropy": mean["entropy"],
+            "entropy_correct": sums["entropy_correct"] / sums["right"] if sums["right"] else None,
+            "entropy_wrong": (sums["entropy"] - sums["entropy_correct"]) / wrong if wrong else None,
+            "nll": mean["nll"],
+            "logprob_gap": mean["gap"],
+            "logprob_gap_max": self.peaks["gap"],
+            "ratio_max": self.peaks["ratio"],
+            "clip_low_frac": mean["low"],
+            "clip_high_frac": mean["high"],
+            "approx_kl": mean["kl"],
+            "grad_norm": norm,
+            "lr": lr,
+            "adv_std": max(mean["adv2"] - mean["adv"] ** 2, 0) ** 0.5,
+            "smooth_abs": mean["smooth"],
+            "dead_groups": (reward == reward[:, :1]).all(1).float().mean().item(),
+            "completion_len": sum(len(row.completion) for row in rows) / len(rows),
+            "truncated_frac": sum(row.truncated for row in rows) / len(rows),
+            "tokens": tokens,
+            "tokens_per_s": tokens / seconds,
+            "peak_mem_bytes": memory,
+            **optional,
+        }
+
+
+def print_round(out, lines, n):
+    """On stdout the means over the round's updates, in one line; on stderr what should be raised.
+
+    lines: dicts of metrics.jsonl, of this round alone.
+    """
+    mean = {key: sum(line[key] for line in lines) / len(lines)
+            for key in ("pass@1", "pass@n", "entropy", "completion_len", "truncated_frac")}
+    print(f"Pass@1 {mean['pass@1']:.3f}  Pass@{n} {mean['pass@n']:.3f}  "
+          f"entropy {mean['entropy']:.3f}  length {mean['completion_len']:.1f}  "
+          f"truncated {mean['truncated_frac']:.3f}", flush=True)
+    last, keys = lines[-1], ("grad_norm", "logprob_gap", "tokens_per_s")
+    print(f"{out}: step {last['step']}; "
+          + ", ".join(f"{key} {last[key]:.4g}" for key in keys), file=sys.stderr)
+    if mean["truncated_frac"] > 0.5:
+        print(f"{out}: {mean['truncated_frac']:.0%} of the completions were cut at the length "
+              f"limit; raise --max-new-tokens of generate.py", file=sys.stderr)
+
+
+# ---- The choice of the objective -----------------------------------------------------------------
+def choose_method(args):
+    """--method as advantage(batch), loss(logp, batch, advantage), and the row fields it reads.
+
+    FILE.py:NAME: NAME(batch, **settings) returns the advantage of every completion token,
+    (tokens,). If NAME_loss stands beside it, NAME_loss(logp, batch, advantage, clip_low, clip_high,
+    **settings) returns the loss of every token in place of the clipped surrogate, or that with two
+    bool tensors (tokens,): where it clipped a token from below and from above. NAME.fields names
+    row fields that the batch will hold. Both functions get, of the settings and the clip range,
+    what they name as arguments. The file is run because its user names it on the command line; an
+    error inside it is a traceback of his own code.
+    """
+    clip = clip_range(args)
+    loss = functools.partial(clipped_loss, **clip)
+    if args.method == "grpo":
+        return functools.partial(grpo, adv_norm=args.adv_norm), loss, ()
+    if args.method == "ds-grpo":
+        return functools.partial(ds_grpo, gamma_p=args.gamma_p, gamma_n=args.gamma_n,
+                                 smooth_level=args.smooth_level, adv_norm=args.adv_norm), loss, ()
+    sys.modules.setdefault("train", sys.modules[__name__])  # a file may `from train import grpo`
+    path, name = split_name(args.method)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    own, own_loss = getattr(module, name, None), getattr(module, f"{name}_loss", None)
+    if not callable(own):
+        fail(f"{path}: no function {name} in this file")
+    for key in args.arm:
+        if not takes(own, key) and not (own_loss and takes(own_loss, key)):
+            fail(f"{args.method}: has no setting {key!r}")
+    for key in clip if own_loss else ():
+        if getattr(args, key) is not None and not takes(own_loss, key):
+            fail(f"--{key.replace('_', '-')}: {args.method}_loss does not take it")
+
+    def given_loss(logp, batch, advantage):
+        result = with_settings(own_loss, {**clip, **args.arm})(logp, batch, advantage)
+        unclipped = torch.zeros_like(batch.row, dtype=torch.bool)
+        return result if isinstance(result, tuple) else (result, unclipped, unclipped)
+
+    fields = tuple(getattr(own, "fields", ()))
+    return with_settings(own, args.arm), given_loss if own_loss else loss, fields
+
+
+def takes(function, key):
+    parameters = inspect.signature(function).parameters
+    return key in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+
+def with_settings(function, settings):
+    named = {key: value for key, value in settings.items() if takes(function, key)}
+    return functools.partial(function, **named)
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+# Rank 0 checks the input, claims the output, reports errors and writes; the others wait for its
+# claim (data/files.py: wait_for_rank_0).
+def start_ranks(device, world, timeout):
+    """Join the process group, if there are several. timeout: seconds that one waits for another."""
+    if world > 1:
+        if device != "cpu":
+            torch.cuda.set_device(device)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl",
+                                timeout=datetime.timedelta(seconds=timeout))
+
+
+def end_ranks():
+    """Wait for the other processes and leave the group. The caller must hold what this returns
+    until nothing of the round, least of all DDP's model, is left.
+
+    Were gloo's own thread the last to release the barrier, it would wait for the GIL, which this
+    thread keeps while the destructor of the group, which DDP's model holds, waits for that thread:
+    a deadlock."""
+    barrier = dist.barrier(async_op=True)
+    barrier.wait()
+    dist.destroy_process_group()
+    return barrier
+
+
+def over_ranks(policy, device, world, shard):
+    """(the module to call, a context for the backward passes before an update's last).
+
+    DDP: a copy of the policy on every rank, whose gradients are summed in the last pass. shard:
+    FSDP2, every decoder layer, then the rest, in shards over all ranks; gradients are summed in
+    every pass, because waiting would keep all of them on every rank.
+    """
+    if world == 1:
+        return policy, contextlib.nullcontext
+    if not shard:
+        copies = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+        return copies, copies.no_sync
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    layers = getattr(policy.model.get_decoder(), "layers", None)
+    if layers is None:
+        fail("--shard: unsupported architecture: its decoder has no `layers`")
+    mesh = init_device_mesh(device.split(":")[0], (world,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+    register_fsdp_forward_method(policy, "check")  # it calls parts of the model by themselves
+    return policy, contextlib.nullcontext
+
+
+def load_policy(name, options, temperature, rows, args, device, world, trained=True):
+    """(policy, the module to call, its no_sync context), on all ranks, checked with `rows`.
+
+    trained: whether it will be; a reference is not, and needs no gradients over ranks.
+
+    Under --shard no rank holds the whole model at any time, unless its files spell the weights
+    otherwise than the model does: then every rank loads all of it before it is sharded.
+    """
+    files, shard = {}, args.shard and world > 1
+    if shard:
+        with loading_told(name):
+            model, files = model_without_weights(name, options)
+    if not files:
+        model = load_model(name, torch.float32, device, options)
+    policy = Policy(model, temperature, args.share_prompts, by_rows=bool(files))
+    module, no_sync = over_ranks(policy, device, world if trained or shard else 1, shard)
+    if files:
+        with loading_told(name):
+            fill(model, files)
+        model.to(device)  # its buffers
+    policy.check(name, rows)
+    if shard:
+        policy.reshard()  # a forward pass leaves what is not in a layer gathered
+    return policy, module, no_sync
+
+
+def refuse(job, members, reason):
+    """End all ranks with exit 3; the update's rows are kept in OUT.refused.jsonl."""
+    path = f"{job.args.out}.refused.jsonl"
+    if job.rank == 0:
+        write_rollouts(path, [job.rows[i] for i in members])
+    if dist.is_initialized():
+        dist.barrier()
+    if job.rank == 0:
+        fail(f"{reason}: the update is refused, nothing was changed; its rows are kept in {path}",
+             3)
+    sys.exit(3)
+
+
+@contextlib.contextmanager
+def report_lost_ranks(timeout):
+    """Where another rank ends or hangs, this one says so in one line."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's errors have no class of their own
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, in the middle of the exit
+        reason = re.sub(r"^\[\S*\] | This is typically.*", "", str(error))
+        fail(f"rank {os.environ['RANK']}: another rank ended, or did not answer in {timeout:.0f} s "
+             f"({reason}); the same command does this round again", 4)
 
 
 # ---- The round -----------------------------------------------------------------------------------
 def verdicts_of(groups, fields, device):
-    """The batch of a whole round, to which each micro-batch adds its tokens."""
+    """The Batch of a whole round, to which each micro-batch adds its tokens."""
     def table(value):
         return torch.tensor([[value(row) for row in group] for group in groups], device=device)
 
     return Batch(table(lambda row: row.reward), table(lambda row: row.correct),
                  table(lambda row: len(row.completion)),
+                 mean_logp=table(lambda row: float(row.logprobs.mean()) if len(row.logprobs)
+                                 else 0.0),
                  fields={name: [[row.fields[name] for row in group] for group in groups]
                          for name in fields})
+
+
+def deal(count, n, updates, seed, step):
+    """Row indices of every update: `count` groups of n rows, shuffled by (seed, step), dealt into
+    updates whose sizes differ by at most one group."""
+    order = np.random.default_rng([seed, step]).permutation(count)
+    return [[group * n + k for group in part for k in range(n)]
+            for part in np.array_split(order, updates)]
 
 
 def sources(args):
     """What the round is made from, and the from_pretrained options of --model and --ref-model."""
     options, ref_options = check_model(args.model, args.trust_remote_code), None
     inputs = [args.rollouts, source_of(args.model, options)]
-    if not args.reset_optimizer:  # of a reference, and by generate.py, the weights alone are read
-        inputs += [file for name, file in files_of(args.model) if name.startswith(OF_TRAINING)]
+    # Of a reference, and by generate.py, the weights alone are read.
+    inputs += [file for name, file in files_of(args.model) if name.startswith(OF_TRAINING)
+               and not (args.reset_optimizer and name.startswith("optimizer"))]
     if args.ref_model:
         ref_options = check_model(args.ref_model, args.trust_remote_code)
         inputs.append(source_of(args.ref_model, ref_options))
@@ -456,6 +898,21 @@ def sources(args):
     if args.arm is not None:
         inputs.append(split_name(args.method)[0])
     return inputs, options, ref_options
+
+
+def announce(job):
+    """Print in one line what was chosen; return what of it the flags do not say, for the meta."""
+    args, (groups, n) = job.args, job.verdicts.reward.shape
+    attention, shards = attention_of(job.policy.model), job.world if args.shard else 1
+    weights = sum(weight.numel() for weight in job.policy.parameters())
+    print(f"{args.model} on {job.device} x {job.world}{' sharded' if shards > 1 else ''}, "
+          f"{str(job.dtype).removeprefix('torch.')} over fp32 weights, attention "
+          f"{attention}, prompts {'shared' if args.share_prompts else 'repeated'}: {groups} groups "
+          f"x {n}, {args.updates} updates of {args.method}, T = {job.policy.temperature}; "
+          f"{16 * weights / shards / 2**30:.2f} GiB a rank for weights, gradients and Adam, "
+          f"activations besides", file=sys.stderr)
+    backend = choose_backend(job.device.split(":")[0], None)
+    return {"attention": attention, "backend": backend}
 
 
 def train(args):
@@ -473,8 +930,8 @@ def train(args):
         fail(f"{args.rollouts}: {len(groups)} groups cannot be dealt into --updates {args.updates}")
     answers = []
     if args.rehearse:
-        answers = load_answers(args.rehearse, sampling["temperature"], args.allow_off_policy)
-    whole = try_method(advantage, loss, groups, verdicts_of(groups, fields, "cpu"))
+        answers = load_answers(args.rehearse, sampling["temperature"], args.rehearse_weight,
+                               args.allow_off_policy)
     device, dtype = device_and_dtype(args)
     if rank == 0:
         meta = describe(args, inputs, OF_TRAINING, sampling=sampling, device=device,
@@ -492,49 +949,46 @@ def train(args):
         reference, _, _ = load(args.ref_model, ref_options, trained=False)
     if args.checkpoint_activations:
         checkpoint_activations(policy.model)
-    memory = memory_estimate(policy, device, dtype, args.micro_batch_tokens,
-                             world if args.shard else 1)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                   fused=True)
-    step, lines = 0, []
-    if not args.reset_optimizer:
-        step, lines = load_optimizer(optimizer, policy, args.model), earlier_metrics(args.model)
+    step, optimizer_step = steps_done(args.model)
+    lines = earlier_metrics(args.model)
+    if args.reset_optimizer:
+        optimizer_step = 0
+    else:
+        load_optimizer(optimizer, policy, args.model, optimizer_step)
     job = Job(args=args, rank=rank, world=world, device=device, dtype=dtype, rows=rows,
               verdicts=verdicts_of(groups, fields, device), advantage=advantage, loss=loss,
               policy=policy, module=module, no_sync=no_sync, optimizer=optimizer,
               answers=answers)
     if rank == 0:
-        meta |= announce(job, *memory)
+        meta |= announce(job)
 
-    # 3. The shuffled groups are dealt into updates whose sizes differ by at most one.
-    order = np.random.default_rng(args.seed).permutation(len(groups))
-    updates = [[g * n + k for g in part for k in range(n)]
-               for part in np.array_split(order, args.updates)]
-
-    # 4. Log-probs that no update may change, and the updates.
+    # 3. Log-probs that no update may change, and the updates.
+    updates = deal(len(groups), n, args.updates, args.seed, step)
     if args.ref_model:
         job.ref_logp = log_probs(job, reference, updates, "reference")
         del reference
-    old_logprobs(job, updates, whole)
+    job.old_logp = log_probs(job, module, updates[1:], "pi_old")
+    done = []
     for members in job.progress(updates, "updates"):
-        lines.append(json.dumps(update_step(job, members, step)) + "\n")
-        step += 1
+        done.append(update_step(job, members, step, optimizer_step))
+        step, optimizer_step = step + 1, optimizer_step + 1
+    lines += [json.dumps(line) + "\n" for line in done]
 
-    # 5. The folder.
-    state = {"step": step, "flags": vars(args)}
+    # 4. The folder.
+    state = {"step": step, "optimizer_step": optimizer_step, "flags": vars(args)}
     save_round(args.out + ".partial", policy, tokenizer, optimizer, state, lines, args.model)
     if rank == 0:
         publish(args.out, {**meta, "wall_s": time.monotonic() - began})
-        last, keys = json.loads(lines[-1]), "pass@1 entropy grad_norm logprob_gap tokens_per_s"
-        print(f"{args.out}: step {step}; "
-              + ", ".join(f"{key} {last[key]:.4g}" for key in keys.split()), file=sys.stderr)
+        print_round(args.out, done, n)
     return end_ranks() if world > 1 else None
 
 
 def main(args):
-    with lost_ranks_told(args.rank_timeout):
-        held = train(args)
-    del held
+    with report_lost_ranks(args.rank_timeout):
+        barrier = train(args)
+    del barrier
 
 
 if __name__ == "__main__":

@@ -22,9 +22,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import typing
 from typing import Annotated, Literal
 
@@ -277,6 +279,11 @@ def digest(path, unread=()):
     return digests[0] if digests else path
 
 
+def rank_and_world():
+    """This process and how many there are, as torchrun says: (0, 1) without it."""
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def stamp(path, unread=()):
     """[name, bytes, time of the last change in ns] of each of these files; no path is its own.
 
@@ -339,6 +346,30 @@ def claim(out, meta, ignore=(), folder=False):
     except (BlockingIOError, FileNotFoundError):
         pass
     fail(f"{out}: another run is writing it; wait for it or choose another --out")
+
+
+def claim_empty(out, meta, ignore):
+    """Claim the folder `out` without what a killed run left, for a stage that starts from its
+    input files alone. False if `out` is complete."""
+    partial = claim(out, meta, ignore=ignore, folder=True)
+    for name in os.listdir(partial) if partial else ():
+        path = f"{partial}/{name}"
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    return partial is not None
+
+
+def wait_for_rank_0(out, timeout):
+    """Return when rank 0 has claimed `out`, after `timeout` seconds at most; False if `out` is
+    complete."""
+    began = time.monotonic()
+    while not os.path.isdir(out + ".partial"):
+        if os.path.exists(out):
+            return False
+        if time.monotonic() - began > timeout:
+            fail(f"rank {os.environ['RANK']}: rank 0 did not start to write {out} in "
+                 f"{timeout:.0f} s: no shared file system?", 4)
+        time.sleep(0.1)
+    return True
 
 
 def publish(out, meta, partial=None):

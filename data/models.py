@@ -179,18 +179,30 @@ def gathered(model, rank):
     return {name: whole(weight) for name, weight in model.state_dict(keep_vars=True).items()}
 
 
-def load_optimizer(optimizer, policy, folder):
-    """Put the moments of an earlier round into `optimizer`.
-
-    Returns the number of steps done; 0, and no moments, where `folder` is no round.
-    """
+def steps_done(folder):
+    """(updates in the life of an earlier round's model, those since its moments began); (0, 0)
+    where `folder` is no round."""
     if not os.path.exists(f"{folder}/trainer_state.json"):
-        return 0
+        return 0, 0
     try:
         with open(f"{folder}/trainer_state.json", encoding="utf-8") as file:
-            step = json.load(file)["step"]
-        if type(step) is not int or step < 0:
-            raise ValueError(f"step {step}")
+            state = json.load(file)
+        steps = state["step"], state.get("optimizer_step", state["step"])
+        if not all(type(step) is int and step >= 0 for step in steps):
+            raise ValueError(f"steps {steps}")
+    except Exception as error:
+        fail(f"{folder}/trainer_state.json: not a valid state ({type(error).__name__}: {error})")
+    return steps
+
+
+def load_optimizer(optimizer, policy, folder, step):
+    """Put the moments of an earlier round, of `step` optimizer steps, into `optimizer`.
+
+    Nothing is loaded where `folder` is no round.
+    """
+    if not os.path.exists(f"{folder}/trainer_state.json"):
+        return
+    try:
         files = tensor_files(folder, "optimizer")
         for name, weight in policy.model.named_parameters():
             state = {}
@@ -203,7 +215,6 @@ def load_optimizer(optimizer, policy, folder):
     except Exception as error:
         fail(f"{folder}: the optimizer cannot be carried on ({type(error).__name__}: {error}); "
              f"mend it or give --reset-optimizer")
-    return step
 
 
 def earlier_metrics(folder):

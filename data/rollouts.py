@@ -13,7 +13,7 @@ from data.files import Scored, fail, read_rows
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Row:
+class Trajectory:
     """A scored rollout as the update needs it."""
     where: str  # file:line, for messages
     id: str
@@ -24,7 +24,7 @@ class Row:
     logprobs: np.ndarray  # the sampler's, fp32
     correct: bool
     reward: float
-    cut: bool  # at the length limit
+    truncated: bool  # cut at the length limit
     used: bool  # False where --truncated mask leaves it out of the loss
     fields: dict  # that the objective asks for
 
@@ -43,15 +43,15 @@ def load_rollouts(path, truncated="wrong", fields=()):
         number = numbers.setdefault(scored.id, len(numbers))
         if scored.sample in group:
             fail(f"{where}: duplicate sample {scored.sample} of id {scored.id!r}")
-        cut = scored.finish_reason == "length"
-        # score.py calls a cut rollout correct where it holds a whole right answer: it stays right.
-        wrong = cut and truncated == "wrong" and not scored.correct
-        group[scored.sample] = Row(
+        at_limit = scored.finish_reason == "length"
+        # score.py calls such a rollout correct where it holds a complete right answer.
+        wrong = at_limit and truncated == "wrong" and not scored.correct
+        group[scored.sample] = Trajectory(
             where=where, id=scored.id, sample=scored.sample, group=number,
             prompt=scored.prompt_ids, completion=np.array(ids, np.int64),
             logprobs=np.array(logprobs, np.float32), correct=scored.correct,
-            reward=0.0 if wrong else scored.reward, cut=cut,
-            used=not (cut and truncated == "mask"),
+            reward=0.0 if wrong else scored.reward, truncated=at_limit,
+            used=not (at_limit and truncated == "mask"),
             fields={name: getattr(scored, name) for name in fields})
     n = len(next(iter(groups.values())))
     for group in groups.values():
@@ -67,12 +67,26 @@ def load_rollouts(path, truncated="wrong", fields=()):
     return [[group[sample] for sample in sorted(group)] for group in groups.values()], n
 
 
-def load_answers(path, temperature, off_policy=False):
-    """The distinct right completions of each problem of a scored file, a list of rows a problem.
+def check_ids(rows, vocabulary, positions, name):
+    """Refuse rows of another model: ids beyond its vocabulary, more tokens than it has positions.
 
-    Groups may be of any size; problems without a right one are left out. What is drawn from these
-    is learned at `temperature`, so that it must have been sampled at it; and from the whole
-    distribution, unless off_policy.
+    positions: None where the model has no limit; name: of the model, for messages."""
+    for row in rows:
+        length = len(row.prompt) + len(row.completion)
+        if positions and length > positions:
+            fail(f"{row.where}: {length} tokens of prompt and completion exceed the "
+                 f"{positions} positions of {name}")
+        if max(max(row.prompt), row.completion.max(initial=0)) >= vocabulary:
+            fail(f"{row.where}: a token id beyond the vocabulary of {vocabulary} of {name}: "
+                 f"rollouts of another model?")
+
+
+def load_answers(path, temperature, weight="distinct", off_policy=False):
+    """The right rollouts of each problem of a scored file, a list of rows a problem.
+
+    weight: "samples" keeps each, "distinct" one of each completion. Groups may be of any size;
+    problems without a right rollout are left out. They are learned at `temperature`, so they must
+    have been sampled at it; and from the whole distribution, unless off_policy.
     """
     sampling = files.sampling_of(path)
     if sampling is not None:
@@ -90,18 +104,21 @@ def load_answers(path, temperature, off_policy=False):
         prompt = next(iter(answers.values())).prompt if answers else scored.prompt_ids
         if prompt != scored.prompt_ids:
             fail(f"{where}: prompt_ids differ from those of the other samples of id {scored.id!r}")
-        answers.setdefault(tuple(scored.completion_ids), Row(
+        key = tuple(scored.completion_ids) if weight == "distinct" else len(answers)
+        answers.setdefault(key, Trajectory(
             where=where, id=scored.id, sample=scored.sample, group=number, prompt=prompt,
             completion=np.array(scored.completion_ids, np.int64),
             logprobs=np.array(scored.logprobs, np.float32), correct=True, reward=scored.reward,
-            cut=scored.finish_reason == "length", used=True, fields={}))
+            truncated=scored.finish_reason == "length", used=True, fields={}))
     if not problems:
         fail(f"{path}: no correct rollout to rehearse")
     return [list(answers.values()) for answers in problems.values()]
 
 
 def draw_answers(problems, count, seed):
-    """`count` rows: every problem equally often, but for a rest, then one of its answers."""
+    """`count` rows: problems equally often (up to one), and for each one of its answers.
+
+    seed: (seed, steps done), so that every update draws others."""
     rng, drawn = np.random.default_rng(seed), []
     while problems and len(drawn) < count:
         order = rng.permutation(len(problems))[:count - len(drawn)]
@@ -117,7 +134,7 @@ def write_rollouts(path, rows):
                 "id": row.id, "sample": row.sample, "where": row.where, "prompt_ids": row.prompt,
                 "completion_ids": row.completion.tolist(), "logprobs": row.logprobs.tolist(),
                 "correct": row.correct, "reward": row.reward,
-                "finish_reason": "length" if row.cut else "stop"}) + "\n")
+                "finish_reason": "length" if row.truncated else "stop"}) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)

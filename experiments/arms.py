@@ -55,12 +55,12 @@ def cispo(batch):
 
 
 def cispo_loss(logp, batch, advantage, clip_high):
-    """- sg(min(rho, 1 + clip_high)) A log pi: the weight is cut and detached (sg), so that no token
-    loses its gradient; there is no lower cut."""
+    """- sg(min(rho, 1 + clip_high)) A log pi: the weight is clipped and detached (sg), so that no
+    token loses its gradient; there is no lower clip."""
     ratio = (logp - batch.old_logp).clamp(max=20).exp()
     loss = -ratio.detach().clamp(max=1 + clip_high) * advantage * logp
-    cut = ratio > 1 + clip_high
-    return loss, torch.zeros_like(cut), cut
+    clipped = ratio > 1 + clip_high
+    return loss, torch.zeros_like(clipped), clipped
 
 
 def focal(batch, gamma=1.0):
@@ -120,6 +120,40 @@ def unsolved(batch):
     return score.expand_as(batch.reward).flatten()[batch.row]
 
 
+def maxrl(batch):
+    """MaxRL (arXiv 2602.02710): the truncated maximum likelihood of being right.
+
+    A = (r - p) / p, 0 where p = 0;  r: 1 if right, p: the share of right rollouts in the group
+    """
+    right = batch.correct.to(batch.reward.dtype)
+    solved = right.mean(1, keepdim=True)
+    score = (right - solved) / solved.clamp(min=1 / right.shape[1])  # 0 / (1 / n) where p = 0
+    return score.flatten()[batch.row]
+
+
+def rs(batch, beta=2.0):
+    """RS-GRPO (arXiv 2509.24261): risk-seeking, between the mean (beta -> 0) and the best reward.
+
+    A = (e^(beta r) / mean e^(beta r) - 1) / beta, not divided by a std; their default of beta is 2
+    """
+    weight = batch.reward.shape[1] * (beta * batch.reward).softmax(1)  # (groups, n)
+    return ((weight - 1) / beta).flatten()[batch.row]
+
+
+def ucpo(batch, tau=0.2):
+    """UCPO (arXiv 2605.00365), the factor of its authors' code: right rollouts that are rarer than
+    the group's other right ones get more.
+
+    A = A_GRPO (1 + tau (-log q - H(q))) if right, else A_GRPO;  q: the softmax of mean_t log pi_old
+    over the group's right rollouts. Their code also has a factor of its own on rare wrong rollouts,
+    left out here as we read the paper.
+    """
+    log_q = batch.mean_logp.masked_fill(~batch.correct, -1e30).log_softmax(1)
+    entropy = -(log_q.exp() * log_q).sum(1, keepdim=True)
+    weight = torch.where(batch.correct, 1 - tau * (log_q + entropy), 1.0)
+    return weight.flatten()[batch.row] * grpo(batch)
+
+
 def oreal(batch, negative_weight=0.5):
     """OREAL (arXiv 2502.06781), as its authors' code has it without the token-level reward model:
     right rollouts are cloned, wrong ones pushed down by a policy gradient, both by their distance
@@ -141,7 +175,7 @@ def oreal(batch, negative_weight=0.5):
 
 
 def oreal_loss(logp, batch, advantage):
-    """- A log pi where right, whatever rho is; - rho A where wrong; no cut."""
+    """- A log pi where right, whatever rho is; - rho A where wrong; no clip."""
     ratio = (logp - batch.old_logp).clamp(max=20).exp()
     return -advantage * torch.where(batch.correct.flatten()[batch.row], logp, ratio)
 

@@ -351,6 +351,18 @@ def shared_hidden(model, prompts, completions):
     return torch.cat(hidden)[order]
 
 
+def shares_prompts(model):
+    """Whether a trial gives the same hidden states with shared as with repeated prompts."""
+    short, long = [1, 2, 3], [3, 2, 1, 0, 1]
+    completions = [np.array([1, 2]), np.array([1, 2, 3]), np.array([3, 1, 2])]
+    try:
+        expected = repeated_hidden(model, [long, short, long], completions)
+        hidden = shared_hidden(model, [long, short, long], completions)
+    except Exception:  # a cache of another kind: each raises something else
+        return False
+    return bool((hidden - expected).norm() < 1e-2 * expected.norm())
+
+
 def repeated_cache(cache, owner):
     """A copy of the prompts' `cache` for some rows, which leaves `cache` as it is.
 

@@ -17,7 +17,7 @@ import types
 import pytest
 import torch
 
-from data.ranks import over_ranks
+from train import over_ranks
 from test_train import VERDICTS, Round, distance, fp64, make_rows, model, rollouts, run, same_metrics, write, TIMINGS  # noqa: F401
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -89,7 +89,7 @@ def finish(process, limit=300):
 # ---- The same results as one process ------------------------------------------------------------------------------------
 CASES = {  # name: (rows, flags); {all} is the file of those rows
     "one update": ("all", ["--max-grad-norm", 1e9, "--lr", 1e-3, "--entropy-coef", 0.1]),
-    "three updates": ("all", ["--updates", 3, "--lr", 0.03, "--micro-batch-tokens", 20, "--smooth-level", "sequence", "--gamma-p", 0.3]),
+    "three updates": ("all", ["--updates", 3, "--lr", 0.03, "--micro-batch-tokens", 20, "--smooth-level", "mean", "--gamma-p", 0.3]),
     "masked, reward": ("all", ["--updates", 2, "--lr", 0.03, "--smooth-level", "reward", "--truncated", "mask", "--micro-batch-tokens", 40]),
     "rehearsal": ("all", ["--updates", 2, "--lr", 0.03, "--micro-batch-tokens", 20, "--rehearse", "{all}", "--rehearse-coef", 0.5,
                           "--rehearse-n", 2]),

@@ -18,7 +18,6 @@ import evaluate
 import generate
 import score
 import train
-from data import policy as policies
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
 ENDS = [0, *range(5, 15)]  # several end-of-text ids; the first is the padding too
@@ -226,7 +225,6 @@ def test_rows_up_to_the_last_position(kind, flags, capfd):
             logp, _ = policy(prompts, completions)
             expected = torch.cat([forced(model, *both, 1.0)[0] for both in zip(prompts, completions)])
         assert (logp - expected).abs().max() < 1e-5
-    assert policies.memory_estimate(policy, "cpu", torch.float32, 1000)[1] > 0
     assert "rows:1: 65 tokens of prompt and completion exceed the 64 positions" in refusal(
         capfd, policy.check, kind, [row(prompts[0], [7] * 5)])
 
@@ -384,7 +382,7 @@ def test_checkpointed_activations_change_nothing(name, flags, tmp_path, monkeypa
             ids = rng.integers(6, 250, int(rng.integers(2, 12))).tolist()
             file.write(json.dumps({"id": str(i // 4), "sample": i % 4, "prompt_ids": [7, 8, 9 + i // 4], "completion_ids": ids, "correct": i % 3 == 0,
                                    "logprobs": [-1.0] * len(ids), "finish_reason": "stop", "reward": float(i % 3 == 0)}) + "\n")
-    passes, lines, load_model = [], [], policies.load_model
+    passes, lines, load_model = [], [], train.load_model
 
     def counted(*args):
         model = load_model(*args)
@@ -392,7 +390,7 @@ def test_checkpointed_activations_change_nothing(name, flags, tmp_path, monkeypa
         model.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: passes.append(passes.pop() + 1))
         return model
 
-    monkeypatch.setattr(policies, "load_model", counted)
+    monkeypatch.setattr(train, "load_model", counted)
     for out, flag in ("plain", "--no-share-prompts"), ("checkpointed", "--checkpoint-activations"):
         train.main(train.parse_args(["--model", folder, "--rollouts", str(tmp_path / "scored.jsonl"), "--out", str(tmp_path / out), "--updates", "2",
                                      "--temperature", "1", "--lr", "1e-3", "--device", "cpu", flag]))

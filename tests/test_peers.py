@@ -30,7 +30,7 @@ CASES = {  # flags of train.py, settings of TRL, and whose log-probs pi_old's ar
     "entropy": (f"--method grpo {NO_STD} --entropy-coef 0.2", {"entropy_coef": 0.2}, "policy"),
     "ds-token": (f"{DS} {NO_STD}", {}, "policy"),
     "ds-token clipped": (f"{DS} {NO_STD}", {}, "other"),
-    "ds-sequence": (f"{DS} {NO_STD} --smooth-level sequence", {}, "policy"),
+    "ds-mean": (f"{DS} {NO_STD} --smooth-level mean", {}, "policy"),
     "ds-reward": (f"{DS} --smooth-level reward", {}, "policy"),
     "ds-reward masked": (f"{DS} --smooth-level reward --truncated mask", MASK, "policy"),
     # its epsilon_high is the largest rho, not what is above 1
@@ -70,7 +70,7 @@ def told_to_trl(flags, rows):
         return (rewards / (std + 1e-6)).tolist(), None
     if "reward" in flags:
         return [float(reward) + gamma * mean for reward, gamma, mean in zip(rewards, gammas, means)], None
-    if "sequence" in flags:
+    if "mean" in flags:
         return rewards.tolist(), [[gamma * mean] * len(row["logprobs"]) for row, gamma, mean in zip(rows, gammas, means)]
     if "ds-grpo" in flags:
         return rewards.tolist(), [[gamma * logp for logp in row["logprobs"]] for row, gamma in zip(rows, gammas)]

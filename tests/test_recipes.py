@@ -94,7 +94,7 @@ def test_the_recipe_runs(loop, number):
         assert meta["flags"]["stop"] == ["<|im_end|>", "<|endoftext|>"]
         assert meta["flags"]["overlong"] == "skip"
         assert meta["flags"]["max_batch_tokens"] == 1048576
-        assert report(loop, "math-1.5b/round-001.meta.json")["flags"]["smooth_level"] == "sequence"
+        assert report(loop, "math-1.5b/round-001.meta.json")["flags"]["smooth_level"] == "share"
         assert report(loop, "math-1.5b-grpo/round-001.meta.json")["flags"]["method"] == "grpo"
         assert (loop.folder / "passk.png").exists()
         assert len((loop.folder / "math.jsonl").read_text().splitlines()) == 6  # without the long

@@ -24,9 +24,7 @@ from transformers.models.qwen2 import modeling_qwen2
 
 import train
 from data import files, shards
-from data import policy as policies
-from data.plan import plan_update
-from data.rollouts import Row, draw_answers, load_answers, load_rollouts
+from data.rollouts import Trajectory, draw_answers, load_answers, load_rollouts
 from experiments import arms
 from fused_entropy import choose_backend
 from shared_prompt import length_blocks
@@ -139,8 +137,8 @@ def use_fp64(setattr=setattr):
     def shell_of_doubles(name, options):
         return shards.model_without_weights(name, options, torch.float64)
 
-    setattr(policies, "load_model", load_double)
-    setattr(policies, "model_without_weights", shell_of_doubles)
+    setattr(train, "load_model", load_double)
+    setattr(train, "model_without_weights", shell_of_doubles)
     setattr(modeling_qwen2.Qwen2RMSNorm, "forward",
             lambda self, x: self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
     torch.set_default_dtype(torch.float64)
@@ -186,10 +184,11 @@ def std_of(numbers):
     return math.sqrt(mean_of([(x - mean_of(numbers)) ** 2 for x in numbers]))  # of the population
 
 
-def advantages(args, rewards, corrects, old):
-    """The advantage of every token of one group. old: a list of log-probs a row -> a list of advantages a row."""
-    n = len(rewards)
-    means = [mean_of(logps) if logps else 0.0 for logps in old]
+def advantages(args, group):
+    """The advantage of every token of one group: a list of advantages a row."""
+    n, old = len(group), [row["old"] for row in group]
+    rewards, corrects = [row["reward"] for row in group], [row["correct"] for row in group]
+    means = [mean_of(row["logprobs"]) if row["logprobs"] else 0.0 for row in group]
     if args.method.endswith(":passk"):  # all groups of k that can be made of the n answers
         subsets = list(itertools.combinations(range(n), args.arm["k"]))
         best = [float(any(corrects[i] for i in subset)) for subset in subsets]
@@ -211,8 +210,9 @@ def advantages(args, rewards, corrects, old):
         row = []
         for logp in old[i]:
             advantage = scores[i]
-            if args.smooth_level in ("token", "sequence"):
-                smooth = logp if args.smooth_level == "token" else means[i]
+            if args.smooth_level in ("token", "sum", "mean", "share"):
+                power = {"sum": 0, "mean": 1, "share": 2}.get(args.smooth_level)
+                smooth = logp if power is None else math.fsum(old[i]) / len(old[i]) ** power
                 advantage += -args.gamma_p * smooth if corrects[i] else args.gamma_n * smooth
             row.append(advantage)
         result.append(row)
@@ -236,7 +236,7 @@ class Oracle:
                 row["reward"] = 0.0
             groups.setdefault(row["id"], []).append(row)
         groups = [sorted(group, key=lambda row: row["sample"]) for group in groups.values()]
-        order = np.random.default_rng(args.seed).permutation(len(groups)).tolist()
+        order = np.random.default_rng([args.seed, self.step]).permutation(len(groups)).tolist()
         deals = []
         for u in range(args.updates):  # the first of them get one group more
             size = len(groups) // args.updates + (u < len(groups) % args.updates)
@@ -259,8 +259,7 @@ class Oracle:
         total, seen = torch.zeros((), dtype=torch.float64), []
         clip_low, clip_high = 0.2 if args.clip_low is None else args.clip_low, 0.25 if args.clip_high is None else args.clip_high
         for group in groups:
-            of_group = advantages(args, [row["reward"] for row in group], [row["correct"] for row in group], [row["old"] for row in group])
-            for row, advantages_of_row in zip(group, of_group):
+            for row, advantages_of_row in zip(group, advantages(args, group)):
                 if not any(row is one for one in kept):
                     continue
                 tokens = tokens_of(self.policy, row["prompt_ids"], row["completion_ids"], temperature)
@@ -274,6 +273,9 @@ class Oracle:
                     else:
                         low, high = low and adv < 0, high and adv > 0
                         loss = -torch.as_tensor((1 - clip_low if low else 1 + clip_high) * adv) if low or high else -rho * adv
+                    if args.tis_cap:
+                        weight = math.exp(old - row["logprobs"][t])
+                        loss = loss * min(weight, args.tis_cap)
                     coefficient = args.entropy_coef + (args.entropy_coef_correct if row["correct"] else args.entropy_coef_wrong)
                     loss = loss - coefficient * entropy
                     if args.kl_coef:
@@ -308,7 +310,8 @@ class Oracle:
         correct, wrong = [x for x in seen if x["correct"]], [x for x in seen if not x["correct"]]
         self.metrics.append({
             "step": self.step, "loss": loss.item(), "reward": mean_of([row["reward"] for row in members]),
-            "pass@1": mean_of([float(row["correct"]) for row in members]), "entropy": mean("entropy", seen),
+            "pass@1": mean_of([float(row["correct"]) for row in members]),
+            "pass@n": mean_of([float(any(row["correct"] for row in group)) for group in groups]), "entropy": mean("entropy", seen),
             "entropy_correct": mean("entropy", correct), "entropy_wrong": mean("entropy", wrong), "nll": mean("nll", seen),
             "logprob_gap": mean("gap", seen), "logprob_gap_max": max(x["gap"] for x in seen), "ratio_max": max(x["rho"] for x in seen),
             "clip_low_frac": mean("low", seen), "clip_high_frac": mean("high", seen), "approx_kl": mean("kl", seen), "grad_norm": norm,
@@ -330,7 +333,9 @@ def same_metrics(found, expected, tolerance=1e-6):
 
 ARMS = {
     "ds-grpo, token": [],
-    "ds-grpo, sequence": ["--smooth-level", "sequence", "--gamma-p", 0.3, "--gamma-n", 0.1],
+    "ds-grpo, sum": ["--smooth-level", "sum", "--gamma-p", 0.05, "--gamma-n", 0.02],
+    "ds-grpo, share": ["--smooth-level", "share", "--gamma-p", 0.5, "--gamma-n", 0.3],
+    "ds-grpo, mean": ["--smooth-level", "mean", "--gamma-p", 0.3, "--gamma-n", 0.1],
     "ds-grpo, reward": ["--smooth-level", "reward", "--gamma-p", 0.2, "--gamma-n", 0.1],
     "ds-grpo, positive half": ["--gamma-p", 0.3, "--gamma-n", 0],
     "ds-grpo, uniform bonus": ["--gamma-p", 0.2, "--gamma-n", -0.2],
@@ -348,7 +353,8 @@ ARMS = {
     "kl": ["--method", "grpo", "--kl-coef", 0.5],
     "masked": ["--truncated", "mask", "--gamma-p", 0.3],
     "masked, reward": ["--truncated", "mask", "--smooth-level", "reward", "--gamma-p", 0.3],
-    "all": ["--smooth-level", "sequence", "--entropy-coef", 0.1, "--entropy-coef-wrong", -0.2, "--kl-coef", 0.2, "--truncated", "mask",
+    "truncated importance sampling": ["--method", "grpo", "--tis-cap", 1.001],
+    "all": ["--smooth-level", "mean", "--entropy-coef", 0.1, "--entropy-coef-wrong", -0.2, "--kl-coef", 0.2, "--truncated", "mask",
             "--clip-low", 0.05, "--clip-high", 0.1, "--warmup-steps", 2, "--weight-decay", 0.1, "--seed", 3],
 }
 
@@ -428,7 +434,7 @@ def test_the_sign_comes_from_correct_and_dead_groups_are_smoothed():
     assert advantage([0.1, 0.1], [False, False], logp=-2.0, **options) == [-0.5, -0.5]  # a format reward does not make it correct
     assert advantage([0.0, 0.0], [True, True], logp=-2.0, **options) == [1.0, 1.0]
     assert advantage([1.0, 1.0], [True, True], [1, 2], logp=[-2.0, -1.0, -3.0], **options) == [1.0, 0.5, 1.5]
-    assert advantage([1.0, 1.0], [True, True], [1, 2], logp=[-2.0, -1.0, -4.0], smooth_level="sequence", **options) == [1.0, 1.25, 1.25]
+    assert advantage([1.0, 1.0], [True, True], [1, 2], logp=[-2.0, -1.0, -4.0], smooth_level="mean", **options) == [1.0, 1.25, 1.25]
     assert advantage([1.0, 1.0], [True, True], [1, 2], logp=[-2.0, -1.0, -4.0], smooth_level="reward", **options) == [-0.125, 0.125, 0.125]
 
 
@@ -503,13 +509,13 @@ def test_fuzz_advantage(data):
     row = torch.tensor(data.draw(st.lists(st.integers(0, groups * n - 1), max_size=20)), dtype=torch.long)
     old = torch.tensor(data.draw(st.lists(st.floats(-1e4, 0, width=32), min_size=len(row), max_size=len(row))))
     gammas = st.sampled_from([0, 10, -1, 0.01])
-    smoothing = st.fixed_dictionaries({"gamma_p": gammas, "gamma_n": gammas, "smooth_level": st.sampled_from(["token", "sequence", "reward"]),
+    smoothing = st.fixed_dictionaries({"gamma_p": gammas, "gamma_n": gammas, "smooth_level": st.sampled_from(["token", "sum", "mean", "share", "reward"]),
                                        "adv_norm": st.sampled_from(["std", "none"])})
     method, options = data.draw(st.one_of(
         st.tuples(st.just(train.ds_grpo), smoothing), st.tuples(st.just(arms.cispo), st.just({})),
         st.tuples(st.just(train.grpo), st.fixed_dictionaries({"adv_norm": st.sampled_from(["std", "none"])})),
         st.tuples(st.just(arms.w_reinforce), st.just({"positive_weight": 0.1})),
-        *[st.tuples(st.just(method), st.just({})) for method in (arms.boundary, arms.unsolved, arms.oreal, arms.drpo)],
+        *[st.tuples(st.just(method), st.just({})) for method in (arms.boundary, arms.unsolved, arms.oreal, arms.drpo, arms.maxrl, arms.rs, arms.ucpo)],
         *[st.tuples(st.just(arms.passk), st.fixed_dictionaries({"k": st.integers(1, n - 1)}))] * (n > 1)))
     found = method(batch_of(reward, correct, old, row), **options)
     assert found.shape == row.shape and torch.isfinite(found).all()
@@ -521,8 +527,8 @@ def test_fuzz_advantage(data):
 
 
 def row_of(prompt, completion, group=0, used=True):
-    return Row(where="rows.jsonl:1", id=str(group), sample=0, group=group, prompt=prompt, completion=np.array(completion, np.int64),
-               logprobs=np.zeros(len(completion), np.float32), correct=True, reward=1.0, cut=False, used=used, fields={})
+    return Trajectory(where="rows.jsonl:1", id=str(group), sample=0, group=group, prompt=prompt, completion=np.array(completion, np.int64),
+               logprobs=np.zeros(len(completion), np.float32), correct=True, reward=1.0, truncated=False, used=used, fields={})
 
 
 # ---- The plan: who computes what ----------------------------------------------------------------------------------------
@@ -536,9 +542,9 @@ def test_the_plan_covers_every_row_once(data):
     rows = [row_of([2] * prompt, [0] * length, group=g, used=used) for g, (prompt, samples) in enumerate(shapes) for length, used in samples[:n]]
     world, share = data.draw(st.integers(1, 5)), data.draw(st.booleans())
     budget = data.draw(st.integers(1, 100))
-    for unused in (False, True):
-        plans = [plan_update(rows, list(range(len(rows))), rank, world, budget, share, unused) for rank in range(world)]
-        wanted = [i for i, row in enumerate(rows) if len(row.completion) and (unused or row.used)]
+    if True:
+        plans = [train.plan_update(rows, list(range(len(rows))), rank, world, budget, share) for rank in range(world)]
+        wanted = [i for i, row in enumerate(rows) if len(row.completion) and row.used]
         assert sorted(i for plan in plans for batch in plan for i in batch) == wanted
         assert len({len(plan) for plan in plans}) == 1 and len(plans[0]) >= 1
         for batch in itertools.chain(*plans):
@@ -616,7 +622,7 @@ def test_ratio_is_one_in_bf16_autocast(model, rollouts, tmp_path):
     for line in found.metrics:  # with lr 0 the second update, whose pi_old is another pass, is on policy, too
         assert line["ratio_max"] == pytest.approx(1, abs=1e-5) and line["clip_low_frac"] == line["clip_high_frac"] == 0
         assert 1e-4 < line["logprob_gap"] < 0.5
-    policy = train.Policy(policies.load_model(model, torch.float32, "cpu", {}), T, True)
+    policy = train.Policy(train.load_model(model, torch.float32, "cpu", {}), T, True)
     logp, entropy, _ = train.forward(policy, [row_of([2, 3], [4, 5, 6])], [0], "cpu", torch.bfloat16)
     assert logp.dtype == entropy.dtype == torch.float32
     assert (logp.bfloat16().float() != logp).any()
@@ -661,7 +667,7 @@ def test_dead_groups_train_under_ds_grpo_alone(model, tmp_path):
 
 
 def test_one_pass_a_row_unless_more_is_needed(model, rollouts, tmp_path, monkeypatch):
-    """pi_old of the first update is its own forward pass; later ones, and all at level reward, are computed before any step."""
+    """pi_old of the first update is its own forward pass; that of later ones is computed before any step."""
     calls, original = [], train.forward
     monkeypatch.setattr(train, "forward", lambda *args: calls.append(torch.is_grad_enabled()) or original(*args))
     run(model, rollouts, tmp_path / "one")
@@ -671,13 +677,13 @@ def test_one_pass_a_row_unless_more_is_needed(model, rollouts, tmp_path, monkeyp
     assert calls == [False] * 2 + [True] * 3
     calls.clear()
     run(model, rollouts, tmp_path / "reward", "--smooth-level", "reward")
-    assert calls == [False, True]
+    assert calls == [True]
 
 
 @pytest.mark.parametrize("lengths", [[[0, 0, 0, 0]], [[0, 0, 0, 1]], [[1, 1, 1, 1]], [[58, 59, 1, 0]]])
 def test_empty_completions_and_the_length_limit(model, lengths, tmp_path):
     rows = make_rows(model, [VERDICTS[0]], lengths, cut=())
-    for flags in [], ["--smooth-level", "sequence"], ["--smooth-level", "reward", "--updates", 1], ["--no-share-prompts"]:
+    for flags in [], ["--smooth-level", "mean"], ["--smooth-level", "reward", "--updates", 1], ["--no-share-prompts"]:
         found = run(model, write(tmp_path / "rows.jsonl", rows), tmp_path / f"out{len(os.listdir(tmp_path))}", *flags)
         assert found.metrics[0]["tokens"] == sum(lengths[0])
         assert all(value is None or math.isfinite(value) for value in found.metrics[0].values())
@@ -1029,7 +1035,6 @@ def test_wrong_files_and_flags(model, rollouts, tmp_path, capsys):
             (model, text("torn", b"".join(lines)[:-30]), ["--temperature", 1], ":28: not a valid JSON row"),
             (model, text("ragged", b"".join(lines[:-1])), ["--temperature", 1], "a group is not whole"),
             (model, rollouts, ["--updates", 8], "7 groups cannot be dealt"),
-            (model, rollouts, ["--method", f"{RIVALS}:passk"], "k = 4: must be at least 1, and less than the 4 samples of a group"),
             (str(tmp_path / "absent"), rollouts, [], "no such model folder"),
             (str(tmp_path), rollouts, [], "no config.json"),
             (copy("pickle", model__safetensors=None), rollouts, [], "no *.safetensors"),
@@ -1042,8 +1047,8 @@ def test_wrong_files_and_flags(model, rollouts, tmp_path, capsys):
             (copy("no-moments", trainer_state__json=b'{"step": 3}'), rollouts, [], "--reset-optimizer"),
             (copy("bad-moments", trainer_state__json=b'{"step": 3}', optimizer__safetensors=b"x" * 100), rollouts, [], "--reset-optimizer"),
             (copy("other-moments", trainer_state__json=b'{"step": 3}', optimizer__safetensors=weights), rollouts, [], "--reset-optimizer"),
-            (copy("no-step", trainer_state__json=b"{}"), rollouts, [], "--reset-optimizer"),
-            (copy("bad-step", trainer_state__json=b'{"step": "x"}', optimizer__safetensors=weights), rollouts, [], "--reset-optimizer"),
+            (copy("no-step", trainer_state__json=b"{}"), rollouts, [], "trainer_state.json: not a valid state"),
+            (copy("bad-step", trainer_state__json=b'{"step": "x"}', optimizer__safetensors=weights), rollouts, [], "not a valid state"),
             (model, rollouts, ["--kl-coef", 0.1, "--ref-model", str(tmp_path / "absent")], "no such model folder"),
             (model, rollouts, ["--kl-coef", 0.1, "--ref-model", small], "beyond the vocabulary of 9"),
             *([] if torch.cuda.is_available() else [(model, rollouts, ["--device", "cuda"], "no CUDA device")])]:
@@ -1096,7 +1101,7 @@ def test_fuzz_load_rollouts(tmp_path_factory, rows, truncated):
     assert sum(map(len, groups)) == len(rows) and all(len(group) == n for group in groups)
     for row in sum(groups, []):
         assert len(row.completion) == len(row.logprobs) and np.isfinite(row.logprobs).all()
-        assert not (row.cut and truncated == "wrong" and not row.correct and row.reward)
+        assert not (row.truncated and truncated == "wrong" and not row.correct and row.reward)
 
 
 # ---- Objectives from files ----------------------------------------------------------------------------------------------
@@ -1107,6 +1112,11 @@ OWN = '''def concise(batch, penalty=0.1):
     advantage = reward - reward.mean(1, keepdim=True)
     return advantage.flatten()[batch.row]
 '''
+
+
+def sampled_means(group):
+    """Mean log-prob of each rollout, as the sampler wrote it into the rows."""
+    return [mean_of(row["logprobs"]) if row["logprobs"] else 0.0 for row in group]
 
 
 def gradient_of(model, rows, advantages_of, loss_of):
@@ -1176,14 +1186,11 @@ mine.fields = ("solution", "id")
     rows = make_rows(model, cut=())
     for i, row in enumerate(rows):
         row["solution"] = "ab"[:i % 3] or None
-    calls, original = [], train.forward
-    monkeypatch.setattr(train, "forward", lambda *args: calls.append(torch.is_grad_enabled()) or original(*args))
     found = run(model, write(tmp_path / "rows.jsonl", rows), tmp_path / "out", "--method", f"{mine}:mine", "--arm", "scale=2", "--arm", "label=x",
                 "--max-grad-norm", 1e9, "--micro-batch-tokens", 25)
-    assert calls.count(False) == calls.count(True) > 2  # the means cost a pass of their own
 
     def advantages_of(group, old):
-        means = [mean_of(of_row) if of_row else 0.0 for of_row in old]
+        means = sampled_means(group)
         return [[len(row["solution"] or "") + 2 * (mean - mean_of(means))] * len(of_row) for row, mean, of_row in zip(group, means, old)]
 
     assert distance(found.gradient, gradient_of(model, rows, advantages_of, lambda logp, old, adv: -(logp - old) * adv * 2)) < 1e-9
@@ -1191,28 +1198,35 @@ mine.fields = ("solution", "id")
 
 
 WRONG_ARMS = [  # the file, flags, and what the line says
-    ("from train import grpo as mine\ndef mine_loss(logp, batch, advantage, clip_high): return logp", ["--clip-low", 0.1], "mine_loss does not take it"),
+    ("from train import grpo as mine\ndef mine_loss(logp, batch, advantage, clip_high): return logp",
+     ["--clip-low", 0.1], "mine_loss does not take it"),
     ("def other(batch): ...", [], "no function mine in this file"),
-    ("def mine(batch: ...", [], "cannot be imported: SyntaxError"),
-    ("import absent_module", [], "cannot be imported: ModuleNotFoundError"),
-    ("def mine(batch, k): ...", [], "missing 1 required positional argument: 'k'"),
     ("def mine(batch, k): ...", ["--arm", "j=1"], "has no setting 'j'"),
-    ("def mine(batch): return batch.reward", [], "must return a tensor, torch.float32 of shape ("),
-    ("def mine(batch): return batch.old_logp.double()", [], "not torch.float64 of shape ("),
-    ("def mine(batch): return None", [], "not NoneType"),
-    ("def mine(batch): return batch.old_logp / 0", [], "not finite"),
-    ("def mine(batch): return batch.solution", [], "a batch has no 'solution'"),
-    ("def mine(batch): return batch.old_logp\nmine.fields = ('solution',)", [], "rows.jsonl:1: missing field 'solution'"),
-    ("def mine(batch): return batch.old_logp\ndef mine_loss(logp, batch, advantage): return logp.sum()", [], "mine_loss must return"),
-    ("def mine(batch): return batch.old_logp\ndef mine_loss(logp, batch, advantage): return logp / 0", [], "mine_loss returns numbers"),
+    ("def mine(batch): return batch.old_logp\nmine.fields = ('solution',)", [],
+     "rows.jsonl:1: missing field 'solution'"),
 ]
 
 
 @pytest.mark.parametrize("text, flags, message", WRONG_ARMS)
-def test_a_wrong_objective_is_told_before_a_model_is_loaded(text, flags, message, model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(policies, "load_model", None)
+def test_a_wrong_objective_is_refused_before_a_model_is_loaded(
+        text, flags, message, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)
     path = write(tmp_path / "rows.jsonl", make_rows(model, VERDICTS[:1], LENGTHS[:1]))
-    assert message in refused(capsys, model, path, tmp_path / "out", "--method", f"{file_of(tmp_path, text)}:mine", *flags)
+    method = f"{file_of(tmp_path, text)}:mine"
+    assert message in refused(capsys, model, path, tmp_path / "out", "--method", method, *flags)
+
+
+def test_a_mistake_inside_an_objective_is_a_traceback_of_the_users_own_code(model, tmp_path):
+    path = write(tmp_path / "rows.jsonl", make_rows(model, VERDICTS[:1], LENGTHS[:1]))
+    for number, (text, kind, message) in enumerate([
+            ("def mine(batch): return batch.solution", AttributeError, "no 'solution'"),
+            ("def mine(batch): return batch.reward", ValueError, "must return a value a token"),
+            ("def mine(batch): return batch.old_logp.sum()", ValueError, "a value a token"),
+            ("import absent_module", ModuleNotFoundError, "absent_module")]):
+        mine = file_of(tmp_path, text, f"mine{number}.py")
+        flags = ["--method", f"{mine}:mine"]
+        with pytest.raises(kind, match=message):
+            train.main(arguments(model, path, tmp_path / f"out{number}", *flags))
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -1220,7 +1234,7 @@ def test_a_wrong_objective_is_told_before_a_model_is_loaded(text, flags, message
     (["--method", "absent.py"], "neither"), (["--method", f"{RIVALS}:a-b"], "neither"), (["--method", f"{RIVALS}:passk", "--arm", "k"], "KEY=VALUE"),
     (["--method", f"{RIVALS}:passk", "--arm", "k=1", "--arm", "k=2"], "given twice"), (["--method", f"{RIVALS}:passk", "--arm", "k=nan"], "finite"),
     (["--method", f"{RIVALS}:passk", "--adv-norm", "std"], "--adv-norm belongs to"), (["--smooth-level", "reward", "--adv-norm", "std"], "--adv-norm"),
-    (["--seed", -1], "--seed must be at least 0"), (["--rehearse", "x"], "go together"), (["--rehearse-coef", 0.1], "go together"), (["--rehearse-n", 3], "belongs to --rehearse"),
+    (["--seed", -1], "--seed must be at least 0"), (["--rehearse", "x"], "go together"), (["--rehearse-coef", 0.1], "go together"), (["--rehearse-n", 3], "belong to --rehearse"), (["--rehearse-weight", "samples"], "belong to --rehearse"), (["--tis-cap", 0], "above 0"),
     (["--rehearse", "x", "--rehearse-coef", -1], "above 0"), (["--gamma-n", "-1e-3", "--method", "grpo"], "--gamma-n belongs"),
     (["--method", f"{RIVALS}:passk", "--gamma-p", 1], "--gamma-p belongs to --method ds-grpo"), (["--arm", "k=1"], "--arm belongs to --method FILE.py:NAME")])
 def test_wrong_flags_of_an_objective(flags, message, capsys):
@@ -1263,6 +1277,78 @@ def test_rehearsal_is_the_mean_log_prob_of_right_answers_of_the_base(model, roll
                   **{key: found.metrics[0][key] for key in ("loss", "grad_norm")}})
 
 
+def test_rehearsal_draws_each_right_rollout_or_each_distinct_answer(model, tmp_path):
+    """samples: an answer that was sampled three times counts three times; distinct: once."""
+    rows = make_rows(model, [[(1, 1.0), (1, 1.0), (1, 1.0), (1, 1.0)]], [[3, 2, 2, 2]], cut=())
+    for row in rows[2:]:
+        row["completion_ids"] = rows[1]["completion_ids"]
+    path = write(tmp_path / "base.jsonl", rows)
+    for weight, count in ("samples", 4), ("distinct", 2):
+        (answers,) = load_answers(path, T, weight)
+        assert len(answers) == count
+        drawn = draw_answers([answers], 4000, (0, 0))
+        share = mean_of([len(row.completion) == 3 for row in drawn])
+        assert share == pytest.approx(1 / count, abs=0.03)
+
+
+def test_the_counter_of_steps_survives_a_reset(model, rollouts, tmp_path):
+    """--reset-optimizer: moments and warm-up begin anew; the step, which seeds the deal and the
+    draw of what is rehearsed, and metrics.jsonl go on."""
+    first = run(model, rollouts, tmp_path / "1", "--updates", 3)
+    flags = ["--updates", 2, "--warmup-steps", 4, "--lr", 1e-3]
+    went_on = run(first.folder, rollouts, tmp_path / "2", *flags)
+    reset = run(first.folder, rollouts, tmp_path / "r", *flags, "--reset-optimizer")
+    assert went_on.step == reset.step == 5
+    assert [line["step"] for line in reset.metrics] == [1, 2, 3, 4, 5]
+    assert [line["lr"] for line in reset.metrics[3:]] == pytest.approx([0.25e-3, 0.5e-3])
+    assert [line["lr"] for line in went_on.metrics[3:]] == pytest.approx([1e-3, 1e-3])
+    assert reset.metrics[3]["pass@1"] == went_on.metrics[3]["pass@1"]  # the same groups
+    third = run(reset.folder, rollouts, tmp_path / "3", *flags)
+    assert third.step == 7
+    assert [line["lr"] for line in third.metrics[5:]] == pytest.approx([0.75e-3, 1e-3])
+
+
+def test_the_deal_depends_on_the_seed_and_the_steps_done():
+    deals = [train.deal(8, 2, 4, seed, step) for seed, step in ((0, 0), (0, 4), (1, 0), (0, 0))]
+    assert deals[0] == deals[3] and deals[1] != deals[0] != deals[2] and deals[1] != deals[2]
+    for updates in deals:
+        assert sorted(sum(updates, [])) == list(range(16)) and {len(rows) for rows in updates} == {4}
+
+
+@pytest.mark.parametrize("level, power", [("sum", 1), ("mean", 0), ("share", -1)])
+def test_levels_differ_by_a_power_of_the_length(level, power):
+    """Where all completions have L tokens: gamma at sum = gamma L at mean = gamma L^2 at share."""
+    length, logp = 5, [-0.1, -2.0, -0.3, -1.0, -0.7, -0.2, -0.4, -3.0, -0.1, -0.5]
+    verdicts = [1.0, 0.0], [True, False], [length, length]
+    expected = advantage(*verdicts, logp=logp, method=train.ds_grpo, smooth_level="mean",
+                         gamma_p=0.3, gamma_n=0.2)
+    scale = length ** -power
+    found = advantage(*verdicts, logp=logp, method=train.ds_grpo, smooth_level=level,
+                      gamma_p=0.3 * scale, gamma_n=0.2 * scale)
+    assert found == pytest.approx(expected)
+
+
+def test_lowered_log_probs_scale_the_gradient_up_to_the_cap(model, tmp_path, fp64):
+    """--tis-cap: an engine whose log-probs lie d below the trainer's: min(e^d, C) times."""
+    rows = make_rows(model)
+    for row in rows:
+        row["logprobs"] = row["logprobs"] and [
+            logp.item() for logp, _ in
+            tokens_of(load(model), row["prompt_ids"], row["completion_ids"])]
+    flags = ["--method", "grpo", "--max-grad-norm", 1e9]
+    plain = run(model, write(tmp_path / "rows.jsonl", rows), tmp_path / "plain", *flags)
+    assert "tis_mean" not in plain.metrics[0]
+    for d, capped in (0.5, 0), (1.0, 1):
+        low = [{**row, "logprobs": [logp - d for logp in row["logprobs"]]} for row in rows]
+        found = run(model, write(tmp_path / f"{d}.jsonl", low), tmp_path / f"tis-{d}", *flags,
+                    "--tis-cap", 2)
+        factor = min(math.exp(d), 2)
+        assert found.metrics[0]["tis_mean"] == pytest.approx(factor)
+        assert found.metrics[0]["tis_capped_frac"] == capped
+        scaled = {name: factor * gradient for name, gradient in plain.gradient.items()}
+        assert distance(found.gradient, scaled) < 1e-6
+
+
 def test_problems_are_drawn_equally_often_and_anew_at_every_step():
     problems = [[row_of([2], [3 + i], group=g) for i in range(g + 1)] for g in range(5)]
     drawn = draw_answers(problems, 1003, (0, 1))
@@ -1301,7 +1387,7 @@ def test_a_sequence_beyond_the_models_positions_is_refused(model, tmp_path, caps
 def test_two_threads_give_the_same_gradient_every_time(tiny_model):
     """The gradients of a prompt that is repeated for its rows are added in one order, whatever thread is the first."""
     rng = random.Random(0)
-    policy = train.Policy(policies.load_model(tiny_model, torch.float32, "cpu", {}), 1.0, True)
+    policy = train.Policy(train.load_model(tiny_model, torch.float32, "cpu", {}), 1.0, True)
     prompts, completions = [], []
     for _ in range(14):
         prompt = [rng.randrange(3, 20) for _ in range(rng.randint(14, 20))]
@@ -1351,7 +1437,7 @@ def test_neighbours_by_loops(model, tmp_path, fp64):
         return [[weight * adv for adv in of_row] for of_row in normed([row["reward"] for row in group], old)]
 
     def unlikeliness(group, old):
-        means = [mean_of(of_row) if of_row else 0.0 for of_row in old]
+        means = sampled_means(group)
         ranks = [sorted(means).index(mean) for mean in means]  # 0: the unlikeliest
         return normed([row["reward"] * (1 - 0.5 * rank / 4 if row["correct"] else 1) for row, rank in zip(group, ranks)], old)
 
@@ -1372,7 +1458,7 @@ def test_neighbours_by_loops(model, tmp_path, fp64):
         return spread(scores, old)
 
     def drpo(group, old):
-        means = [mean_of(of_row) if of_row else 0.0 for of_row in old]
+        means = sampled_means(group)
         short = [math.exp((1 - max(len(of_row), 1) / 6) / 0.5) for of_row in old]  # the longest row has 6 tokens
         likely = [math.exp(mean / 2) for mean in means]
         scores = []
@@ -1383,7 +1469,24 @@ def test_neighbours_by_loops(model, tmp_path, fp64):
             scores.append(share * sum(tokens.values()) / (len(VERDICTS) * max(len(old[i]), 1)))
         return spread(scores, old)
 
-    for formula, *flags in ((focal, "gamma=2"), (unlikeliness, "beta=0.5"), (boundary, "k=3", "floor=0.1"), (unsolved,),
+    def maxrl(group, old):
+        p = mean_of([float(row["correct"]) for row in group])
+        return spread([(row["correct"] - p) / p if p else 0 for row in group], old)
+
+    def rs(group, old):
+        risk = [math.exp(3 * row["reward"]) for row in group]
+        return spread([(one / mean_of(risk) - 1) / 3 for one in risk], old)
+
+    def ucpo(group, old):
+        likely = [math.exp(mean) if row["correct"] else 0
+                  for row, mean in zip(group, sampled_means(group))]
+        q = [one / math.fsum(likely) if one else 0 for one in likely]
+        entropy = -math.fsum(one * math.log(one) for one in q if one)
+        weights = [1 + 0.5 * (-math.log(one) - entropy) if one else 1 for one in q]
+        return [[weight * adv for adv in of_row] for weight, of_row in
+                zip(weights, normed([row["reward"] for row in group], old))]
+
+    for formula, *flags in ((maxrl,), (rs, "beta=3"), (ucpo, "tau=0.5"), (focal, "gamma=2"), (unlikeliness, "beta=0.5"), (boundary, "k=3", "floor=0.1"), (unsolved,),
                             (oreal, "negative_weight=0.25"), (drpo, "tau=2", "length_tau=0.5")):
         name, flags = formula.__name__, sum((["--arm", flag] for flag in flags), [])
         found = run(model, path, tmp_path / name, "--method", f"{RIVALS}:{name}", *flags, "--max-grad-norm", 1e9, "--micro-batch-tokens", 40)
