@@ -410,7 +410,8 @@ def draw(panels, path):
         axis.annotate("base", tuple(star.values()), (0, 9), textcoords="offset points",
                       ha="center")
         axis.margins(0.12, 0.1)
-        axis.set(title=TITLES[regime], xlabel="Pass@1", ylabel=f"Pass@{ks[1]}")
+        axis.set(title=TITLES[regime], xlabel="Pass@1: right at the first try",
+                 ylabel=f"Pass@{ks[1]}: solved within {ks[1]} tries")
         axis.grid(color="#e6e6e6")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

