@@ -16,8 +16,8 @@ compared runs has, and the other has passed, is left out. Two paths of one seed 
     at equal rounds   at the last checkpoint that both have, whatever their Pass@1 (beside
                       grpo-longer: at the last one of each), or at every checkpoint.
 
-Every figure is a mean over seeds with a 95 % Student t interval over seeds. Differences are paired
-by seed; in brackets behind them stands the share of seeds with that sign.
+Figures are means over seeds with 95 % Student t intervals over seeds. Differences are paired by
+seed; in brackets behind them stands the share of seeds with that sign.
 """
 import argparse
 import contextlib
@@ -40,31 +40,34 @@ from experiments.frontier import NEIGHBOURS
 from experiments.suite import read_csv
 
 LABELS = {
-    "base": "base", "grpo": "GRPO", "ds-token": "DS-GRPO", "ds-positive": "DS, positive half",
-    "ds-negative": "DS, negative half", "ds-entropy": "differential entropy",
-    "entropy-bonus": "uniform bonus", "entropy-penalty": "uniform penalty",
-    "grpo-longer": "GRPO, 51 rounds", "rehearsal": "rehearsal alone",
-    "rehearsal-samples": "rehearsal alone, by samples", "grpo-rehearsal": "GRPO + rehearsal",
+    "base": "base", "grpo": "GRPO", "grpo/2": "GRPO, half the rate", "ds-token": "DS-GRPO",
+    "ds-positive": "DS, positive half", "ds-negative": "DS, negative half",
+    "ds-entropy": "differential entropy", "entropy-bonus": "uniform bonus",
+    "entropy-penalty": "uniform penalty", "grpo-longer": "GRPO, 51 rounds",
+    "rehearsal": "rehearsal alone", "rehearsal-samples": "rehearsal alone, by samples",
+    "grpo-rehearsal": "GRPO + rehearsal",
     "grpo-rehearsal-samples": "GRPO + rehearsal, by samples",
     "ds-rehearsal": "DS-GRPO + rehearsal",
     "ds-entropy-rehearsal": "differential entropy + rehearsal",
-    "grpo-rehearsal-longer": "GRPO + rehearsal, less later"}
-# The figure's lines: an arm, at the best learning rate (1) or the second best (2); its name, its
-# colour and by how many points its name stands above its end.
-LINES = {("grpo", 1): ("GRPO", "#D55E00", 0), ("grpo", 2): ("GRPO, half the rate", "#E69F00", 0),
-         ("ds-token", 1): ("DS-GRPO", "#0072B2", 0), ("rehearsal", 1): ("rehearsal", "#7F7F7F", 14),
-         ("grpo-rehearsal", 1): ("GRPO + rehearsal", "#009E73", 0)}
+    "grpo-rehearsal-longer": "GRPO + rehearsal, less later",
+    "rehearsal-even": "rehearsal alone, even", "grpo-rehearsal-even": "GRPO + rehearsal, even",
+    "ds-rehearsal-even": "DS-GRPO + rehearsal, even"}
+# The figure's lines: an arm, its colour and by how many points its name stands above its end.
+LINES = {"grpo": ("#D55E00", 0), "grpo/2": ("#E69F00", 0), "ds-token": ("#0072B2", 0),
+         "rehearsal": ("#7F7F7F", 14), "grpo-rehearsal": ("#009E73", 0)}
 TITLES = {"weak-base": "weak base", "strong-base": "strong base", "pre-trained": "SmolLM2-135M"}
 REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal")
 # Arms whose differences are followed from checkpoint to checkpoint; None: all.
 FOLLOWED = {"base": None, "grpo": ("ds-token", "entropy-bonus"), "rehearsal": ("grpo-rehearsal",),
             "grpo-rehearsal": ("ds-rehearsal", "ds-entropy-rehearsal")}
-# The summary's pairs, a first arm minus a second, at the best learning rate: by the gap in Pass@k
-# at the largest k, by the round at three k, and rehearsal's two weightings.
-ALONG = (("ds-token", "grpo"), ("ds-token", "entropy-bonus"), ("ds-token", "ds-positive"),
-         ("ds-token", "ds-negative"), ("entropy-bonus", "grpo"), ("entropy-penalty", "grpo"),
-         ("ds-entropy", "grpo"), ("grpo-rehearsal", "grpo"), ("grpo-rehearsal-longer", "grpo"),
-         ("grpo-rehearsal-longer", "grpo-longer"), *((arm, "grpo") for arm in NEIGHBOURS))
+# The summary's pairs, a first arm minus a second (/2: at the second learning rate): by the gap in
+# Pass@k at the largest k, by the round at three k, and rehearsal's two weightings.
+ALONG = (
+    ("grpo/2", "grpo"), ("ds-token", "grpo"), ("ds-token", "entropy-bonus"),
+    ("ds-token", "ds-positive"), ("ds-token", "ds-negative"), ("entropy-bonus", "grpo"),
+    ("entropy-penalty", "grpo"), ("ds-entropy", "grpo"), ("grpo-rehearsal", "grpo"),
+    ("grpo-rehearsal-longer", "grpo"), ("grpo-rehearsal-longer", "grpo-longer"),
+    *((arm, "grpo") for arm in NEIGHBOURS))
 BY_ROUND = (("grpo", "base"), ("ds-token", "grpo"), ("ds-token", "entropy-bonus"),
             ("rehearsal", "base"), ("grpo-rehearsal", "base"), ("grpo-rehearsal", "rehearsal"),
             ("ds-rehearsal", "grpo-rehearsal"), ("ds-entropy-rehearsal", "grpo-rehearsal"))
@@ -154,12 +157,11 @@ def with_base(table):
 
 def panels_of(paths):
     """{(regime, split): {(arm, lr): {seed: points}}}, without empty ones; arms as in LABELS."""
-    names, panels = list(LABELS), {}
+    order, panels = [*LABELS, *NEIGHBOURS], {}
 
     def place(item):
         _, _, arm, lr = item[0]
-        plain = arm.removesuffix("-even")
-        return names.index(plain) if plain in names else len(names), arm, -float(lr)
+        return order.index(arm), -float(lr)
 
     for (regime, split, arm, lr), runs in sorted(paths.items(), key=place):
         if runs:
@@ -176,6 +178,14 @@ def large(runs_of):
 def best_rate(runs_of):
     """The learning rate that most arms have; the second best is that of a few."""
     return statistics.mode(lr for arm, lr in runs_of if arm != "base")
+
+
+def runs_at(runs_of, arm):
+    """{seed: points} of an arm at the best learning rate, of ARM/2 at the second best."""
+    name, _, second = arm.partition("/")
+    rates = {lr for one, lr in runs_of if one == name}
+    rates = rates - {best_rate(runs_of)} if second else rates & {"0", best_rate(runs_of)}
+    return runs_of[name, min(rates)] if rates else {}
 
 
 def path_of(points, measure):
@@ -223,14 +233,10 @@ def paths_of(pairs, measure):
 
 
 def at_round(pairs, number, other, measure):
-    """one minus other of each pair of runs that were measured after a round; of the base, if that
-    is the other arm, there is one measurement."""
+    """one minus other of each pair of runs that were measured after a round; the base has one
+    measurement."""
     at = 0 if other == "base" else number
     return [a[number][measure] - b[at][measure] for a, b in pairs if number in a and at in b]
-
-
-def last(points, measure):
-    return points[max(points)][measure]
 
 
 def ends(arms, one, other):
@@ -272,8 +278,7 @@ def header(*cells):
 
 
 def name_of(arm, lr):
-    even = ", even" * arm.endswith("-even")
-    return LABELS.get(arm.removesuffix("-even"), arm) + even + (f", lr {lr}" if float(lr) else "")
+    return LABELS.get(arm, arm) + (f", lr {lr}" if float(lr) else "")
 
 
 def title_of(regime, split):
@@ -288,11 +293,12 @@ def end_points(runs_of):
     header("arm", "seeds", "round", *(f"Pass@{k}" for k in ks), "coverage", "distinct",
            "updates, s")
     for (arm, lr), runs in runs_of.items():
-        cells = [text_of([last(points, measure) for points in runs.values()])
+        last = [points[max(points)] for points in runs.values()]
+        cells = [text_of([point[measure] for point in last])
                  for measure in (*ks, "coverage", "distinct")]
-        seconds = np.mean([last(points, "train_s") for points in runs.values()])
         rounds = max(max(points) for points in runs.values())
-        row_of(name_of(arm, lr), len(runs), rounds, *cells, f"{seconds:.0f}")
+        row_of(name_of(arm, lr), len(runs), rounds, *cells,
+               f"{np.mean([point['train_s'] for point in last]):.0f}")
 
 
 def differences(runs_of, reference, done=()):
@@ -341,11 +347,8 @@ def along(runs_of, reference, arms):
 
 def summary(panels):
     """The pairs ALONG, BY_ROUND and WEIGHTINGS, a column a panel; empty where not measured."""
-    def runs(runs_of, arm):
-        return runs_of.get((arm, "0" if arm == "base" else best_rate(runs_of)), {})
-
     def row(one, other, *more, figures):
-        cells = [figures(paired(runs(runs_of, one), runs(runs_of, other)), large(runs_of))
+        cells = [figures(paired(runs_at(runs_of, one), runs_at(runs_of, other)), large(runs_of))
                  for runs_of in panels.values()]
         if any(cells):
             minus = " minus ".join(LABELS.get(arm, arm) for arm in (one, other))
@@ -379,13 +382,13 @@ def tables_of(runs_of):
 
 
 # ---- The figure --------------------------------------------------------------------------------
-def mean_path(runs, star, ks):
-    """The checkpoints that all seeds have, {round: (Pass@1, Pass@k)}: the star, which is the mean
-    base, plus the seeds' mean distance from their own base, so that all paths begin at one point.
+def mean_path(runs, star):
+    """Pass@1 and Pass@k at the checkpoints that all seeds have, two arrays: the star, {k: the mean
+    of all bases}, plus the seeds' mean distance from their own base, so that all paths begin there.
     """
     rounds = sorted(set.intersection(*(set(points) for points in runs.values())))
-    return {number: [star[k] + np.mean([run[number][k] - run[0][k] for run in runs.values()])
-                     for k in ks] for number in rounds}
+    return [base + np.mean([[run[number][k] - run[0][k] for number in rounds]
+                            for run in runs.values()], axis=0) for k, base in star.items()]
 
 
 def draw(panels, path):
@@ -397,15 +400,13 @@ def draw(panels, path):
     for axis, ((regime, split), runs_of) in zip(axes[0], panels.items()):
         ks = ("1", large(runs_of))
         star = {k: np.mean([run[0][k] for run in runs_of["base", "0"].values()]) for k in ks}
-        rates = [best_rate(runs_of)]
-        rates += sorted({lr for _, lr in runs_of} - {"0", *rates}, key=float)
-        for (arm, rate), (name, colour, above) in LINES.items():
-            runs = runs_of.get((arm, rates[rate - 1] if rate <= len(rates) else None), {})
+        for arm, (colour, above) in LINES.items():
+            runs = runs_at(runs_of, arm)
             if len(runs) > 1:
-                x, y = np.array(list(mean_path(runs, star, ks).values())).T
+                x, y = mean_path(runs, star)
                 axis.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.8)
-                axis.annotate(name, (x[-1], y[-1]), (8, above), textcoords="offset points",
-                              color=colour, va="center")
+                axis.annotate(LABELS[arm], (x[-1], y[-1]), (8, above), color=colour, va="center",
+                              textcoords="offset points")
         axis.plot(*star.values(), "*k", markersize=14, zorder=3)
         axis.annotate("base", tuple(star.values()), (0, 9), textcoords="offset points",
                       ha="center")

@@ -12,11 +12,10 @@ problems every round; `fixed` trains the strong base on the same 192 problems ev
 for each seed). A round is 192 problems x 16 samples and 4 updates. At four of a run's twenty rounds
 (ROUNDS has the exceptions; in the fixed regime and at the second rate only after ten and twenty)
 the policy is sampled on 300 held-out problems, 256 times each; in the fixed regime on its own
-training problems, too (split "train"). An end point says how far an arm went; a path says whether
-it went a better way. So that a learning rate is not mistaken for a method, GRPO, DS-GRPO and each
-of them with rehearsal are run at a second one, on fresh problems. The neighbours are run from the
-weak base for ten rounds with two seeds; the FINALISTS, the best two of them by the rule below, run
-the full course from both bases.
+training problems, too (split "train"). So that a learning rate is not mistaken for a method, GRPO,
+DS-GRPO and each of them with rehearsal are run at a second one. The neighbours run ten rounds from
+the weak base with two seeds; the FINALISTS, the best two of them by the rule below, run the full
+course from both bases.
 
 Rehearsal arms first sample the base on 1,500 training problems: 32 times each, then those with at
 most one right answer as many times in all (fixed: 250 times on their 192). That is 96,000 rollouts,
@@ -32,16 +31,14 @@ compared is the mean over the two seeds. First the learning rate: of three, the 
 Pass@1 serves all arms, and the second best is the second rate of --rates. Then, at the best rate,
 each arm's candidates: those whose Pass@1 is at least GRPO's less 0.01 stand for election, and the
 best mean of Pass@k over k = 1, 2, 4, .., 128 wins; where none does, the best Pass@1. The weight
-of rehearsal is 1 by hand. The halves of DS-GRPO have the chosen gammas, and what is joined with
-rehearsal has the settings that were chosen for its parts. `fixed` takes what was chosen for the
-strong base, neighbours from the strong base what was chosen for the weak one, the second rate what
-was chosen at the best. All that is reported comes from the test split and from other seeds.
+of rehearsal is 1 by hand. What is made of several arms has the settings chosen for its parts,
+`fixed` those of the strong base, a neighbour those of the weak one, the second rate those of the
+best. All that is reported comes from the test split and from other seeds.
 
 Added when results were known, each all at once: seeds 6 to 10 of the base and GRPO + rehearsal on
-the strong base; 4 and 5 of the base, GRPO and GRPO + rehearsal in the fixed regime, and of GRPO and
-DS-GRPO at the weak base's second rate and GRPO at the strong one's; grpo-rehearsal-longer, whose
-later weight, 0.3, was chosen by hand on the strong base's tune split; the -samples arms; maxrl, rs
-and ucpo; and the finalists, which two test seeds of the weak base chose.
+the strong base; 4 and 5 of the arms in the fixed regime and at the second rate that have them;
+grpo-rehearsal-longer, whose later weight, 0.3, was chosen by hand on the strong base's tune split;
+the -samples arms; maxrl, rs and ucpo; and the finalists, chosen by two test seeds.
 
 Writes, after every run, in --tables:
   results.csv          regime, arm, lr, seed, round, split, k, pass_at_k; the base has lr 0, round 0

