@@ -1,42 +1,40 @@
-"""Stage 4: Pass@k of scored rollouts with intervals, differences between runs, and the figures.
+r"""Stage 4: Pass@k of scored rollouts with intervals, differences between runs, two figures.
 
-    python evaluate.py base.jsonl grpo.jsonl ds-grpo.jsonl --names base grpo ds-grpo \\
+    python evaluate.py base.jsonl grpo.jsonl ds-grpo.jsonl --names base grpo ds-grpo \
         --out eval.json --plot passk.png
     python evaluate.py --training runs/NAME --plot training.png
 
-Reads scored.jsonl (score.py), one sample a line; `Row` names its fields. All
-problems of a file have equally many samples (n), all files hold the same problems, the first file
-is the reference. Only counts are kept: memory grows with the problems and not with the rows.
+Reads scored.jsonl (score.py), one sample a line; `ScoredSample` names the fields. All problems of
+a file have equally many samples (n), all files hold the same problems, the first file is the
+reference. Only counts are kept: memory grows with the problems, not with the rows.
 
 Writes eval.json: {"reference", "k", "seed", "resamples", "runs": [one object a file]}. A run has
 `name`, `file`, `n`, `problems`, `sampling` (from the file's meta, or null) and, not rounded, null
 where it does not apply:
-- pass_at_k: {"1": {"value", "low", "high", "diff", "diff_low", "diff_high"}, ...}: the unbiased
-  estimate from `correct` (never from rewards) with its 95 % interval, a percentile bootstrap over
-  problems, or Clopper-Pearson's where all problems have one value; diff is this run minus the
-  reference, on the same resampled problems;
+- pass_at_k: {"1": {"value", "low", "high", "diff", "diff_low", "diff_high"}, ...}: the mean over
+  problems of 1 - C(n - c, k) / C(n, k), c of n samples `correct`, with its 95 % interval
+  (`interval`); diff is this run minus the reference, paired: on the same resampled problems;
 - maj_at_k: the same for the majority vote over `pred`. The samples, in file order, form
   floor(n / k) blocks of k, each block votes once, the mean over blocks counts. Two answers are one
   if their text is equal, null does not vote, answers with equally many votes share;
 - distinct: different correct solutions among the n samples of a problem (mean over problems);
 - solution_coverage: found / existing solutions of a problem (mean over problems);
 - truncated_frac: share of samples cut at the length limit; completion_len: tokens a sample;
-- samples_to_match: smallest k at which this run's Pass@k reaches the reference's Pass@n; null: at
-  no k up to n;
+- samples_to_match: smallest k at which Pass@k reaches the reference's Pass@n, or null;
 - sources: the same for each `source`. The run's own figures are then means over sources, each
   counting equally, with the problems resampled inside each.
-Pictures are drawn anew at each call. Runs sampled with different
-settings are compared, with a warning on stderr.
+Prints a table, and Pass@k at the smallest and the largest k as the last line. Draws --plot anew at
+each call. Compares runs that were sampled with different settings, with a warning.
 """
 import argparse
 import array
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
-import re
 import sys
 import time
 from typing import Any, Literal
@@ -52,17 +50,16 @@ def parse_args(argv=None):
         return int(text)
 
     parser = Parser(__file__, description=__doc__)
-    add = parser.add_argument
-    # What to compare
+    add = parser.add_argument_group("what to compare").add_argument
     add("files", nargs="*", metavar="SCORED.jsonl",
         help="scored rollouts; the first is the reference")
     add("--names", nargs="+", action="extend", help="one name a file (default: the file names)")
     add("--k", nargs="+", action="extend", type=positive,
         help="samples, at most n (default: powers of two up to n)")
-    # The intervals
+    add = parser.add_argument_group("intervals").add_argument
     add("--resamples", type=positive, help="bootstrap resamples (default: 10000)")
     add("--seed", type=int, help="seed of the resamples (default: 0)")
-    # What to write, besides the table on the terminal
+    add = parser.add_argument_group("outputs, besides the table").add_argument
     add("--out", metavar="EVAL.json", help="all figures (default: none)")
     add("--plot", metavar="FILE.png", help="the curves, as .png, .svg or .pdf (default: none)")
     add("--training", metavar="RUN", help="plot a run's training curves instead: RUN is its "
@@ -102,7 +99,7 @@ from tqdm import tqdm
 WITH_SOLUTIONS = ("countdown",)
 
 
-class Row(msgspec.Struct):
+class ScoredSample(msgspec.Struct):
     """A line of scored.jsonl, as far as evaluate.py reads it."""
     id: str
     sample: Sample
@@ -123,12 +120,12 @@ class Row(msgspec.Struct):
 
 
 @dataclasses.dataclass(slots=True)
-class Tally:
+class ProblemCounts:
     """What is kept of a problem's samples."""
-    stated: tuple  # the fields that say what the problem is, the prompt's two in front
+    fields: tuple  # those that define the problem, prompt and messages first
     source: str
     n_solutions: int | None
-    seen: int = 0  # bit s is set once sample s was read
+    samples: int = 0  # bit s is set once sample s was read
     correct: int = 0  # c of n
     truncated: int = 0
     tokens: int = 0
@@ -138,60 +135,48 @@ class Tally:
 
 
 def read_problems(path):
-    """({id: Tally}, n) of one scored file."""
+    """({id: ProblemCounts}, n) of one scored file."""
     problems = {}
-    for where, _, row in tqdm(read_rows(path, Row), desc=path, unit=" rows", disable=None):
-        stated = (row.prompt, row.messages, row.source, row.task, row.numbers, row.target,
+    for where, _, row in tqdm(read_rows(path, ScoredSample), desc=path, unit=" rows", disable=None):
+        fields = (row.prompt, row.messages, row.source, row.task, row.numbers, row.target,
                   row.answer, row.n_solutions)
         problem = problems.get(row.id)
         if problem is None:
-            problem = problems[row.id] = Tally(stated, row.source, row.n_solutions)
-        elif problem.stated != stated:
+            problem = problems[row.id] = ProblemCounts(fields, row.source, row.n_solutions)
+        elif problem.fields != fields:
             fail(f"{where}: '{row.id}' is another problem than in the rows above")
-        if problem.seen >> row.sample & 1:
+        if problem.samples >> row.sample & 1:
             fail(f"{where}: sample {row.sample} of problem '{row.id}' stands twice")
-        problem.seen |= 1 << row.sample
+        problem.samples |= 1 << row.sample
         problem.correct += row.correct
         problem.truncated += row.finish_reason == "length"
         problem.tokens += len(row.completion_ids)
-        if row.task == "math":
-            add_vote(problem, row, where)
+        if row.task == "math":  # for the majority vote
+            if row.pred is msgspec.UNSET:
+                fail(f"{where}: missing field 'pred'")
+            problem.votes = array.array("q") if problem.votes is None else problem.votes
+            problem.votes.append(0 if row.pred is None else
+                                 hash(repr(row.pred)) >> 1 << 1 | row.correct)
         elif row.task in WITH_SOLUTIONS:
-            add_solution(problem, row, where)
+            problem.solutions = set() if problem.solutions is None else problem.solutions
+            if row.correct:
+                if row.solution is msgspec.UNSET:
+                    fail(f"{where}: missing field 'solution'")
+                if not isinstance(row.solution, str):
+                    fail(f"{where}: field 'solution': Expected str, got {row.solution!r:.40}")
+                problem.solutions.add(hash(row.solution))
 
     first = next(iter(problems))
-    n = problems[first].seen.bit_count()
+    n = problems[first].samples.bit_count()
     for key, problem in problems.items():
-        if problem.seen.bit_count() != n:
-            samples = problem.seen.bit_count()
-            fail(f"{path}: problem '{key}' has {samples} samples but '{first}' has {n}")
-        found, existing = len(problem.solutions or ()), problem.n_solutions
-        if existing is not None and found > existing:
-            fail(f"{path}: problem '{key}' has {found} different correct solutions, more than its "
-                 f"n_solutions, {existing}; mend or delete that field")
+        if problem.samples.bit_count() != n:
+            fail(f"{path}: problem '{key}' has {problem.samples.bit_count()} samples "
+                 f"but '{first}' has {n}")
+        solutions, existing = len(problem.solutions or ()), problem.n_solutions
+        if existing is not None and solutions > existing:
+            fail(f"{path}: problem '{key}' has {solutions} different correct solutions, more than "
+                 f"its n_solutions, {existing}; mend or delete that field")
     return problems, n
-
-
-def add_solution(problem, row, where):
-    """Remember a correct answer's canonical form."""
-    if problem.solutions is None:
-        problem.solutions = set()
-    if row.correct:
-        if row.solution is msgspec.UNSET:
-            fail(f"{where}: missing field 'solution'")
-        if not isinstance(row.solution, str):
-            fail(f"{where}: field 'solution': Expected str, got {row.solution!r:.40}")
-        problem.solutions.add(hash(row.solution))
-
-
-def add_vote(problem, row, where):
-    """Remember an answer for the majority vote."""
-    if row.pred is msgspec.UNSET:
-        fail(f"{where}: missing field 'pred'")
-    if problem.votes is None:
-        problem.votes = array.array("q")
-    vote = 0 if row.pred is None else hash(repr(row.pred)) >> 1 << 1 | row.correct
-    problem.votes.append(vote)
 
 
 def read_run(path, name, reference=None):
@@ -211,7 +196,7 @@ def read_run(path, name, reference=None):
             if key not in other["problems"]:
                 fail(f"{other['file']}: problem '{key}' is missing, which {one['file']} has")
             # The prompt may be another one: runs may pose a problem in different words.
-            if problem.stated[2:] != other["problems"][key].stated[2:]:
+            if problem.fields[2:] != other["problems"][key].fields[2:]:
                 fail(f"{path}: '{key}' is another problem than in {reference['file']}")
     return run
 
@@ -231,140 +216,94 @@ def pass_at_k(n, k):
 def majority_at_k(votes, k):
     """Share of the floor(n / k) blocks of k samples whose most frequent answer is correct.
 
-    votes: (n,), as in `Tally`. Answers with equally many votes share the block.
+    votes: (n,), as in `ProblemCounts`. Answers with equally many votes share the block.
     """
     score, blocks = 0.0, len(votes) // k
     for block in range(blocks):
-        size, right = collections.Counter(), collections.Counter()
-        for vote in filter(None, votes[block * k:(block + 1) * k]):
-            size[vote >> 1] += 1
-            right[vote >> 1] += vote & 1
-        if size:
-            top = max(size.values())
-            winners = [answer for answer in size if size[answer] == top]
-            score += sum(right[answer] for answer in winners) / (top * len(winners))
+        valid = [vote for vote in votes[block * k:(block + 1) * k] if vote]
+        size = collections.Counter(vote >> 1 for vote in valid)
+        winners = [answer for answer in size if size[answer] == max(size.values())]
+        if winners:
+            right = sum(vote & 1 for vote in valid if vote >> 1 in winners)
+            score += right / (size[winners[0]] * len(winners))
     return score / blocks
 
 
+# ---- Intervals -----------------------------------------------------------------------------------
 def bootstrap(columns, resamples, rng):
-    """Means over resampled problems: (problems, m) -> (resamples, m), in chunks that bound memory.
+    """Means over reweighted problems, (problems, m) -> draws (resamples, m), unseen (resamples,).
 
-    All m columns see the same resampled problems, so that their differences are paired.
+    Rubin's Bayesian bootstrap (1981) with one problem more than there are: problems + 1 weights,
+    uniform on the simplex, of which `unseen` is the last one's. All m columns see the same weights,
+    so that their differences are paired.
     """
-    problems, means = len(columns), []
-    chunk = max(1, 2**20 // problems)
+    draws, unseen = [], []
+    chunk = max(1, 2**20 // (len(columns) + 1))  # bounds memory
     for first in range(0, resamples, chunk):
         rows = min(chunk, resamples - first)
-        drawn = rng.integers(problems, size=(rows, problems), dtype=np.int32)
-        times_drawn = np.array([np.bincount(row, minlength=problems) for row in drawn])
-        means.append(times_drawn @ columns / problems)
-    return np.concatenate(means)
+        weights = rng.standard_exponential((rows, len(columns) + 1))
+        weights /= weights.sum(axis=1, keepdims=True)
+        draws.append(weights[:, :-1] @ columns)
+        unseen.append(weights[:, -1])
+    return np.concatenate(draws), np.concatenate(unseen)
 
 
-def unlike(column, low, high):
-    """How far (below, above) its value an interval must reach where all problems have one value.
+def interval(draws, unseen, lowest, highest):
+    """95 % interval (low, high) of means of values that lie between `lowest` and `highest`.
 
-    There the bootstrap draws nothing else and would claim certainty. But other problems may exist:
-    none among P seen means, with 97.5 % confidence, that their share is at most
-    1 - 0.025^(1/P) (Clopper-Pearson), and each of them counts between low and high.
-    column: (problems, runs) -> two (runs,), zero where problems differ.
+    Gaffke's bounds (2005; Learned-Miller and Thomas, arXiv 1905.06208): for `low` the unseen
+    problem has the lowest value, for `high` the highest. For values 0 and 1 this is Clopper and
+    Pearson's interval, whose coverage is at least 95 %; others were simulated (tests/coverage.py).
+    The percentile bootstrap would claim certainty where all values are equal.
+    draws (resamples, ...), unseen (resamples,): as from `bootstrap`, or means of several.
     """
-    share = (np.ptp(column, axis=0) == 0) * (1 - 0.025 ** (1 / len(column)))
-    return share * (column[0] - low), share * (high - column[0])
+    unseen = unseen.reshape(-1, *[1] * (draws.ndim - 1))
+    return (np.quantile(draws + lowest * unseen, 0.025, axis=0).clip(lowest, highest),
+            np.quantile(draws + highest * unseen, 0.975, axis=0).clip(lowest, highest))
 
 
 # ---- From problems to eval.json ------------------------------------------------------------------
 CELL = ("value", "low", "high", "diff", "diff_low", "diff_high")
-
-
-@dataclasses.dataclass
-class Part:
-    """The figures of all runs on the problems of one source; a dict has an array a figure."""
-    problems: int
-    curves: list  # Pass@1..n of each run, (n,)
-    values: dict  # {figure: (runs,)}
-    draws: dict  # {figure: (resamples, runs)}, the bootstrap's
-    margins: dict  # {figure: (4, runs)}, `unlike` of the value and of the difference
+FIGURES = ("distinct", "solution_coverage", "truncated_frac", "completion_len")  # no interval
 
 
 def measure(problems, n, ks):
-    """{figure: (problems,)} of one run: Pass@k and maj@k for each k, then FIGURES.
-
-    NaN stands where a figure does not apply to a problem.
-    """
+    """Of one run: Pass@k of each k, maj@k of each k, FIGURES: (problems, 2 len(ks) + 4), NaN where
+    one does not apply; and Pass@1..n, (n,)."""
     correct = np.array([problem.correct for problem in problems])
-    columns = {("pass_at_k", k): pass_at_k(n, k)[correct] for k in ks}
-    for k in ks:
-        columns["maj_at_k", k] = [math.nan if problem.votes is None else
-                                  majority_at_k(problem.votes, k) for problem in problems]
-    found = [math.nan if problem.solutions is None else len(problem.solutions)
-             for problem in problems]
-    existing = [problem.n_solutions or math.nan for problem in problems]
-    columns["distinct"] = found
-    columns["solution_coverage"] = np.divide(found, existing)
-    columns["truncated_frac"] = [problem.truncated / n for problem in problems]
-    columns["completion_len"] = [problem.tokens / n for problem in problems]
-    return columns
-
-
-def pass_curve(problems, n):
-    """Pass@1..n, (n,)."""
-    correct = np.array([problem.correct for problem in problems])
+    columns = [pass_at_k(n, k)[correct] for k in ks]
+    columns += [[math.nan if problem.votes is None else majority_at_k(problem.votes, k)
+                 for problem in problems] for k in ks]
+    solutions = [math.nan if problem.solutions is None else len(problem.solutions)
+                 for problem in problems]
+    columns += [solutions,
+                np.divide(solutions, [problem.n_solutions or math.nan for problem in problems]),
+                [problem.truncated / n for problem in problems],
+                [problem.tokens / n for problem in problems]]
     share = np.bincount(correct, minlength=n + 1) / len(problems)  # (n + 1,), of the problems
-    return np.array([share @ pass_at_k(n, k) for k in range(1, n + 1)])
-
-
-def compare(runs, keys, ks, resamples, rng):
-    """The `Part` of the problems `keys`, which all runs hold."""
-    curves, tables = [], []
-    for run in runs:
-        problems = [run["problems"][key] for key in keys]
-        columns = measure(problems, run["n"], ks)
-        curves.append(pass_curve(problems, run["n"]))
-        tables.append(np.stack(list(columns.values()), axis=1))
-    table = np.stack(tables, axis=1)  # (problems, runs, figures)
-    draws = bootstrap(table.reshape(len(keys), -1), resamples, rng)
-    draws = draws.reshape(resamples, *table.shape[1:])
-    values = table.mean(axis=0)
-    part = Part(len(keys), curves, {}, {}, {})
-    for i, name in enumerate(columns):
-        column = table[:, :, i]
-        part.values[name] = values[:, i]
-        part.draws[name] = draws[:, :, i]
-        diff = np.array(unlike(column - column[:, :1], -1, 1))
-        diff[:, 0] = 0  # of the reference to itself, which is no estimate
-        part.margins[name] = np.array([*unlike(column, 0, 1), *diff])
-    return part
+    return np.stack(columns, axis=1), np.array([share @ pass_at_k(n, k) for k in range(1, n + 1)])
 
 
 def summarise(parts, ks):
-    """One object a run, of one source or as the mean over several."""
-    def mean(arrays):
-        return sum(arrays) / len(parts)
-
-    cells = {}  # {figure: (runs, 6)}
-    for name in parts[0].values:
-        value = mean([part.values[name] for part in parts])
-        draws = mean([part.draws[name] for part in parts])
-        low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-        diff_low, diff_high = np.quantile(draws - draws[:, :1], [0.025, 0.975], axis=0)
-        below, above, diff_below, diff_above = mean([part.margins[name] for part in parts])
-        columns = (value, low - below, high + above,
-                   value - value[0], diff_low - diff_below, diff_high + diff_above)
-        cells[name] = np.stack(columns, axis=-1).tolist()
-
-    curves = [mean(curve) for curve in zip(*(part.curves for part in parts))]
-    goal = curves[0][-1] - 1e-12  # the reference's Pass@n
-    for index, curve in enumerate(curves):
-        entry = {"problems": sum(part.problems for part in parts)}
-        for name in ("pass_at_k", "maj_at_k"):
-            applies = not math.isnan(cells[name, ks[0]][index][0])
-            entry[name] = {str(k): dict(zip(CELL, cells[name, k][index]))
-                           for k in ks} if applies else None
-        for name in FIGURES:
-            value = cells[name][index][0]
-            entry[name] = None if math.isnan(value) else value
-        reached = np.flatnonzero(curve >= goal)
+    """One object a run, of one source (see `evaluate`) or as the mean over several."""
+    sizes, curves, means, draws, unseen = zip(*parts)
+    value, draws, unseen = (sum(arrays) / len(parts) for arrays in (means, draws, unseen))
+    difference = interval(draws - draws[:, :1], unseen, -1, 1)
+    for bound in difference:
+        bound[0] = 0  # of the reference to itself, which is no estimate
+    cells = np.stack([value, *interval(draws, unseen, 0, 1), value - value[0], *difference],
+                     axis=-1).tolist()  # runs x figures x CELL
+    curves = [sum(each) / len(parts) for each in zip(*curves)]
+    for row, curve in zip(cells, curves):
+        entry = {"problems": sum(sizes)}
+        for index, name in enumerate(("pass_at_k", "maj_at_k")):
+            of_k = row[index * len(ks):][:len(ks)]
+            applies = not math.isnan(of_k[0][0])
+            entry[name] = {str(k): dict(zip(CELL, cell))
+                           for k, cell in zip(ks, of_k)} if applies else None
+        for name, (figure, *_) in zip(FIGURES, row[2 * len(ks):]):
+            entry[name] = None if math.isnan(figure) else figure
+        reached = np.flatnonzero(curve >= curves[0][-1] - 1e-12)  # the reference's Pass@n
         entry["samples_to_match"] = int(reached[0]) + 1 if len(reached) else None
         yield entry
 
@@ -376,7 +315,12 @@ def evaluate(runs, ks, seed, resamples):
         keys = sorted(key for key in reference if reference[key].source == source)
         # A source's intervals do not depend on its neighbours.
         rng = np.random.default_rng([seed, *source.encode()])
-        parts[source] = compare(runs, keys, ks, resamples, rng)
+        tables, curves = zip(*(measure([run["problems"][key] for key in keys], run["n"], ks)
+                               for run in runs))
+        table = np.stack(tables, axis=1)  # (problems, runs, figures)
+        draws, unseen = bootstrap(table.reshape(len(keys), -1), resamples, rng)
+        parts[source] = (len(keys), curves, table.mean(axis=0),
+                         draws.reshape(-1, *table.shape[1:]), unseen)
     report = [{**{name: run[name] for name in ("name", "file", "n", "sampling")}, **entry}
               for run, entry in zip(runs, summarise(list(parts.values()), ks))]
     for source in parts if list(parts) != [""] else ():
@@ -387,42 +331,30 @@ def evaluate(runs, ks, seed, resamples):
 
 
 # ---- The table -----------------------------------------------------------------------------------
-VALUE = ("value", "low", "high")  # of a cell of eval.json
-DIFFERENCE = ("diff", "diff_low", "diff_high")
-FIGURES = ("distinct", "solution_coverage", "truncated_frac", "completion_len")  # no interval
-
-
-def cell_text(entry, name, k, diff):
+def cell_text(value, diff):
     """A cell of the table: '0.375 [0.210, 0.540]', or a plain number where there is no interval."""
-    if k:
-        cell = entry[name][k]
-        fields, sign = (DIFFERENCE, "+") if diff else (VALUE, "")
-        value, low, high = (f"{cell[field]:{sign}.3f}" for field in fields)
-        return f"{value} [{low}, {high}]"
-    if diff:
-        return ""
-    value = entry[name]
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if name in FIGURES else str(value)
+    if isinstance(value, dict):
+        sign, fields = ("+", CELL[3:]) if diff else ("", CELL[:3])
+        return "{} [{}, {}]".format(*(f"{value[field]:{sign}.3f}" for field in fields))
+    if diff or value is None:
+        return "" if diff else "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def print_table(report):
-    """A line a figure; a column a run, and beside it its difference to the reference."""
-    runs = report["runs"]
-    settings = []
-    for run in runs:
-        items = {"n": run["n"], **(run["sampling"] or {})}.items()
-        settings.append(", ".join(f"{name} {value}" for name, value in items))
-    if len(set(settings)) > 1:
-        told = "; ".join(f"{run['name']}: {one}" for run, one in zip(runs, settings))
-        print(f"evaluate.py: warning: the runs were not sampled alike ({told})", file=sys.stderr)
+    """A line a figure; a column a run, and beside it its difference to the reference.
 
-    columns, head = [(runs[0], False)], ["", runs[0]["name"]]
-    for run in runs[1:]:
-        columns += [(run, False), (run, True)]
-        head += [run["name"], f"{run['name']} - {report['reference']}"]
-    grid = [head]
+    The last line has Pass@k of all runs at the smallest and the largest k.
+    """
+    runs, ks = report["runs"], [str(k) for k in report["k"]]
+    settings = [", ".join(f"{name} {value}" for name, value in
+                          {"n": run["n"], **(run["sampling"] or {})}.items()) for run in runs]
+    if len(set(settings)) > 1:
+        each = "; ".join(f"{run['name']}: {one}" for run, one in zip(runs, settings))
+        print(f"evaluate.py: warning: the runs were not sampled alike ({each})", file=sys.stderr)
+
+    columns = [(runs[0], False)] + [(run, diff) for run in runs[1:] for diff in (False, True)]
+    grid = [["", *(run["name"] + f" - {report['reference']}" * diff for run, diff in columns)]]
     for source in [*runs[0].get("sources", ()), None]:
         if "sources" in runs[0]:
             title = "mean over sources" if source is None else source
@@ -432,19 +364,26 @@ def print_table(report):
         for name in ("pass_at_k", "maj_at_k", *FIGURES, "samples_to_match"):
             if entries[0][0][name] is None:
                 continue
-            for k in map(str, report["k"]) if name.endswith("_k") else ("",):
+            for k in ks if name.endswith("_at_k") else [None]:
                 label = f"{name.removesuffix('_at_k')}@{k}" if k else name
-                grid.append([label] + [cell_text(entry, name, k, diff) for entry, diff in entries])
+                grid.append([label, *(cell_text(entry[name][k] if k else entry[name], diff)
+                                      for entry, diff in entries)])
     widths = [max(map(len, column)) for column in zip(*filter(None, grid))]
     every = " | ".join(dict.fromkeys(settings))
     say(f"{runs[0]['problems']} problems, {every}; [95 % interval over problems]\n")
     for line in grid:
         say("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
+    ends = list(dict.fromkeys([ks[0], ks[-1]]))
+    values = [" and ".join(f"{run['pass_at_k'][k]['value']:.3f}" for k in ends) for run in runs]
+    say("\n" + " and ".join(f"Pass@{k}" for k in ends) + ": "
+        + "; ".join(f"{run['name']} {value}" for run, value in zip(runs, values)))
+
 
 # ---- The figures ---------------------------------------------------------------------------------
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
-           "#56B4E9")  # Okabe and Ito's, which the colour-blind can tell apart
+# Okabe and Ito's colours, which the colour-blind can tell apart
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LITERAL = {"parse_math": False, "usetex": False}  # of texts with a name: `$` and `\` are letters
 
 
 def new_figure(rows, columns, width, height):
@@ -453,48 +392,107 @@ def new_figure(rows, columns, width, height):
     from matplotlib.figure import Figure
     matplotlib.rcParams.update({
         "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-        "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6",
-        "legend.frameon": False})
+        "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e6e6"})
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
 def save(figure, path):
-    """Under its name stands the old figure or the new one, never half of it."""
-    with open(path + ".partial", "wb") as file:
-        figure.savefig(file, format=path[-3:], dpi=200)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    """Write a figure atomically; an error leaves nothing behind."""
+    try:
+        with open(path + ".partial", "wb") as file:
+            figure.savefig(file, format=path[-3:], dpi=200)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".partial", path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".partial")
+        raise
+
+
+def shorten(name, longest=24):
+    """A run's name as a figure shows it: printable, at most `longest` characters."""
+    name = "".join(c if c.isprintable() else "?" for c in name)
+    return name if len(name) <= longest else f"{name[:longest // 2 - 1]}…{name[-longest // 2:]}"
+
+
+def label_ends(axis, labels):
+    """Write names beside the right ends of lines, moved apart where they would overlap.
+
+    labels: [(y of the end, name, colour)].
+    """
+    low, high = axis.get_ylim()
+    labels = sorted(labels, key=lambda label: label[0])
+    ends = [(y - low) / (high - low) for y, *_ in labels]  # in units of the axis
+    line = min(13 / (axis.bbox.height * 72 / axis.figure.dpi), 1 / len(labels))
+    up = list(itertools.accumulate(ends, lambda last, y: max(y, last + line)))
+    down = list(itertools.accumulate(ends[::-1], lambda last, y: min(y, last - line)))[::-1]
+    for one, other, (_, name, colour) in zip(up, down, labels):
+        axis.text(1.02, (one + other) / 2, name, color=colour, fontsize=9,
+                  verticalalignment="center", transform=axis.transAxes, **LITERAL)
 
 
 def plot_passk(report, path):
-    """Left Pass@k of all runs, right each run minus the reference, with their 95 % bands."""
+    """Pass@k of all runs; each minus the reference; and, of three runs or more, `plot_path`.
+
+    Runs whose names are numbers are the rounds of one run: their colours go from early to late, and
+    there is no second panel. Bands: 95 % intervals, of rounds the last one's.
+    """
     runs, ks = report["runs"], report["k"]
-    panels = min(2, len(runs))
-    figure, axes = new_figure(1, panels, 4.7 * panels, 3.6)
-    for index, run in enumerate(runs):
-        colour = COLOURS[index % len(COLOURS)]
-        for axis, names in zip(axes, (VALUE, DIFFERENCE)):
-            cells = [run["pass_at_k"][str(k)] for k in ks]
-            line, low, high = ([cell[name] for cell in cells] for name in names)
-            axis.plot(ks, line, color=colour, label=run["name"], marker="os^vDPX*"[index % 8],
-                      markersize=4.5, linestyle="-" if index else "--")
-            axis.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
-    for axis, title in zip(axes, ("Pass@k", f"Pass@k minus {report['reference']}, paired")):
-        axis.set_title(title)
+    names = [shorten(run["name"]) for run in runs]
+    rounds = len(runs) > 2 and all(name.isdecimal() for name in names[1:])
+    panels = {"Pass@k": CELL[:3]}
+    colours = [COLOURS[index % len(COLOURS)] for index in range(len(runs))]
+    if rounds:
+        from matplotlib import colormaps
+        colours[1:] = colormaps["plasma"](np.linspace(0.8, 0.1, len(runs) - 1))
+        names[1:] = [f"round {int(name)}" for name in names[1:]]
+    elif len(runs) > 1:
+        panels[f"Pass@k minus {names[0]}, paired"] = CELL[3:]
+    columns = len(panels) + (len(runs) > 2 and len(ks) > 1)
+    figure, axes = new_figure(1, columns, 4.9 * columns, 3.6)
+    for axis, (title, fields) in zip(axes, panels.items()):
+        ends = []
+        for index, (run, name, colour) in enumerate(zip(runs, names, colours)):
+            line, low, high = ([run["pass_at_k"][str(k)][field] for k in ks] for field in fields)
+            axis.plot(ks, line, "o-" if index else "o--", color=colour, markersize=4.5)
+            if not rounds or index in (0, len(runs) - 1):
+                axis.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
+            ends.append((line[-1], name, colour))
+        axis.set_title(title, **LITERAL)
         axis.set_xscale("log", base=2)
+        axis.set_xlabel("k, samples a problem")
         ticks = ks if len(ks) <= 12 else [k for k in ks if k & (k - 1) == 0]
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
+        label_ends(axis, ends)
+    if columns > len(panels):
+        points = [[run["pass_at_k"][str(k)]["value"] for k in (ks[0], ks[-1])] for run in runs]
+        plot_path(axes[-1], points, names, colours, rounds)
+        axes[-1].set(title=f"Pass@{ks[-1]} against Pass@{ks[0]}", xlabel=f"Pass@{ks[0]}",
+                     ylabel=f"Pass@{ks[-1]}")
     sizes = ", ".join(str(n) for n in dict.fromkeys(run["n"] for run in runs))
-    figure.supxlabel(f"k  ({runs[0]['problems']} problems, n = {sizes}; "
-                     "bands: 95 % over problems)", fontsize="medium")
-    axes[0].legend()
+    figure.supxlabel(f"{runs[0]['problems']} problems, n = {sizes}; bands: 95 % over problems",
+                     fontsize="medium")
     save(figure, path)
 
 
-class Update(msgspec.Struct, rename={"pass_at_1": "pass@1"}):
+def plot_path(axis, points, names, colours, rounds):
+    """A point (x, y) a run, the reference a star.
+
+    Lines lead from round to round, or else from the reference to each run.
+    """
+    for index, ((x, y), name, colour) in enumerate(zip(points, names, colours)):
+        start = points[max(0, index - 1) if rounds else 0]
+        axis.plot([start[0], x], [start[1], y], color=colour, linewidth=1)
+        axis.plot(x, y, "o" if index else "*", color=colour, markersize=6 if index else 13)
+        axis.annotate(name, (x, y), (7, 5 if index else -12), textcoords="offset points",
+                      color=colour, fontsize=9, **LITERAL)
+    axis.margins(0.15)
+
+
+class Update(msgspec.Struct, rename={"pass_at_1": "pass@1", "pass_at_n": "pass@n"}):
     """A line of metrics.jsonl, as far as it is drawn; null where an update had no such samples."""
     step: int
     pass_at_1: float | None
@@ -503,6 +501,7 @@ class Update(msgspec.Struct, rename={"pass_at_1": "pass@1"}):
     entropy_wrong: float | None
     completion_len: float | None
     grad_norm: float | None
+    pass_at_n: float | None = None  # older runs lack it
 
 
 def read_metrics(path):
@@ -511,50 +510,55 @@ def read_metrics(path):
     path: a metrics.jsonl, a model folder, or a run's folder, whose newest round counts.
     """
     if os.path.isdir(path):
-        rounds = [name for name in os.listdir(path) if re.fullmatch(r"round-\d+", name)]
-        rounds.sort(key=lambda name: int(name.removeprefix("round-")))
-        files = [os.path.join(path, name, "metrics.jsonl") for name in ["", *rounds]]
+        # TODO: round-NNN goes with run.sh's old folders
+        rounds = sorted((name for name in os.listdir(path)
+                         if name.removeprefix("round-").isdecimal()),
+                        key=lambda name: int(name.removeprefix("round-")))
+        folders = ["", *(f"/{name}{sub}" for name in rounds for sub in ("", "/policy"))]
+        files = [f"{path}{folder}/metrics.jsonl" for folder in folders]
         files = [file for file in files if os.path.exists(file)]
         if not files:
-            fail(f"{path}: no metrics.jsonl here, nor in a folder round-000, round-001, ... in it")
+            fail(f"{path}: no metrics.jsonl here, nor in 001/policy, 002/policy, ...")
         path = files[-1]
     updates = [msgspec.structs.astuple(row) for _, _, row in read_rows(path, Update)]
     return dict(zip(Update.__struct_fields__, np.array(updates, dtype=float).T))
 
 
 def plot_training(run, path):
-    """Pass@1, entropies, length and gradient norm of every update (pale) and a running mean.
+    """Solved problems, entropies, length, gradient norm: each update pale, a running mean strong.
 
-    run: as read_metrics takes it. path: the picture.
+    run: as read_metrics takes it. path: the figure.
     """
     metrics = read_metrics(run)
     panels = {
-        "Pass@1 of the rollouts": {"pass_at_1": ""},
+        "Share of the problems solved": {"pass_at_1": "Pass@1", "pass_at_n": "Pass@n"},
         "Completion length (tokens)": {"completion_len": ""},
         "Token entropy (nats)": {"entropy": "all", "entropy_correct": "correct",
                                  "entropy_wrong": "wrong"},
         "Gradient norm": {"grad_norm": ""},
     }
     figure, axes = new_figure(2, 2, 9.4, 5.4)
-    steps = metrics["step"]
-    window = np.ones(max(1, len(steps) // 20))
     for axis, (title, curves) in zip(axes, panels.items()):
+        ends = []
         for colour, (key, label) in zip(COLOURS, curves.items()):
-            known = np.isfinite(metrics[key])
-            total = np.convolve(np.where(known, metrics[key], 0), window, "same")
-            count = np.convolve(known, window, "same")
-            axis.plot(steps, metrics[key], color=colour, alpha=0.25, linewidth=0.8, marker=".",
-                      markersize=2)
-            running_mean = total / np.where(count > 0.5, count, math.nan)
-            axis.plot(steps, running_mean, color=colour, label=label)
+            finite = np.isfinite(metrics[key])
+            if finite.any():
+                steps, values = metrics["step"][finite], metrics[key][finite]
+                window = np.ones(max(1, len(values) // 20))
+                running_mean = (np.convolve(values, window, "same")
+                                / np.convolve(np.ones(len(values)), window, "same"))
+                axis.plot(steps, values, ".-", color=colour, alpha=0.25, linewidth=0.8,
+                          markersize=2)
+                axis.plot(steps, running_mean, color=colour)
+                ends.append((running_mean[-1], label, colour))
         axis.set_title(title)
-        if len(curves) > 1:
-            axis.legend()
+        axis.set_ylim(bottom=0)
+        label_ends(axis, ends)
     figure.supxlabel("update", fontsize="medium")
     save(figure, path)
 
 
-# ---- The stage -------------------------------------------------------------------------------
+# ---- The stage -----------------------------------------------------------------------------------
 def main(args):
     start = time.monotonic()
     if args.training:
