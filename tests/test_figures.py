@@ -174,7 +174,7 @@ def test_the_figure_and_tables_of_a_study(tmp_path):
     titles = ["## weak base", "## strong base", "## SmolLM2-135M"]
     places = [out.index(f"\n{title}\n") for title in titles]
     assert places == sorted(places)
-    # Each pair of arms stands once; at the second rate only what was run at it.
+    # At the second rate only what was run at it.
     weak = out[places[0]:places[1]]
     table = weak.partition("| minus GRPO, lr 2e-4, equal rounds |")[2].partition("\n\n")[0]
     rows = [line.split(" | ")[0] for line in table.splitlines()[2:]]

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from data import countdown
-from experiments import smollm2, suite
+from experiments import frontier, smollm2, suite
 
 ROOT = suite.ROOT
 
@@ -64,7 +64,8 @@ class Toy:
                 done.append(arguments[0])
                 if len(done) == limit:
                     raise KeyboardInterrupt
-        self.patch.setattr(smollm2, "run", sequential)
+        for module in (smollm2, frontier):
+            self.patch.setattr(module, "run", sequential)
         model = os.path.join(ROOT, "data", "tiny-countdown")
         smollm2.main(smollm2.parse_args(["--smallest", "--model", model, "--seeds", "1",
                                          "--tables", str(self.tables), *flags]))
@@ -80,15 +81,17 @@ def test_the_whole_course_at_toy_size(tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path / "runs/smollm2/base")
     # GRPO and one DS-GRPO, at k = 1, 2 and 4
     assert len(table(toy.tables, "frontier_tuning.csv")) == 2 * 3
-    toy.main("--list")
-    assert capsys.readouterr().out == "left: smollm2/tune-2\n"  # the rest depends on it
+    with pytest.raises(SystemExit, match="what follows depends on these"):
+        toy.main("--list")
+    assert "tuning: 1 runs left\n  pre-trained ds-token 1e-5 101" in capsys.readouterr().out
     assert toy.main(*arms) == ["smollm2/tune-2", "smollm2/base-0-1",
                                "smollm2/grpo-rehearsal-1e-5-1"]
     capsys.readouterr()
     toy.main("--list", "--seeds", "1", "2", "--arms", "grpo", "base")
-    assert capsys.readouterr().out.split("left: ")[1:] == [
-        f"smollm2/{name}\n" for name in ("grpo-1e-5-1", "grpo-5e-6-1", "grpo-1e-5-2", "base-0-2",
-                                         "grpo-5e-6-2")]
+    left = capsys.readouterr().out.partition("reported: 5 runs left\n")[2].splitlines()
+    assert [line.split()[1:4] for line in left] == [
+        ["grpo", "1e-5", "1"], ["grpo", "5e-6", "1"], ["grpo", "1e-5", "2"], ["base", "0", "2"],
+        ["grpo", "5e-6", "2"]]
     points = table(toy.tables, "checkpoints.csv")
     assert {row["regime"] for row in points} == {"pre-trained"}
     assert [(row["arm"], row["round"]) for row in points] == [
