@@ -58,6 +58,7 @@ set -euo pipefail
 die() { echo "run.sh: error: $*" >&2; exit 2; }
 say() { echo "+ $*" >&2; "$@"; }
 python() { command python3 "$@"; }
+of_data() { PYTHONPATH=${here:-.} python -P -m "data.$@"; }  # data/select.py hides no `select`
 launch() {  # the -- keeps argparse of Python 3.11 from taking --n for one of torchrun's flags
   if [ "$nproc" -eq 1 ]; then say python "$@"; else
     say torchrun --standalone --nproc-per-node "$nproc" -- "$@"
@@ -163,7 +164,7 @@ check_flags() {  # everything that can be wrong with them, before the first roun
     python "${here}train.py" --model . --rollouts . --out . "${updating[@]}" "${rehearsing[@]}" \
       --check-flags
   done
-  python "${here}data/countdown.py" --out . "${problems[@]}" --check-flags
+  of_data countdown --out . "${problems[@]}" --check-flags
 }
 
 recorded() {  # a path as the settings spell it: the same for any caller; a Hub id as it is
@@ -227,10 +228,10 @@ sample_and_score() {  # MODEL PROMPTS N SEED ROLLOUTS SCORED, and more flags of 
 
 problems_of() {  # ROUND COUNT OUT: so many training problems
   if [ -n "$prompts" ]; then
-    say python "${here}data/shuffle.py" --input "$prompts" --out "$3" --n "$2" --seed "$seed" \
+    say of_data select --prompts "$prompts" --out "$3" --n "$2" --seed "$seed" \
       --round "$(($1 > 0 ? $1 : 1))" > /dev/null
   else
-    say python "${here}data/countdown.py" --out "$3" --n "$2" --split train \
+    say of_data countdown --out "$3" --n "$2" --split train \
       --seed $((seed * 100000 + $1)) "${problems[@]}" > /dev/null
   fi
 }
@@ -241,8 +242,8 @@ rehearsal() {  # the base's own samples: half for all problems, half for those i
   problems_of 0 "$rehearse" "$to/prompts.jsonl"
   sample_and_score "$model" "$to/prompts.jsonl" "$n" $((seed * 100000)) \
     "$to/rollouts.jsonl" "$to/once.jsonl"
-  say python "${here}data/hard.py" "$to/once.jsonl" --prompts "$to/prompts.jsonl" \
-    --out "$to/hard.jsonl" --at-most 1 > /dev/null
+  say of_data select --prompts "$to/prompts.jsonl" --out "$to/hard.jsonl" \
+    --scored "$to/once.jsonl" --at-most 1 > /dev/null
   total=$(wc -l < "$to/once.jsonl") hard=$(wc -l < "$to/hard.jsonl")
   cat "$to/once.jsonl" > "$to/scored.jsonl.partial"
   if [ "$hard" -gt 0 ]; then
@@ -319,7 +320,7 @@ evaluate() {
   id=$(printf %03d "$rounds")
   if [ -z "$test" ]; then
     test=$dir/test.jsonl
-    say python "${here}data/countdown.py" --out "$test" --n "$eval_problems" --seed 1 --split test \
+    say of_data countdown --out "$test" --n "$eval_problems" --seed 1 --split test \
       "${problems[@]}" > /dev/null
   fi
   files=(base) names=(base) models=("$model")

@@ -2,19 +2,20 @@
 
 A seeded stream of solvable problems, each with the exact number of its distinct solutions:
 
-    python data/countdown.py --out prompts.jsonl --n 1000 --seed 0   # as the embedded model knows
-    python data/countdown.py --out test.jsonl --n 300 --seed 1 --exclude prompts.jsonl
-    python data/countdown.py --out hard.jsonl --numbers 6 --max-number 100 --template instruct
+    python -m data.countdown --out prompts.jsonl --n 1000 --seed 0   # as the embedded model knows
+    python -m data.countdown --out test.jsonl --n 300 --seed 1 --exclude prompts.jsonl
+    python -m data.countdown --out hard.jsonl --numbers 6 --max-number 100 --template instruct
 
 Writes one problem a line (and OUT.meta.json): id, task "countdown", prompt (or messages, with
 --template instruct), numbers (list of int), target (int), n_solutions (int).
 
 Numbers are drawn independently and uniformly from 1..max-number; the target is the value of a
 random expression over them, drawn again until it is a whole number in 1..max-target. No prompt
-stands twice. A problem is a multiset of numbers with a target: a hash of it puts it for good into
-one of three splits, train (80 %, all that the embedded model was pre-trained on), tune and test
-(10 % each). It was pre-trained on targets up to 300: about one default problem in twelve lies
-beyond.
+occurs twice, but the same numbers may come in another order: 4 of the first 300 test problems
+(--split test --seed 1) repeat an earlier one so. The stream stays as it is, so that results can be
+repeated. A problem is a multiset of numbers with a target: its hash assigns it to one of three
+splits, train (80 %, all that the embedded model was pre-trained on), tune and test (10 % each). It
+was pre-trained on targets up to 300: about one default problem in twelve lies beyond.
 
 The verdict (score.py calls `verify`). The answer is the last complete innermost
 <answer>..</answer>; without any <answer>, the whole completion, if it has at most 200 characters.
@@ -32,17 +33,12 @@ import itertools
 import json
 import math
 import operator
-import os
 import random
 import re
-import sys
 from fractions import Fraction
 from typing import Annotated
 
 import msgspec
-
-if __name__ == "__main__":  # the repository's root, not this folder
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from data.files import Parser, Rollout, Verdict, claim, describe, fail, publish, read_rows, run
 

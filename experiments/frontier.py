@@ -214,7 +214,8 @@ def sample_twice(stem, base, draw, n, sampling, seed):
     once, hard = f"{stem}-once", f"{stem}-hard"
     stage("data.countdown", f"--out {once}.prompts.jsonl {draw}")
     parts = [verified(once, base, f"--n {n} {sampling} --seed {seed}")]
-    stage("data.hard", f"{parts[0]} --prompts {once}.prompts.jsonl --out {hard}.prompts.jsonl")
+    stage("data.select", f"--prompts {once}.prompts.jsonl --out {hard}.prompts.jsonl "
+                         f"--scored {parts[0]} --at-most 1")
     problems, few = (lines_of(f"{part}.prompts.jsonl") for part in (once, hard))
     if few:
         again = f"--n {n * problems // few} {sampling} --seed {seed + 99_999}"

@@ -69,8 +69,8 @@ def serve(path, base):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    modules = {name: importlib.import_module(name) for name in STAGES} | {
-        name: importlib.import_module(name) for name in ("maths", "shuffle", "hard")}
+    modules = {name: importlib.import_module(name) for name in (*STAGES, "maths")}
+    modules["select"] = importlib.import_module("data.select")  # `select` is the standard library's
     report = modules["evaluate"]
     report.save(report.new_figure(1, 2, 9, 4)[0], base + ".png")  # the first picture loads fonts
     torch.set_num_threads(1)
@@ -396,8 +396,10 @@ class Campaign:
             if process:
                 command = STAGES[name][0].split()
                 began = time.monotonic()
-                child = subprocess.Popen([sys.executable, os.path.join(ROOT, command[0]), *command[1:]], cwd=folder,
-                                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                module = command[0].removesuffix(".py").replace("/", ".")
+                child = subprocess.Popen(
+                    [sys.executable, "-P", "-m", module, *command[1:]], cwd=folder, text=True,
+                    env={**os.environ, "PYTHONPATH": ROOT}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(wait)
                     took = time.monotonic() - began

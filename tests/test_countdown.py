@@ -151,3 +151,10 @@ def test_make_tiny_leaves_snapshots_and_starts_from_them(tmp_path, monkeypatch):
     assert made_from["steps_done"] == 2 and made_from["flags"]["max_target"] == 40
     (last,) = made("two", "--steps", "1", "--lr", "0", "--max-target", "40", "--init", str(tmp_path / "one"))
     assert last["tune_loss"] == first[-1]["tune_loss"]  # at a rate of 0 the weights are those it began with
+
+
+def test_four_test_problems_come_twice_as_the_docstring_says():
+    args = countdown.parse_args(["--out", "x", "--n", "300", "--split", "test", "--seed", "1"])
+    problems = list(countdown.problems(args))
+    assert len({key(row) for row in problems}) == 296 and len({row["id"] for row in problems}) == 300
+    assert "4 of the first 300 test problems" in countdown.__doc__

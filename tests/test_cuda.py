@@ -16,7 +16,8 @@ MODEL = os.path.join(ROOT, "data", "tiny-countdown")
 
 
 def call(stage, *flags):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, stage), *map(str, flags)],
+    module = stage.removesuffix(".py").replace("/", ".")
+    done = subprocess.run([sys.executable, "-m", module, *map(str, flags)], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -14,7 +14,6 @@ import sys
 import pytest
 
 import crash
-from data import shuffle
 
 TINY = ("--prompts-per-round 6 --n 4 --max-new-tokens 8 --updates 2 --eval-problems 6 --eval-n 4 "
         "--countdown --numbers=3 --rounds 2 --keep 1").split()
@@ -39,7 +38,10 @@ class Loop:
         dies = ('[ -z "$KILL" ] || { mark=$KILL/$(echo "$0 $*" | cksum | tr " " -); '
                 '[ -e "$mark" ] || { : > "$mark"; kill -9 $PPID; }; }\n')
         python = f'"{sys.executable}" -S -E'
-        self.write("python3", f'case "$1" in\n-|-c) {python} "$@" ;;\n'
+        self.write("python3", '[ "$1" != -P ] || shift\n'
+                   f'case "$1" in\n-|-c) {python} "$@" ;;\n'
+                   f'-m) {python} "{crash.ROOT}/tests/ask.py" "{warm.path}" '
+                   '"data/${2#data.}.py" "${@:3}" ;;\n'
                    f'*) {python} "{crash.ROOT}/tests/ask.py" "{warm.path}" "$@" ;;\nesac\n'
                    f'code=$?\n{dies}exit $code\n')
         for name in ("rm", "mv"):
@@ -466,25 +468,11 @@ def test_two_processes_under_torchrun(loop):
     assert loop.files("one")["rollouts-001.jsonl"] == rollouts
 
 
-def test_shuffled_passes():
-    for total, n in ((5, 3), (7, 7), (4, 9), (10, 1), (6, 4)):
-        n = min(n, total)
-        rounds = [shuffle.problems_of_round(total, n, number, 1) for number in range(1, 4 * total)]
-        flat = sum(rounds, [])
-        passes = [flat[start:start + total] for start in range(0, len(flat) - total + 1, total)]
-        assert all(sorted(one) == list(range(total)) for one in passes)  # each equally often
-        assert all(len(set(one)) == n for one in rounds)
-        assert len(set(map(tuple, passes))) > len(passes) / 2
-        assert rounds[2] == shuffle.problems_of_round(total, n, 3, 1)
-    first = {tuple(shuffle.problems_of_round(6, 6, 1, seed)) for seed in range(20)}
-    assert len(first) > 15
-
-
-def test_shuffle_names_a_duplicate_id(loop):
+def test_a_duplicate_id_in_the_problems_is_named(loop):
     write_problems(loop.folder / "mine.jsonl", 2)
     with open(loop.folder / "mine.jsonl", "a", encoding="utf-8") as file:
         file.write('{"id": "../1", "task": "countdown", "prompt": "1 1=2:"}\n')
     code, err = loop(*TINY, "--prompts", "mine.jsonl")
     assert code == 2 and "generate.py" not in err
-    assert err.splitlines()[-1] == ("shuffle.py: error: mine.jsonl:3: duplicate id '../1', "
+    assert err.splitlines()[-1] == ("select.py: error: mine.jsonl:3: duplicate id '../1', "
                                     "first in mine.jsonl:2")
