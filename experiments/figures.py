@@ -349,21 +349,28 @@ def summary(panels):
     def row(one, other, *more, figures):
         cells = [figures(paired(runs_at(runs_of, one), runs_at(runs_of, other)), large(runs_of))
                  for runs_of in panels.values()]
-        if any(cells):
-            minus = " minus ".join(LABELS.get(arm, arm) for arm in (one, other))
-            row_of(minus, *more, *(text_of(cell, signed=True) if cell else "" for cell in cells))
+        minus = " minus ".join(LABELS.get(arm, arm) for arm in (one, other))
+        texts = (text_of(cell, signed=True) if cell else "" for cell in cells)
+        return [minus, *more, *texts] if any(cells) else None
 
-    titles = list(itertools.starmap(title_of, panels))
-    header("gap in Pass@k at the largest k", *titles)
-    for pair in ALONG:
-        row(*pair, figures=lambda pairs, top: list(itertools.starmap(gap, paths_of(pairs, top))))
+    def table(first, rows):
+        rows = list(filter(None, rows))
+        if rows:
+            header(*first, *itertools.starmap(title_of, panels))
+        for cells in rows:
+            row_of(*cells)
+
+    table(["gap in Pass@k at the largest k"], [
+        row(*pair, figures=lambda pairs, top: [gap(*both) for both in paths_of(pairs, top)])
+        for pair in ALONG])
     tables = [(number, BY_ROUND, ("1", "64", "largest")) for number in (5, 10, 20)]
-    tables.append((10, WEIGHTINGS, ("1", "16", "64", "largest", "entropy", "distinct")))
-    for number, rows, measures in tables:
-        header(f"after {number} rounds", "k", *titles)
-        for (one, other), k in itertools.product(rows, measures):
+    tables += [(number, WEIGHTINGS, ("1", "16", "64", "largest", "entropy", "distinct"))
+               for number in (5, 10)]
+    for number, pairs, measures in tables:
+        table([f"after {number} rounds", "k"], [
             row(one, other, k, figures=lambda pairs, top: at_round(
                 pairs, number, other, top if k == "largest" else k))
+            for (one, other), k in itertools.product(pairs, measures)])
 
 
 def tables_of(runs_of):
