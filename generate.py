@@ -6,12 +6,13 @@ r"""Stage 1: sample n completions of every prompt from a Hugging Face causal lan
         --out rollouts.jsonl --n 8 --temperature 0.7 --max-new-tokens 2048
 
 Reads prompts.jsonl, one problem a line: `id`, `prompt` (text) or `messages` (a chat, rendered with
-the model's own chat template), and any other fields, which pass through untouched.
+the model's own chat template; a last turn of the assistant's is continued), and any other fields,
+which pass through untouched.
 Writes rollouts.jsonl, one sample a line, sorted by problem, then by sample: the problem's fields,
 then
 
     sample          0 .. n - 1
-    completion      the text, without special tokens
+    completion      the text, without the special tokens that end it, pad it or separate turns
     prompt_ids, completion_ids    the end-of-text token included when it was sampled
     logprobs        of each completion id: log-softmax of logits / T in fp32, whatever top-p and
                     top-k were; 0 when greedy
@@ -36,11 +37,11 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
+import re
 import sys
 import time
 
-from data.files import Parser, Problem, describe, fail, publish, read_rows, run
+from data.files import Parser, Problem, describe, fail, rank_and_world, read_rows, run
 
 
 def add_flags(parser):
@@ -57,6 +58,9 @@ def add_flags(parser):
     add("--overlong", default="refuse", choices=["refuse", "skip"],
         help="end the stage at a prompt too long for the model's positions, or leave such problems "
              "out and count them (default %(default)s)")
+
+    add("--chat-template-kwargs", type=json_object, metavar="JSON",
+        help="variables of the model's chat template, such as '{\"enable_thinking\": false}'")
 
     add = parser.add_argument_group(
         "sampling", "Of the model's generation_config.json only the end-of-text ids count."
@@ -84,6 +88,16 @@ def add_flags(parser):
              "of a prompt attend to one cache; auto: shared on a CPU where possible")
 
 
+def json_object(text):
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
+
+
 def check_flags(parser, args):
     parser.at_least(args, n=1, temperature=0, top_k=0, max_new_tokens=1, max_batch_tokens=1,
                     limit=1)
@@ -91,6 +105,10 @@ def check_flags(parser, args):
         parser.error("--top-p must be above 0 and at most 1")
     if "" in args.stop:
         parser.error("--stop takes texts that are not empty")
+    for text in args.stop:
+        if escape := re.search(r"\\[nrt](?![a-z])", text):  # before a letter: LaTeX
+            parser.error(f"--stop {text}: {escape[0]} is a backslash and a letter here; bash "
+                         f"writes the character as $'{escape[0]}'")
     return parser.checked(args)
 
 
@@ -105,13 +123,14 @@ if __name__ == "__main__":
 
 import msgspec
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
-from data.chunks import (begin, chunk_path, chunks_of, merge, wait_for_chunks, wait_for_folder,
-                         write_synced)
+from data.chunks import (begin, chunks_of, digest_of_work, merge, publish_merged, run_chunks,
+                         wait_for_chunks, wait_for_folder)
 from data.models import (OF_TRAINING, check_model, device_and_dtype, load, load_model,
                          load_tokenizer, positions_of, source_of)
 
@@ -272,19 +291,36 @@ def load_problems(path, limit=None):
     for where, line, problem in read_rows(path, Problem):
         if problem.id in seen:
             fail(f"{where}: duplicate id {problem.id!r}")
-        if (problem.prompt is msgspec.UNSET) == (problem.messages is msgspec.UNSET):
-            fail(f"{where}: needs either 'prompt' or 'messages'")
         seen.add(problem.id)
-        problems.append((where, with_whole_turns(problem, line)))
+        problems.append((where, text_or_chat(where, line, problem)))
         if len(problems) == limit:
             break
     return problems
 
 
-def with_whole_turns(problem, line):
-    """The problem whose turns hold all their keys: a template may know more than role, content."""
-    if problem.messages is not msgspec.UNSET:
-        problem.messages = json.loads(line)["messages"]
+def text_or_chat(where, line, problem):
+    """The problem with either a text as `prompt` or a chat as `messages`; the other is None.
+
+    A chat may also stand under `prompt`, and the text of a turn in parts, as in many data sets. The
+    turns keep all their keys: a template may know more than role and content.
+    """
+    chats = [key for key in ("prompt", "messages") if isinstance(getattr(problem, key), list)]
+    texts = [problem.prompt] * isinstance(problem.prompt, str)
+    if len(chats) + len(texts) != 1:
+        fields = ", ".join(msgspec.json.decode(line, type=dict[str, msgspec.Raw]))
+        fail(f"{where}: needs either 'prompt' or 'messages', and has {fields}; `python -m "
+             f"data.maths` converts questions with answers")
+    problem.prompt, problem.messages = (*texts, None)[0], None
+    if chats:
+        problem.messages = json.loads(line)[chats[0]]
+        for number, turn in enumerate(problem.messages):
+            parts = turn["content"] if isinstance(turn["content"], list) else []
+            for part in parts:
+                if part["type"] != "text" or part.get("text") is None:
+                    fail(f"{where}: field '{chats[0]}[{number}].content': a part of type "
+                         f"{part['type']!r}; only text can be sampled from")
+            if parts:
+                turn["content"] = "".join(part["text"] for part in parts)
     return problem
 
 
@@ -293,26 +329,22 @@ def problem_lines(path, problems):
     rows = read_rows(path, Problem)
     for where, sampled in problems:
         _, line, problem = next(rows, (None, None, None))
-        if problem is None or with_whole_turns(problem, line) != sampled:
+        if problem is None or text_or_chat(where, line, problem) != sampled:
             fail(f"{where}: changed while its completions were sampled")
         yield line
 
 
-def encode(problems, tokenizer, config, max_new_tokens, overlong="refuse"):
+def encode(problems, tokenizer, config, max_new_tokens, overlong="refuse", template=None,
+           reference=None):
     """Token ids of every prompt, unpadded; none of one that --overlong skips.
 
-    A chat template writes its own special tokens; for a text the tokenizer does.
+    template: variables of the chat template; reference: `reference_tokenizer`.
     """
     positions, encoded = positions_of(config), []
     for where, problem in tqdm(problems, "tokenizing", disable=None):
         try:
-            if problem.messages is msgspec.UNSET:
-                ids = tokenizer(problem.prompt)["input_ids"]
-            else:
-                text = tokenizer.apply_chat_template(problem.messages, tokenize=False,
-                                                     add_generation_prompt=True)
-                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        except Exception as error:  # no chat template, or one that refuses these roles
+            ids = prompt_ids(problem, tokenizer, template or {}, reference)
+        except Exception as error:  # such as no chat template, or one that refuses these roles
             fail(f"{where}: the prompt cannot be encoded: {error}")
         if not ids:
             fail(f"{where}: an empty prompt: this tokenizer gives it no token to start from")
@@ -332,18 +364,113 @@ def encode(problems, tokenizer, config, max_new_tokens, overlong="refuse"):
     return encoded
 
 
+def prompt_ids(problem, tokenizer, template, reference):
+    """The token ids of one prompt; ValueError where they are not what the model was trained with.
+
+    A chat template writes its own special tokens. A text gets those that the tokenizer puts in
+    front, unless it begins with them, and none behind it.
+    """
+    text = problem.prompt if problem.messages is None else render(
+        problem.messages, tokenizer, template)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if reference and reference.encode(text, add_special_tokens=False).ids != ids:
+        raise ValueError(
+            f"{type(tokenizer).__name__}, the tokenizer's class, splits it otherwise than "
+            f"tokenizer.json does; set \"tokenizer_class\": \"PreTrainedTokenizerFast\" in "
+            f"tokenizer_config.json of a copy of the model")
+    if problem.messages is None:
+        whole = tokenizer(text)["input_ids"]
+        start = max(i for i in range(len(whole)) if whole[i:i + len(ids)] == ids) if ids else 0
+        front = whole[:start] if ids else whole
+        ids = ids if front and ids[:len(front)] == front else front + ids
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if ids[:2] == [begin, begin]:
+        raise ValueError(f"it begins with {tokenizer.bos_token} twice; write it without")
+    if ids[-1:] == [end] and end != begin:  # where they are one token, it also separates texts
+        raise ValueError(f"it ends with the end-of-text token {tokenizer.eos_token}; leave it out")
+    return ids
+
+
+def render(turns, tokenizer, template):
+    """The text of a chat, which goes on with a new assistant turn, or with the one it ends in."""
+    continued = turns[-1]["role"] == "assistant"
+    if continued and turns[-1]["content"] == "":  # begun, but nothing is said yet
+        turns, continued = turns[:-1], False
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=not continued,
+        continue_final_message=continued, **template)
+
+
+def reference_tokenizer(name, options):
+    """tokenizer.json as it is, a tokenizers.Tokenizer; None where the model has none.
+
+    transformers loads it into a class that tokenizer_config.json or the architecture names, which
+    may replace how texts are split.
+    """
+    options = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+    try:
+        path = transformers.utils.cached_file(name, "tokenizer.json", **options)
+    except OSError:
+        return None
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 # ---- Where a completion ends ---------------------------------------------------------------------
 def special_tokens(tokenizer):
-    """{text: id} of the tokens that a completion's text leaves out."""
+    """{text: id} of the tokens that the tokenizer's files call special."""
     added = tokenizer.added_tokens_decoder.items()
     return {token.content: index for index, token in added if token.special}
 
 
+def example_chat(tokenizer):
+    """The text of a chat whose last turn is the assistant's, "answer"; "" without a template."""
+    turns = [{"role": "system", "content": "system"}, {"role": "user", "content": "question"},
+             {"role": "assistant", "content": "answer"}]
+    for chat in (turns, turns[1:]):  # some templates know no system turn
+        try:
+            return tokenizer.apply_chat_template(chat, tokenize=False)
+        except Exception:
+            pass
+    return ""
+
+
+def turn_end(tokenizer):
+    """The special token (text, id) with which the chat template ends a turn, or None."""
+    after = example_chat(tokenizer).rpartition("answer")[2].lstrip()
+    special = special_tokens(tokenizer)
+    return next(((token, special[token]) for token in special if after.startswith(token)), None)
+
+
+def hidden_ids(tokenizer, ends):
+    """The special tokens that a completion's text leaves out: those that end, pad or begin a text
+    and those that separate turns, but no tags such as <answer> and </answer>.
+
+    ends: ids that end a completion.
+    """
+    special, chat = special_tokens(tokenizer), example_chat(tokenizer)
+    other = {token: token.replace("</", "<") if "</" in token else token.replace("<", "</", 1)
+             for token in special}
+    tags = {special[token] for token in special if re.fullmatch("<[^<|>]+>", token)
+            and other[token] in special}
+    separators = {special[token] for token in special if not chat or token in chat}
+    return ({*ends, *separators} - tags) | {
+        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,
+        tokenizer.unk_token_id}
+
+
+def text_of(ids, tokenizer, hidden):
+    """The text of a completion's ids. hidden: `hidden_ids`."""
+    return tokenizer.decode([token for token in ids if token not in hidden])
+
+
 def stop_ids(tokenizer, stop):
     """The ids of the special tokens among the texts of --stop."""
-    special = special_tokens(tokenizer)
+    special, hidden = special_tokens(tokenizer), hidden_ids(tokenizer, ())
     for text, token in itertools.product(stop, special):
-        if token in text and text not in special:
+        if token in text and text not in special and special[token] in hidden:
             fail(f"--stop {text!r}: {token} is no part of a completion's text; give it alone")
     return {special[text] for text in stop if text in special}
 
@@ -368,63 +495,63 @@ def end_ids(model, tokenizer, stops=(), ignore_eos=False):
     return sorted(ends.union(stops))
 
 
-def turn_end(tokenizer):
-    """The special token (text, id) with which the chat template ends a turn, or None."""
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # no template, or one that refuses these roles
-        return None
-    after = text.rpartition("answer")[2].lstrip()
-    special = special_tokens(tokenizer)
-    return next(((token, special[token]) for token in special if after.startswith(token)), None)
+def check_ends(args, ends):
+    if not (ends or args.stop or args.ignore_eos):
+        fail(f"{args.model}: neither the tokenizer nor generation_config.json names an end-of-text "
+             f"token; give --stop or --ignore-eos")
 
 
 # ---- Chunks of work ------------------------------------------------------------------------------
+def plan(args):
+    """Read and check everything that a sampler needs, before a model is loaded.
+
+    Returns the problems, their token ids, the tokenizer, the ids of special tokens among --stop,
+    the options of from_pretrained, and the chunks.
+    """
+    problems = load_problems(args.prompts, args.limit)
+    options, values = check_model(args.model, args.trust_remote_code), args.chat_template_kwargs
+    config = load(transformers.AutoConfig, args.model, options).get_text_config()
+    tokenizer = load_tokenizer(args.model, options)
+    if values and all(problem.messages is None for _, problem in problems):
+        fail("--chat-template-kwargs: no prompt is a chat, so there is no template to take them")
+    for key in values or ():
+        if key not in str(tokenizer.chat_template):
+            fail(f"--chat-template-kwargs: the model's chat template has no {key!r}")
+    encoded = encode(problems, tokenizer, config, args.max_new_tokens, args.overlong, values,
+                     reference_tokenizer(args.model, options))
+    chunks = chunks_of([len(ids) for ids in encoded], args.n, args.max_new_tokens,
+                       args.max_batch_tokens)
+    return problems, encoded, tokenizer, stop_ids(tokenizer, args.stop), options, chunks
+
+
 def run_chunk(chunk, problems, encoded, model, tokenizer, ends, args):
     """The JSONL lines (str) of one chunk's items: the fields that this stage adds."""
     distinct = list(dict.fromkeys(problem for problem, _ in chunk))
     place = {problem: i for i, problem in enumerate(distinct)}
     prompts, owner = [encoded[problem] for problem in distinct], [place[item[0]] for item in chunk]
     identity = [problems[problem][1].id for problem, _ in chunk]
+    hidden = hidden_ids(tokenizer, ends)
     uniform = np.stack([uniforms(args.seed, name, k, args.max_new_tokens)
                         for name, (_, k) in zip(identity, chunk)])
 
     def stopped(ids):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = text_of(ids, tokenizer, hidden)
         return any(stop in text for stop in args.stop)
 
     tokens, logprobs, lengths, stops = sample(model, prompts, owner, uniform, ends,
                                               stopped if args.stop else None, args)
     if not torch.isfinite(logprobs).all():
         fail(f"{args.model}: logits that are not finite, for the prompt {identity[0]!r} or near it")
-    completions = [row[:length] for row, length in zip(tokens.tolist(), lengths)]
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    rows = zip(chunk, texts, completions, logprobs.tolist(), stops)
-    return [json.dumps({
-        "sample": k, "completion": text, "prompt_ids": encoded[problem], "completion_ids": ids,
-        "logprobs": logp[:len(ids)], "finish_reason": "stop" if stop else "length",
-    }, ensure_ascii=False) + "\n" for (problem, k), text, ids, logp, stop in rows]
+    rows = zip(chunk, tokens.tolist(), logprobs.tolist(), lengths, stops)
+    return [json_row(k, encoded[problem], ids[:length], logp[:length], "stop" if stop else "length",
+                     tokenizer, hidden) for (problem, k), ids, logp, length, stop in rows]
 
 
-def run_chunks(chunks, folder, rank, world, args, *parts):
-    """Sample this rank's chunks that `folder` does not hold yet; (tokens, seconds).
-
-    parts: what `run_chunk` takes between the chunk and args.
-    """
-    tokens, seconds = 0, 0.0
-    mine = range(rank, len(chunks), world)
-    for number in tqdm(mine, "chunks", disable=None if rank == 0 else True):
-        path = chunk_path(folder, number)
-        if os.path.exists(path) or os.path.exists(args.out):  # rank 0 may even have merged it
-            continue
-        start = time.monotonic()
-        lines = run_chunk(chunks[number], *parts, args)
-        write_synced(path, lines, rank)
-        seconds += time.monotonic() - start
-        tokens += sum(line.count(",", line.index('"completion_ids"'), line.index('"logprobs"'))
-                      for line in lines)
-    return tokens, seconds
+def json_row(sample, prompt_ids, completion_ids, logprobs, finish_reason, tokenizer, hidden):
+    """A JSONL line (str) with the fields that this stage adds to a problem's."""
+    completion = text_of(completion_ids, tokenizer, hidden)
+    values = sample, completion, prompt_ids, completion_ids, logprobs, finish_reason
+    return json.dumps(dict(zip(SAMPLED, values)), ensure_ascii=False) + "\n"
 
 
 def print_summary(args, meta, encoded, turn):
@@ -443,65 +570,53 @@ def print_summary(args, meta, encoded, turn):
 
 
 # ---- Main ----------------------------------------------------------------------------------------
-def main(args):
-    began, rank = time.monotonic(), int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-
-    # 1. Everything that can be wrong with the input is found before a model is loaded.
-    problems = load_problems(args.prompts, args.limit)
-    options = check_model(args.model, args.trust_remote_code)
-    device, dtype = device_and_dtype(args)
+def describe_output(args, source, device, dtype, world):
+    """The meta of the rows, as `describe` makes it."""
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
                 "repetition_penalty": 1.0, "max_new_tokens": args.max_new_tokens}
-    inputs = [args.prompts, source_of(args.model, options)]
+    return describe(args, [args.prompts, source], OF_TRAINING, sampling=sampling, device=device,
+                    dtype=dtype, world_size=world)
+
+
+def main(args):
+    began, (rank, world) = time.monotonic(), rank_and_world()
+
+    # 1. Everything that can be wrong with the input is found before a model is loaded.
+    device, dtype = device_and_dtype(args)
+    problems, encoded, tokenizer, stops, options, chunks = plan(args)
+
+    # 2. The folder of this command's chunks.
+    source, work = source_of(args.model, options), digest_of_work(encoded, chunks)
     kind = str(dtype).removeprefix("torch.")
     if rank == 0:
-        meta = describe(args, inputs, OF_TRAINING, sampling=sampling, device=device, dtype=kind,
-                        world_size=world)
-        folder = begin(args.out, meta, FREE_FLAGS, OF_TRAINING)
+        meta = describe_output(args, source, device, kind, world)
+        folder = begin(args.out, meta, work, FREE_FLAGS, OF_TRAINING)
     else:
-        folder = wait_for_folder(args.out, vars(args), kind, inputs, FREE_FLAGS, OF_TRAINING,
-                                 args.rank_timeout)
+        folder = wait_for_folder(args.out, vars(args), kind, [args.prompts, source], work,
+                                 FREE_FLAGS, OF_TRAINING, args.rank_timeout)
     if folder is None:
         return
 
-    # 2. The prompts' ids, the model and the chunks.
-    config = load(transformers.AutoConfig, args.model, options)
-    tokenizer = load_tokenizer(args.model, options)
-    encoded = encode(problems, tokenizer, config.get_text_config(), args.max_new_tokens,
-                     args.overlong)
-    stops = stop_ids(tokenizer, args.stop)
+    # 3. The model.
     model = load_model(args.model, dtype, device, options)
     ends = end_ids(model, tokenizer, stops, args.ignore_eos)
-    if not (ends or args.stop or args.ignore_eos):
-        fail(f"{args.model}: neither the tokenizer nor generation_config.json names an end-of-text "
-             f"token; give --stop or --ignore-eos")
-    lengths = [len(ids) for ids in encoded]
-    chunks = chunks_of(lengths, args.n, args.max_new_tokens, args.max_batch_tokens)
+    check_ends(args, ends)
     try:
         prepare(model, device, max(map(len, chunks)), encoded, args)
     except ValueError as error:
         fail(f"{args.model}: {error}")
     if rank == 0:
         meta.update(attention=attention_of(model), end_ids=ends, chunks=len(chunks),
-                    overlong=lengths.count(0))
+                    overlong=encoded.count([]))
         print_summary(args, meta, encoded, turn_end(tokenizer))
 
-    # 3. This rank's chunks.
-    tokens, seconds = run_chunks(chunks, folder, rank, world, args, problems, encoded, model,
-                                 tokenizer, ends)
-    if rank:
-        return
-
-    # 4. All chunks, in the problems' order.
-    wait_for_chunks(folder, len(chunks), args.rank_timeout)
-    merged = f"{folder}/merged.jsonl"
-    merge(problem_lines(args.prompts, problems), folder, chunks, SAMPLED, merged)
-    publish(args.out, {**meta, "wall_s": time.monotonic() - began}, merged)
-    shutil.rmtree(folder, ignore_errors=True)
-    if seconds:
-        print(f"{args.out}: {sum(map(len, chunks))} rows; {tokens / seconds:.0f} tokens/s on "
-              f"rank 0", file=sys.stderr)
+    # 4. This rank's chunks; then rank 0 merges all of them.
+    run_chunks(lambda chunk: run_chunk(chunk, problems, encoded, model, tokenizer, ends, args),
+               chunks, args.out, rank, world)
+    if rank == 0:
+        wait_for_chunks(folder, len(chunks), args.rank_timeout)
+        merge(problem_lines(args.prompts, problems), folder, chunks, SAMPLED)
+        publish_merged(args.out, {**meta, "wall_s": time.monotonic() - began})
 
 
 if __name__ == "__main__":

@@ -6,15 +6,18 @@ a list of items (problem, sample); its file has one JSONL line an item, with the
 stage adds to the problem's row.
 """
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 
 import msgspec
 import numpy as np
+from tqdm import tqdm
 
-from data.files import claim, digest, fail, stamp
+from data.files import claim, digest, fail, publish, stamp
 
 
 def chunks_of(lengths, n, max_new_tokens, budget):
@@ -32,6 +35,17 @@ def chunks_of(lengths, n, max_new_tokens, budget):
             chunks.append(items[start:end])
             start = end
     return chunks
+
+
+def digest_of_work(encoded, chunks):
+    """sha256 of the prompts' ids and of how they were cut: what flags and inputs came to.
+
+    encoded: the ids of each prompt. A chat template may render a date.
+    """
+    total = hashlib.sha256()
+    for numbers in [*encoded, *chunks]:
+        total.update(np.array([len(numbers), *np.ravel(numbers)], dtype=np.int64).tobytes())
+    return total.hexdigest()
 
 
 def chunk_path(folder, number):
@@ -54,12 +68,12 @@ def command_of(folder):
             return json.load(file)
 
 
-def begin(out, meta, ignore, unread):
+def begin(out, meta, work, ignore, unread):
     """Rank 0: lock and return the folder of this command's chunks; None if `out` is complete.
 
     Rank 0 reports what is wrong for all ranks. meta, ignore: as `claim` takes them; unread: as
-    `describe` does. command.json holds the command that the folder belongs to, and the stamps of
-    its inputs, by which the other ranks see that theirs are the same.
+    `describe` does; work: `digest_of_work`. command.json holds the command that the folder belongs
+    to, and the stamps of its inputs, by which the other ranks see that theirs are the same.
     """
     folder = out + ".partial"
     command = {"flags": meta["flags"] | dict.fromkeys(ignore), "dtype": meta["dtype"],
@@ -74,12 +88,21 @@ def begin(out, meta, ignore, unread):
     elif not isinstance(begun, dict) or any(begun.get(key) != command[key] for key in command):
         fail(f"{folder}: begun with other flags or inputs; delete that folder or choose another "
              f"--out")
+    elif begun.get("work") != work:
+        fail(other_work(folder))
+    command["work"] = work
     command["stamps"] = [stamp(path, unread) for path in meta["inputs"]]
     write_synced(f"{folder}/command.json", [json.dumps(command)])
     return folder
 
 
-def wait_for_folder(out, flags, dtype, inputs, ignore, unread, timeout):
+def other_work(folder):
+    return (f"{folder}: begun with other token ids of the same prompts, so that its chunks are of "
+            f"other rows (does the chat template render a date, or was a library updated?); delete "
+            f"that folder or choose another --out")
+
+
+def wait_for_folder(out, flags, dtype, inputs, work, ignore, unread, timeout):
     """Another rank: that folder, once rank 0 has begun it; None if `out` is complete.
 
     A folder that a killed run left does not count: flags and inputs must be the same. Inputs are
@@ -90,11 +113,10 @@ def wait_for_folder(out, flags, dtype, inputs, ignore, unread, timeout):
     while True:
         begun = command_of(folder)
         if isinstance(begun, dict) and (begun.get("flags"), begun.get("dtype")) == (flags, dtype):
-            if begun["stamps"] == stamps:
-                return folder
-            digests = digests or [digest(path, unread) for path in inputs]
-            if begun["inputs"] == digests:
-                return folder
+            if begun["stamps"] != stamps:
+                digests = digests or [digest(path, unread) for path in inputs]
+            if begun["stamps"] == stamps or begun["inputs"] == digests:
+                return folder if begun.get("work") == work else fail(other_work(folder))
         if os.path.exists(out):
             return None
         if time.monotonic() - began > timeout:
@@ -102,6 +124,27 @@ def wait_for_folder(out, flags, dtype, inputs, ignore, unread, timeout):
             fail(f"rank {rank}: rank 0 did not begin {folder} in {timeout:.0f} s: no shared file "
                  f"system?", 4)
         time.sleep(0.1)
+
+
+def run_chunks(sample_chunk, chunks, out, rank=0, world=1):
+    """Write this rank's chunks that are not there yet; print the tokens a second.
+
+    sample_chunk: from a chunk to its JSONL lines (str).
+    """
+    tokens, seconds, mine = 0, 0.0, range(rank, len(chunks), world)
+    for number in tqdm(mine, "chunks", disable=None if rank == 0 else True):
+        path = chunk_path(out + ".partial", number)
+        if os.path.exists(path) or os.path.exists(out):  # rank 0 may even have merged it
+            continue
+        start = time.monotonic()
+        lines = sample_chunk(chunks[number])
+        write_synced(path, lines, rank)
+        seconds += time.monotonic() - start
+        tokens += sum(line.count(",", line.index('"completion_ids"'), line.index('"logprobs"'))
+                      for line in lines)
+    if seconds and rank == 0:
+        print(f"{out}: {sum(map(len, chunks))} rows; {tokens / seconds:.0f} tokens/s on rank 0",
+              file=sys.stderr)
 
 
 def wait_for_chunks(folder, count, timeout):
@@ -118,8 +161,8 @@ def wait_for_chunks(folder, count, timeout):
         time.sleep(0.2 if missing else 0)
 
 
-def merge(rows, folder, chunks, fields, out):
-    """Write the finished chunks to `out`, in the order of the problems.
+def merge(rows, folder, chunks, fields):
+    """Write the finished chunks to one file in `folder`, in the order of the problems.
 
     rows: the line (bytes) of each problem, in order. Its fields are copied byte for byte, except
     `fields`, which the chunks bring.
@@ -136,7 +179,7 @@ def merge(rows, folder, chunks, fields, out):
                 else:
                     where.setdefault(problem, []).append([number, offset, 1])
     # 2. Each problem's own fields, spliced with its lines.
-    with open(out, "wb") as target:
+    with open(f"{folder}/merged.jsonl", "wb") as target:
         for problem, line in enumerate(rows):
             head = drop_fields(line, fields) + b", "
             for number, offset, lines in where.get(problem, ()):  # none of a skipped one
@@ -144,6 +187,12 @@ def merge(rows, folder, chunks, fields, out):
                     file.seek(offset)
                     for _ in range(lines):
                         target.write(head + file.readline()[1:])
+
+
+def publish_merged(out, meta):
+    """Give the merged file its name, and remove the folder."""
+    publish(out, meta, f"{out}.partial/merged.jsonl")
+    shutil.rmtree(out + ".partial", ignore_errors=True)
 
 
 def drop_fields(line, fields):

@@ -41,10 +41,16 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Number = Annotated[float, msgspec.Meta(gt=-1e9, lt=1e9)]
 
 
+class Part(msgspec.Struct):
+    """A part of a turn's content, {"type": "text", "text": ...}, the only type that is sampled."""
+    type: str
+    text: str | None = None
+
+
 class Message(msgspec.Struct):
     """One turn of a chat, rendered with the model's own chat template."""
     role: str
-    content: str
+    content: str | list[Part] | None  # null: of a turn that holds something else, a tool call
 
 
 Messages = Annotated[list[Message], msgspec.Meta(min_length=1)]
@@ -56,8 +62,8 @@ class Problem(msgspec.Struct):
     It also holds `task` ("countdown", "math", ...) and the task's own fields (data/countdown.py,
     data/maths.py), and may hold `source`, the name of the benchmark it is from."""
     id: str  # unique in the file; a text, never a file name
-    prompt: str | msgspec.UnsetType = msgspec.UNSET  # the text to continue
-    messages: Messages | msgspec.UnsetType = msgspec.UNSET  # or a chat
+    prompt: str | Messages | None = None  # the text to continue, or a chat
+    messages: Messages | None = None  # a chat; where it is null, `prompt` counts
 
 
 class Rollout(msgspec.Struct):
@@ -196,6 +202,19 @@ def run(main, args):
         fail(f"{error.filename or args.out or 'stdout'}: {error.strerror or error}")
 
 
+def rank_and_world():
+    """(rank, number of ranks), which torchrun sets in the environment; (0, 1) without torchrun."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, world, local = (os.environ.get(name, default) for name, default in zip(names, "010"))
+    if not (rank + world + local).isdecimal() or "" in (rank, world, local):
+        wrong = f"{rank!r}, {world!r} and {local!r} are not three numbers"
+    elif int(rank) >= int(world):
+        wrong = f"rank {rank} of {world} does not exist"
+    else:
+        return int(rank), int(world)
+    fail(f"{', '.join(names)} in the environment: {wrong}; start with torchrun, or unset all three")
+
+
 # ---- Reading -------------------------------------------------------------------------------------
 def read_rows(path, kind=dict):
     """Yield (where, line, row) for each line of a JSONL file: 'file:number' for messages, the
@@ -231,6 +250,9 @@ def read_rows(path, kind=dict):
         fail(f"{path}: no rows in this file")
 
 
+CHAT = '"messages": [{"role": "user", "content": "a text"}]'
+HINTS = {"id": 'write a text, such as "id": "17"', "messages": f"write {CHAT}",
+         "prompt": f'write "prompt": "a text", or {CHAT}'}  # of the fields that data sets bring
 FIRST = {"sample": "generate.py", "correct": "score.py", "reward": "score.py"}  # who adds a field
 
 
@@ -242,7 +264,8 @@ def in_our_words(error, kind):
     missing = re.fullmatch(r"Object missing required field `(.*?)`( - at `.*`)?", text)
     if missing:
         first = FIRST.get(missing[1])
-        return f"missing field '{missing[1]}'" + (f"; run {first} first" if first else "")
+        hint = f"run {first} first" if first else HINTS.get(missing[1])
+        return f"missing field '{missing[1]}'" + (f"; {hint}" if hint else "")
     what, _, place = text.replace("`", "").partition(" - at $")
     field = re.sub(r"\[[^]]*\]$", "", place.lstrip("."))  # of a value in a list, the list's name
     if not field:  # the whole row, or a value of a field that has no type here
@@ -251,7 +274,8 @@ def in_our_words(error, kind):
              if hasattr(one, "__struct_config__")]
     if field in {one.tag_field for one in kinds}:  # by it a union of structs decides what a row is
         return f"field '{field}' must be one of {', '.join(one.tag for one in kinds)}"
-    return f"field '{field}': {what}"
+    hint = HINTS.get(re.match(r"\w*", field)[0])
+    return f"field '{field}': {what}" + (f"; {hint}" if hint else "")
 
 
 # ---- Writing -------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ log-probs in the rows with its own.
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import types
 
@@ -18,9 +17,8 @@ import transformers
 import generate
 import score
 import train
+from data.files import claim
 from experiments import vllm_generate
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @dataclasses.dataclass
@@ -32,40 +30,44 @@ class SamplingParams:
     logprobs: int
     max_tokens: int
     stop: list | None
+    stop_token_ids: list
+    ignore_eos: bool
+    skip_special_tokens: bool
     seed: int
 
 
 class LLM:
-    asked = []  # what was asked of the engines of this test: the prompts of each call
+    calls = []  # of the engines of this test: the prompts of each call
 
-    def __init__(self, model, dtype, seed, max_model_len, tensor_parallel_size, logprobs_mode):
+    def __init__(self, model, dtype, seed, max_model_len, tensor_parallel_size, trust_remote_code,
+                 revision, logprobs_mode):
         kind = transformers.AutoModelForCausalLM
         self.model = kind.from_pretrained(model, dtype=getattr(torch, dtype))
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         self.longest, self.raw = max_model_len, logprobs_mode == "raw_logprobs"
 
     def generate(self, prompts, sampling_params):
-        self.asked.append(len(prompts))
-        return [types.SimpleNamespace(prompt_token_ids=prompt["prompt_token_ids"], outputs=[
-            self.one(prompt["prompt_token_ids"], params, params.seed + sample)
-            for sample in range(params.n)])
-            for prompt, params in zip(prompts, sampling_params, strict=True)]
+        self.calls.append(len(prompts))
+        return [types.SimpleNamespace(outputs=[self.one(prompt["prompt_token_ids"], params)])
+                for prompt, params in zip(prompts, sampling_params, strict=True)]
 
     @torch.no_grad()
-    def one(self, prompt, params, seed):
-        generator, ids, logprobs = torch.Generator().manual_seed(seed), [], []
+    def one(self, prompt, params):
+        generator, ids, logprobs = torch.Generator().manual_seed(params.seed), [], []
         reason = "length"
-        assert params.top_p == 1 and params.top_k == 0 and params.logprobs == 0
+        assert (params.n, params.top_p, params.top_k, params.logprobs) == (1, 1, 0, 0)
+        assert params.ignore_eos  # stop_token_ids names all ends
         while len(ids) < params.max_tokens and reason == "length":
             assert len(prompt) + len(ids) < self.longest
             logits = self.model(torch.tensor([prompt + ids])).logits[0, -1].float()
-            hot = torch.log_softmax(logits / params.temperature, -1)
-            token = int(torch.multinomial(hot.exp(), 1, generator=generator))
+            hot = torch.log_softmax(logits / (params.temperature or 1), -1)
+            token = int(torch.multinomial(hot.exp(), 1, generator=generator)
+                        if params.temperature else hot.argmax())
             kept = torch.log_softmax(logits, -1) if self.raw else hot
             ids.append(token)
             logprobs.append({token: types.SimpleNamespace(logprob=float(kept[token]))})
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if token == self.tokenizer.eos_token_id or any(s in text for s in params.stop or ()):
+            text = self.tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens)
+            if token in params.stop_token_ids or any(s in text for s in params.stop or ()):
                 reason = "stop"
         return types.SimpleNamespace(text="unused", token_ids=tuple(ids), logprobs=logprobs,
                                      finish_reason=reason)
@@ -77,14 +79,12 @@ def sample(tiny_model, prompts, tmp_path, monkeypatch):
     stand_in = types.ModuleType("vllm")
     stand_in.LLM, stand_in.SamplingParams, stand_in.__version__ = LLM, SamplingParams, "0.0"
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    monkeypatch.setattr(LLM, "asked", [])
+    monkeypatch.setattr(LLM, "calls", [])
 
-    def run(*flags, out="rollouts.jsonl"):
+    def run(*flags, out="rollouts.jsonl", script=vllm_generate):
         path = str(tmp_path / out)
-        args = vllm_generate.parse_args([
-            "--model", tiny_model, "--prompts", prompts, "--out", path, "--n", "3",
-            "--temperature", "0.7", "--max-new-tokens", "10", "--dtype", "float32", *flags])
-        vllm_generate.main(args)
+        stage(script, "--model", tiny_model, "--prompts", prompts, "--out", path, "--n", "2",
+              "--temperature", "0.7", "--max-new-tokens", "6", "--dtype", "float32", *flags)
         return path
     return run
 
@@ -94,32 +94,48 @@ def rows_of(path):
         return [json.loads(line) for line in file]
 
 
+def meta_of(path):
+    with open(path + ".meta.json", encoding="utf-8") as file:
+        return json.load(file)
+
+
 def stage(module, *flags):
     module.main(module.parse_args(list(flags)))
 
 
-def test_the_rows_and_the_meta_are_those_of_generate(sample, tiny_model, prompts, tmp_path):
-    path, other = sample("--limit", "5", "--stop", "7"), str(tmp_path / "generate.jsonl")
-    stage(generate, "--model", tiny_model, "--prompts", prompts, "--out", other, "--n", "3",
-          "--temperature", "0.7", "--max-new-tokens", "10", "--limit", "5", "--stop", "7")
+def test_the_rows_and_the_meta_are_those_of_generate(sample, tiny_model):
+    """Of all of generate.py's flags."""
+    flags = ["--limit", "5", "--stop", "7", "<|pad|>", "--overlong", "skip", "--seed", "3",
+             "--max-batch-tokens", "100", "--attention", "model", "--device", "auto",
+             "--rank-timeout", "9", "--trust-remote-code"]
+    path, other = sample(*flags), sample(*flags, out="generate.jsonl", script=generate)
     ours, theirs = rows_of(path), rows_of(other)
-    assert len(ours) == 15 and [list(row) for row in ours] == [list(row) for row in theirs]
-    same = ("id", "sample", "prompt_ids", "numbers", "target")
-    assert [[row[key] for key in same] for row in ours] == [[row[key] for key in same]
-                                                           for row in theirs]
+    assert len(ours) == 10 and [list(row) for row in ours] == [list(row) for row in theirs]
+    for row, their in zip(ours, theirs):
+        for key in ("id", "sample", "prompt_ids", "numbers", "target"):
+            assert row[key] == their[key]
     assert {row["finish_reason"] for row in ours} == {"stop", "length"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     for row in ours:
         assert len(row["logprobs"]) == len(row["completion_ids"])
         assert row["completion"] == tokenizer.decode(row["completion_ids"],
                                                      skip_special_tokens=True)
-    metas = []
-    for one in (path, other):
-        with open(one + ".meta.json", encoding="utf-8") as file:
-            metas.append(json.load(file))
-    assert metas[0]["sampling"] == metas[1]["sampling"] and metas[0]["engine"] == "vllm 0.0"
-    assert list(metas[0]["inputs"].values()) == list(metas[1]["inputs"].values())
-    assert set(metas[1]) - set(metas[0]) == {"attention", "end_ids", "chunks", "overlong"}
+    one, two = meta_of(path), meta_of(other)
+    for key in ("sampling", "end_ids", "chunks", "overlong"):
+        assert one[key] == two[key]
+    assert set(one) - set(two) == {"engine"} and one["chunks"] == len(LLM.calls) > 1
+    assert list(one["inputs"].values()) == list(two["inputs"].values())
+    assert set(one["flags"]) - set(two["flags"]) == {"tensor_parallel_size"}
+
+
+@pytest.mark.parametrize("flags", [["--ignore-eos"], ["--temperature", "0"]])
+def test_the_limit_and_greedy_rows_are_those_of_generate(flags, sample):
+    ours = rows_of(sample("--limit", "4", *flags))
+    theirs = rows_of(sample("--limit", "4", *flags, out="generate.jsonl", script=generate))
+    if "0" in flags:
+        assert ours == theirs and not any(x for row in ours for x in row["logprobs"])
+    assert all(len(row["completion_ids"]) == 6 for row in ours) or "0" in flags
+    assert all(row["finish_reason"] == "length" for row in ours) or "0" in flags
 
 
 def test_train_finds_the_log_probs_of_its_own_policy_in_them(sample, tiny_model, tmp_path):
@@ -131,51 +147,57 @@ def test_train_finds_the_log_probs_of_its_own_policy_in_them(sample, tiny_model,
 
 
 def test_a_restart_does_the_missing_chunks_alone(sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(vllm_generate, "CHUNK", 5)
-    whole = rows_of(sample(out="whole.jsonl"))
-    assert LLM.asked == [5, 5, 2]
-    plain = LLM.generate
+    flags, plain = ["--max-batch-tokens", "120"], LLM.generate
+    whole = rows_of(sample(*flags, out="whole.jsonl"))
+    chunks = list(LLM.calls)
+    assert sum(chunks) == 24 and len(chunks) > 3
 
     def dies(self, prompts, params):
-        if len(self.asked) == 4:
+        if len(self.calls) == len(chunks) + 2:
             raise KeyboardInterrupt
         return plain(self, prompts, params)
 
-    monkeypatch.setattr(LLM, "generate", dies)
-    with pytest.raises(KeyboardInterrupt):
-        sample(out="again.jsonl")
-    monkeypatch.setattr(LLM, "generate", plain)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LLM, "generate", dies)
+        sample(*flags, out="again.jsonl")
     assert not (tmp_path / "again.jsonl").exists()
-    from data.files import claim
     os.close(claim.lock)  # as the end of the process does
-    assert rows_of(sample(out="again.jsonl")) == whole and LLM.asked == [5, 5, 2, 5, 5, 2]
+    assert rows_of(sample(*flags, out="again.jsonl")) == whole and LLM.calls == chunks * 2
     assert not (tmp_path / "again.jsonl.partial").exists()
 
 
 def test_an_aborted_request_is_no_row(sample, monkeypatch, capsys):
-    plain = LLM.one
-    monkeypatch.setattr(LLM, "one", lambda *a: types.SimpleNamespace(
-        **{**vars(plain(*a)), "finish_reason": "abort"}))
+    aborted = types.SimpleNamespace(finish_reason="abort")
+    monkeypatch.setattr(LLM, "one", lambda *args: aborted)
     with pytest.raises(SystemExit) as end:
-        sample()
+        sample("--limit", "1")
     assert end.value.code == 2
-    assert "ended sample 0 of a prompt with 'abort'" in capsys.readouterr().err
+    assert "vLLM ended a row of 'problem-0' with 'abort'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, told", [
-    (["--temperature", "0"], "--temperature must be above 0; for greedy samples take generate.py"),
-    (["--n", "0"], "--n, --max-new-tokens, --tensor-parallel-size, --limit must be at least 1"),
+@pytest.mark.parametrize("flags, message", [
+    (["--n", "0"], "--n must be at least 1"),
+    (["--tensor-parallel-size", "0"], "--tensor-parallel-size must be at least 1"),
+    (["--top-p", "0.9"], "--top-p and --top-k: vLLM would return log-probs of the cut"),
+    (["--top-k", "5"], "--top-p and --top-k: vLLM would return log-probs of the cut"),
+    (["--attention", "shared"], "--attention shared is generate.py's"),
+    (["--device", "cpu"], "--device cpu: vLLM needs a GPU"),
+    (["--stop", r"\n"], "is a backslash and a letter"),
 ])
-def test_wrong_flags(sample, capsys, flags, told):
+def test_what_it_cannot_do_it_refuses(sample, capsys, flags, message):
     with pytest.raises(SystemExit) as end:
         sample(*flags)
-    assert end.value.code == 2 and told in capsys.readouterr().err
+    line, = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("vllm_generate.py: error: ") and message in line
 
 
-def test_without_vllm_it_says_so(tiny_model, prompts, tmp_path):
-    script = os.path.join(ROOT, "experiments", "vllm_generate.py")
-    done = subprocess.run([sys.executable, script, "--model", tiny_model, "--prompts", prompts,
-                           "--out", str(tmp_path / "x.jsonl")], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == (
-        "vllm_generate.py: error: vLLM is not installed here: pip install vllm, "
-        "or take generate.py\n")
+def test_ranks_and_a_missing_package_are_one_line(sample, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for variables, message in [
+            ({}, "vLLM is not installed here: pip install vllm, or take generate.py"),
+            ({"RANK": "0", "WORLD_SIZE": "2"}, "give --tensor-parallel-size in place of torchrun")]:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as end:
+            sample()
+        assert end.value.code == 2 and message in capsys.readouterr().err
