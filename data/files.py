@@ -303,11 +303,6 @@ def digest(path, unread=()):
     return digests[0] if digests else path
 
 
-def rank_and_world():
-    """This process and how many there are, as torchrun says: (0, 1) without it."""
-    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-
-
 def stamp(path, unread=()):
     """[name, bytes, time of the last change in ns] of each of these files; no path is its own.
 

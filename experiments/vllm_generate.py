@@ -3,9 +3,8 @@ r"""Stage 1 with vLLM in the place of generate.py: its flags, its rows, its meta
     pip install vllm                              # 0.10.2 or newer, into an environment of its own
     python experiments/vllm_generate.py --model Qwen/Qwen2.5-Math-1.5B --prompts prompts.jsonl \
         --out rollouts.jsonl --n 8 --temperature 0.7 --max-new-tokens 2048
-    bash run.sh --sampler experiments/vllm_generate.py ...
 
-It refuses the flags that vLLM cannot honour. Not run on a GPU by its authors: its test
+run.sh can call it in the place of generate.py. It refuses what vLLM cannot do. Not run on a GPU by its authors: its test
 (tests/test_vllm.py) runs it against a stand-in for vLLM's API, and trains on what it wrote. Look at
 `logprob_gap` in the first metrics.jsonl (about 1e-2 in bfloat16); a large one means that the
 engine's log-probs are not those of its samples. `train.py --tis-cap` corrects for a small one.
