@@ -4,10 +4,11 @@ r"""Stage 1 with vLLM in the place of generate.py: its flags, its rows, its meta
     python experiments/vllm_generate.py --model Qwen/Qwen2.5-Math-1.5B --prompts prompts.jsonl \
         --out rollouts.jsonl --n 8 --temperature 0.7 --max-new-tokens 2048
 
-run.sh can call it in the place of generate.py. It refuses what vLLM cannot do. Not run on a GPU by its authors: its test
-(tests/test_vllm.py) runs it against a stand-in for vLLM's API, and trains on what it wrote. Look at
-`logprob_gap` in the first metrics.jsonl (about 1e-2 in bfloat16); a large one means that the
-engine's log-probs are not those of its samples. `train.py --tis-cap` corrects for a small one.
+run.sh can call it in the place of generate.py; it refuses what vLLM cannot do. Not run on a GPU by
+its authors: its test (tests/test_vllm.py) runs it against a stand-in for vLLM's API, and trains on
+what it wrote. Look at `logprob_gap` in the first metrics.jsonl (about 1e-2 in bfloat16); a large
+one means that the engine's log-probs are not those of its samples. `train.py --tis-cap` corrects
+for a small one.
 
 - `logprobs_mode="processed_logprobs"`: of softmax(logits / T). vLLM's default, raw_logprobs, is
   taken before the temperature. top-p and top-k stay off, since they would change these log-probs.
