@@ -26,11 +26,11 @@ where it does not apply:
 Prints a table, and Pass@k at the smallest and the largest k as the last line. Draws --plot anew at
 each call. Compares runs that were sampled with different settings, with a warning.
 """
-import argparse
 import array
 import collections
 import contextlib
 import dataclasses
+import glob
 import itertools
 import json
 import math
@@ -44,20 +44,15 @@ from data.files import run as run_stage  # a run is a scored file here
 
 
 def parse_args(argv=None):
-    def positive(text):
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is below 1")
-        return int(text)
-
     parser = Parser(__file__, description=__doc__)
     add = parser.add_argument_group("what to compare").add_argument
     add("files", nargs="*", metavar="SCORED.jsonl",
         help="scored rollouts; the first is the reference")
     add("--names", nargs="+", action="extend", help="one name a file (default: the file names)")
-    add("--k", nargs="+", action="extend", type=positive,
+    add("--k", nargs="+", action="extend", type=int,
         help="samples, at most n (default: powers of two up to n)")
     add = parser.add_argument_group("intervals").add_argument
-    add("--resamples", type=positive, help="bootstrap resamples (default: 10000)")
+    add("--resamples", type=int, help="bootstrap resamples (default: 10000)")
     add("--seed", type=int, help="seed of the resamples (default: 0)")
     add = parser.add_argument_group("outputs, besides the table").add_argument
     add("--out", metavar="EVAL.json", help="all figures (default: none)")
@@ -66,6 +61,7 @@ def parse_args(argv=None):
         "folder, a model folder or a metrics.jsonl (default: none)")
     args = parser.parse_args(argv)
 
+    parser.at_least(args, resamples=1, seed=0)
     of_files = args.out, args.k, args.names, args.resamples, args.seed
     if not args.training and not args.files:
         parser.error("give one or more SCORED.jsonl, or --training RUN --plot FILE.png")
@@ -74,14 +70,15 @@ def parse_args(argv=None):
     args.resamples, args.seed = args.resamples or 10_000, args.seed or 0
     if args.plot and not args.plot.endswith((".png", ".svg", ".pdf")):
         parser.error(f"--plot {args.plot}: the name must end in .png, .svg or .pdf")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} is below 0")
-    if not args.names:
-        args.names = [os.path.basename(file).removesuffix(".jsonl") for file in args.files]
-    if len(args.names) != len(args.files) or len(set(args.names)) < len(args.names):
-        names = " ".join(args.names)
-        parser.error(f"--names must give {len(args.files)} different names, not {names}")
     args.k = sorted(set(args.k)) if args.k else None
+    if args.k and args.k[0] < 1:
+        parser.error("--k must be at least 1")
+    args.names = args.names or [
+        os.path.basename(file).removesuffix(".jsonl").removesuffix(".scored")
+        for file in args.files]
+    if len(args.names) != len(args.files) or len(set(args.names)) < len(args.names):
+        parser.error(f"--names must give {len(args.files)} different names, not "
+                     + " ".join(args.names))
     return parser.checked(args)
 
 
@@ -94,8 +91,7 @@ from tqdm import tqdm
 
 
 # ---- Counting rows -------------------------------------------------------------------------------
-# The tasks whose verdicts say which solution was found. In the rows of another one `solution` may
-# be the data's own, worked out.
+# Tasks whose `solution` is the one that the model found; in others it may be the data's own.
 WITH_SOLUTIONS = ("countdown",)
 
 
@@ -142,7 +138,10 @@ def read_problems(path):
                   row.answer, row.n_solutions)
         problem = problems.get(row.id)
         if problem is None:
-            problem = problems[row.id] = ProblemCounts(fields, row.source, row.n_solutions)
+            problem = problems[row.id] = ProblemCounts(
+                fields, row.source, row.n_solutions,
+                solutions=set() if row.task in WITH_SOLUTIONS else None,
+                votes=array.array("q") if row.task == "math" else None)
         elif problem.fields != fields:
             fail(f"{where}: '{row.id}' is another problem than in the rows above")
         if problem.samples >> row.sample & 1:
@@ -154,17 +153,14 @@ def read_problems(path):
         if row.task == "math":  # for the majority vote
             if row.pred is msgspec.UNSET:
                 fail(f"{where}: missing field 'pred'")
-            problem.votes = array.array("q") if problem.votes is None else problem.votes
-            problem.votes.append(0 if row.pred is None else
-                                 hash(repr(row.pred)) >> 1 << 1 | row.correct)
-        elif row.task in WITH_SOLUTIONS:
-            problem.solutions = set() if problem.solutions is None else problem.solutions
-            if row.correct:
-                if row.solution is msgspec.UNSET:
-                    fail(f"{where}: missing field 'solution'")
-                if not isinstance(row.solution, str):
-                    fail(f"{where}: field 'solution': Expected str, got {row.solution!r:.40}")
-                problem.solutions.add(hash(row.solution))
+            vote = 0 if row.pred is None else hash(repr(row.pred)) >> 1 << 1 | row.correct
+            problem.votes.append(vote)
+        elif row.task in WITH_SOLUTIONS and row.correct:
+            if row.solution is msgspec.UNSET:
+                fail(f"{where}: missing field 'solution'")
+            if not isinstance(row.solution, str):
+                fail(f"{where}: field 'solution': Expected str, got {row.solution!r:.40}")
+            problem.solutions.add(hash(row.solution))
 
     first = next(iter(problems))
     n = problems[first].samples.bit_count()
@@ -185,12 +181,10 @@ def read_run(path, name, reference=None):
     Ends the stage unless it holds the same problems as the reference, which is another such run.
     """
     problems, n = read_problems(path)
-    sampling = None  # rows of other programs have no meta: one that cannot be read is no news
-    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-        with open(path + ".meta.json", encoding="utf-8") as file:
-            sampling = json.load(file).get("sampling")
-    run = {"name": name, "file": path, "n": n, "problems": problems,
-           "sampling": sampling if isinstance(sampling, dict) else None}
+    run = {"name": name, "file": path, "n": n, "problems": problems, "sampling": None}
+    # Rows of other programs have no meta: one that cannot be read counts as none.
+    with contextlib.suppress(Exception), open(path + ".meta.json", encoding="utf-8") as file:
+        run["sampling"] = dict(json.load(file)["sampling"].items())
     for one, other in ((run, reference), (reference, run)) if reference else ():
         for key, problem in one["problems"].items():
             if key not in other["problems"]:
@@ -240,8 +234,7 @@ def bootstrap(columns, resamples, rng):
     draws, unseen = [], []
     chunk = max(1, 2**20 // (len(columns) + 1))  # bounds memory
     for first in range(0, resamples, chunk):
-        rows = min(chunk, resamples - first)
-        weights = rng.standard_exponential((rows, len(columns) + 1))
+        weights = rng.standard_exponential((min(chunk, resamples - first), len(columns) + 1))
         weights /= weights.sum(axis=1, keepdims=True)
         draws.append(weights[:, :-1] @ columns)
         unseen.append(weights[:, -1])
@@ -295,12 +288,10 @@ def summarise(parts, ks):
                      axis=-1).tolist()  # runs x figures x CELL
     curves = [sum(each) / len(parts) for each in zip(*curves)]
     for row, curve in zip(cells, curves):
-        entry = {"problems": sum(sizes)}
-        for index, name in enumerate(("pass_at_k", "maj_at_k")):
-            of_k = row[index * len(ks):][:len(ks)]
-            applies = not math.isnan(of_k[0][0])
-            entry[name] = {str(k): dict(zip(CELL, cell))
-                           for k, cell in zip(ks, of_k)} if applies else None
+        entry = {"problems": sum(sizes), "pass_at_k": row, "maj_at_k": row[len(ks):]}
+        for name in ("pass_at_k", "maj_at_k"):
+            by_k = {str(k): dict(zip(CELL, cell)) for k, cell in zip(ks, entry[name])}
+            entry[name] = None if math.isnan(entry[name][0][0]) else by_k
         for name, (figure, *_) in zip(FIGURES, row[2 * len(ks):]):
             entry[name] = None if math.isnan(figure) else figure
         reached = np.flatnonzero(curve >= curves[0][-1] - 1e-12)  # the reference's Pass@n
@@ -342,10 +333,7 @@ def cell_text(value, diff):
 
 
 def print_table(report):
-    """A line a figure; a column a run, and beside it its difference to the reference.
-
-    The last line has Pass@k of all runs at the smallest and the largest k.
-    """
+    """A line a figure, a column a run, one a difference; last the smallest and the largest k."""
     runs, ks = report["runs"], [str(k) for k in report["k"]]
     settings = [", ".join(f"{name} {value}" for name, value in
                           {"n": run["n"], **(run["sampling"] or {})}.items()) for run in runs]
@@ -375,9 +363,9 @@ def print_table(report):
         say("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
     ends = list(dict.fromkeys([ks[0], ks[-1]]))
-    values = [" and ".join(f"{run['pass_at_k'][k]['value']:.3f}" for k in ends) for run in runs]
-    say("\n" + " and ".join(f"Pass@{k}" for k in ends) + ": "
-        + "; ".join(f"{run['name']} {value}" for run, value in zip(runs, values)))
+    values = [f"{run['name']} " + " and ".join(f"{run['pass_at_k'][k]['value']:.3f}" for k in ends)
+              for run in runs]
+    say("\n" + " and ".join(f"Pass@{k}" for k in ends) + ": " + "; ".join(values))
 
 
 # ---- The figures ---------------------------------------------------------------------------------
@@ -398,17 +386,16 @@ def new_figure(rows, columns, width, height):
 
 
 def save(figure, path):
-    """Write a figure atomically; an error leaves nothing behind."""
+    """Write a figure atomically."""
     try:
         with open(path + ".partial", "wb") as file:
             figure.savefig(file, format=path[-3:], dpi=200)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".partial", path)
-    except BaseException:
-        with contextlib.suppress(OSError):
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it is there after an error alone
             os.remove(path + ".partial")
-        raise
 
 
 def shorten(name, longest=24):
@@ -418,14 +405,11 @@ def shorten(name, longest=24):
 
 
 def label_ends(axis, labels):
-    """Write names beside the right ends of lines, moved apart where they would overlap.
-
-    labels: [(y of the end, name, colour)].
-    """
+    """Write [(y, name, colour)] beside the right ends of lines, moved apart if they overlap."""
     low, high = axis.get_ylim()
     labels = sorted(labels, key=lambda label: label[0])
     ends = [(y - low) / (high - low) for y, *_ in labels]  # in units of the axis
-    line = min(13 / (axis.bbox.height * 72 / axis.figure.dpi), 1 / len(labels))
+    line = min(13 / (axis.bbox.height * 72 / axis.figure.dpi), 1 / max(1, len(labels)))
     up = list(itertools.accumulate(ends, lambda last, y: max(y, last + line)))
     down = list(itertools.accumulate(ends[::-1], lambda last, y: min(y, last - line)))[::-1]
     for one, other, (_, name, colour) in zip(up, down, labels):
@@ -436,8 +420,7 @@ def label_ends(axis, labels):
 def plot_passk(report, path):
     """Pass@k of all runs; each minus the reference; and, of three runs or more, `plot_path`.
 
-    Runs whose names are numbers are the rounds of one run: their colours go from early to late, and
-    there is no second panel. Bands: 95 % intervals, of rounds the last one's.
+    Runs named by numbers are rounds: colours from early to late, no second panel, fewer bands.
     """
     runs, ks = report["runs"], report["k"]
     names = [shorten(run["name"]) for run in runs]
@@ -462,16 +445,16 @@ def plot_passk(report, path):
             ends.append((line[-1], name, colour))
         axis.set_title(title, **LITERAL)
         axis.set_xscale("log", base=2)
-        axis.set_xlabel("k, samples a problem")
         ticks = ks if len(ks) <= 12 else [k for k in ks if k & (k - 1) == 0]
         axis.set_xticks(ticks, ticks)
+        axis.set_xlabel("k, samples a problem")
         axis.minorticks_off()
         label_ends(axis, ends)
     if columns > len(panels):
         points = [[run["pass_at_k"][str(k)]["value"] for k in (ks[0], ks[-1])] for run in runs]
         plot_path(axes[-1], points, names, colours, rounds)
-        axes[-1].set(title=f"Pass@{ks[-1]} against Pass@{ks[0]}", xlabel=f"Pass@{ks[0]}",
-                     ylabel=f"Pass@{ks[-1]}")
+        x, y = f"Pass@{ks[0]}", f"Pass@{ks[-1]}"
+        axes[-1].set(title=f"{y} against {x}", xlabel=x, ylabel=y)
     sizes = ", ".join(str(n) for n in dict.fromkeys(run["n"] for run in runs))
     figure.supxlabel(f"{runs[0]['problems']} problems, n = {sizes}; bands: 95 % over problems",
                      fontsize="medium")
@@ -479,10 +462,7 @@ def plot_passk(report, path):
 
 
 def plot_path(axis, points, names, colours, rounds):
-    """A point (x, y) a run, the reference a star.
-
-    Lines lead from round to round, or else from the reference to each run.
-    """
+    """A point (x, y) a run, joined to the round before it, or else to the reference (a star)."""
     for index, ((x, y), name, colour) in enumerate(zip(points, names, colours)):
         start = points[max(0, index - 1) if rounds else 0]
         axis.plot([start[0], x], [start[1], y], color=colour, linewidth=1)
@@ -505,18 +485,15 @@ class Update(msgspec.Struct, rename={"pass_at_1": "pass@1", "pass_at_n": "pass@n
 
 
 def read_metrics(path):
-    """{field of Update: (updates,)}, NaN for null.
-
-    path: a metrics.jsonl, a model folder, or a run's folder, whose newest round counts.
-    """
+    """{field of Update: (updates,)}, NaN for null, of a metrics.jsonl, of a model folder, or of the
+    newest round in a run's folder."""
     if os.path.isdir(path):
-        # TODO: round-NNN goes with run.sh's old folders
-        rounds = sorted((name for name in os.listdir(path)
-                         if name.removeprefix("round-").isdecimal()),
-                        key=lambda name: int(name.removeprefix("round-")))
-        folders = ["", *(f"/{name}{sub}" for name in rounds for sub in ("", "/policy"))]
-        files = [f"{path}{folder}/metrics.jsonl" for folder in folders]
+        rounds = sorted((name for name in os.listdir(path) if name.isdecimal()), key=int)
+        files = [f"{path}/metrics.jsonl", *(f"{path}/{name}/policy/metrics.jsonl"
+                                            for name in rounds)]
         files = [file for file in files if os.path.exists(file)]
+        # TODO: goes with the folders of run.sh as they were
+        files += sorted(glob.glob(f"{glob.escape(path)}/round-[0-9]*[0-9]/metrics.jsonl"))
         if not files:
             fail(f"{path}: no metrics.jsonl here, nor in 001/policy, 002/policy, ...")
         path = files[-1]
@@ -525,32 +502,27 @@ def read_metrics(path):
 
 
 def plot_training(run, path):
-    """Solved problems, entropies, length, gradient norm: each update pale, a running mean strong.
-
-    run: as read_metrics takes it. path: the figure.
-    """
+    """What metrics.jsonl holds: each update pale, a running mean strong."""
     metrics = read_metrics(run)
     panels = {
         "Share of the problems solved": {"pass_at_1": "Pass@1", "pass_at_n": "Pass@n"},
         "Completion length (tokens)": {"completion_len": ""},
-        "Token entropy (nats)": {"entropy": "all", "entropy_correct": "correct",
-                                 "entropy_wrong": "wrong"},
-        "Gradient norm": {"grad_norm": ""},
-    }
+        "Token entropy (nats)": {
+            "entropy": "all", "entropy_correct": "correct", "entropy_wrong": "wrong"},
+        "Gradient norm": {"grad_norm": ""}}
     figure, axes = new_figure(2, 2, 9.4, 5.4)
     for axis, (title, curves) in zip(axes, panels.items()):
         ends = []
         for colour, (key, label) in zip(COLOURS, curves.items()):
             finite = np.isfinite(metrics[key])
-            if finite.any():
-                steps, values = metrics["step"][finite], metrics[key][finite]
-                window = np.ones(max(1, len(values) // 20))
-                running_mean = (np.convolve(values, window, "same")
-                                / np.convolve(np.ones(len(values)), window, "same"))
-                axis.plot(steps, values, ".-", color=colour, alpha=0.25, linewidth=0.8,
-                          markersize=2)
-                axis.plot(steps, running_mean, color=colour)
-                ends.append((running_mean[-1], label, colour))
+            if not finite.any():
+                continue
+            steps, values = metrics["step"][finite], metrics[key][finite]
+            window = np.ones(max(1, len(values) // 20))
+            totals, counts = (np.convolve(one, window, "same") for one in (values, values**0))
+            axis.plot(steps, values, ".-", color=colour, alpha=0.25, linewidth=0.8, markersize=2)
+            axis.plot(steps, totals / counts, color=colour)
+            ends.append((totals[-1] / counts[-1], label, colour))
         axis.set_title(title)
         axis.set_ylim(bottom=0)
         label_ends(axis, ends)
@@ -563,6 +535,7 @@ def main(args):
     start = time.monotonic()
     if args.training:
         return plot_training(args.training, args.plot)
+
     meta = describe(args, args.files, seed=args.seed, device="cpu", world_size=1)
     partial = claim(args.out, meta, ignore=("files", "out", "plot")) if args.out else None
     if args.out and not partial:  # complete already
@@ -572,12 +545,11 @@ def main(args):
         runs = []
         for path, name in zip(args.files, args.names):
             runs.append(read_run(path, name, *runs[:1]))
-        n = min(run["n"] for run in runs)
-        ks = args.k or [2**power for power in range(n.bit_length())]
-        for run in runs:
-            if ks[-1] > run["n"]:
-                fail(f"{run['file']}: k = {ks[-1]} needs {ks[-1]} samples a problem, "
-                     f"but n is {run['n']}")
+        smallest = min(runs, key=lambda run: run["n"])
+        ks = args.k or [2**power for power in range(smallest["n"].bit_length())]
+        if ks[-1] > smallest["n"]:
+            fail(f"{smallest['file']}: k = {ks[-1]} needs {ks[-1]} samples a problem, but n is "
+                 f"{smallest['n']}")
         report = evaluate(runs, ks, args.seed, args.resamples)
     if partial:
         with open(partial, "w", encoding="utf-8") as file:

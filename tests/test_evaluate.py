@@ -168,9 +168,8 @@ def test_differences_are_paired(tmp_path):
     widths = [cell["high"] - cell["low"] for cell in (one, two)]
     assert two["diff_high"] - two["diff_low"] < 0.8 * math.hypot(*widths)
     assert [one[key] for key in ("diff", "diff_low", "diff_high")] == [0, 0, 0]
-    # The interval of a run is the same beside whatever other run.
     alone = report_of(tmp_path, runs[1], flags=("--resamples", 5000))[0]["pass_at_k"]["4"]
-    assert alone["low"] == pytest.approx(b["pass_at_k"]["4"]["low"], abs=1e-12)
+    assert alone["low"] == pytest.approx(two["low"], abs=1e-12)  # beside whatever other run
 
 
 def test_problems_that_are_all_alike_are_no_certainty(tmp_path):
@@ -201,10 +200,10 @@ def test_more_solutions_than_exist_are_refused(tmp_path, capsys):
     scored = write(tmp_path / "a.jsonl", other + rows)
     assert (f"{scored}: problem 'p' has 4 different correct solutions, more than its n_solutions, "
             "3; mend or delete that field") in refused(capsys, scored)
-    for rows in ([{**one, "n_solutions": None} for one in rows], rows[:3]):
+    endless = [{**one, "n_solutions": None} for one in rows]
+    for rows, coverage in ((endless, None), (rows[:3], 1.0)):
         result = report_of(tmp_path, rows)[0]
-        assert result["distinct"] == len(rows)
-        assert result["solution_coverage"] == (1.0 if len(rows) == 3 else None)
+        assert (result["distinct"], result["solution_coverage"]) == (len(rows), coverage)
 
 
 def test_only_some_verifiers_write_the_solution_they_found(tmp_path, monkeypatch):
@@ -212,8 +211,7 @@ def test_only_some_verifiers_write_the_solution_they_found(tmp_path, monkeypatch
     for existing in (None, 4):
         result = report_of(tmp_path, [row("p", s, True, task="reverse", solution=["worked", "out"],
                                           n_solutions=existing) for s in range(2)])[0]
-        assert result["distinct"] is None and result["solution_coverage"] is None
-        assert result["pass_at_k"]["1"]["value"] == 1
+        assert result["distinct"] is result["solution_coverage"] is None
     monkeypatch.setattr(evaluate, "WITH_SOLUTIONS", ("countdown", "reverse"))
     result = report_of(tmp_path, [row("p", s, s < 3, task="reverse") for s in range(4)])[0]
     assert result["distinct"] == 2 and result["solution_coverage"] == 0.5
@@ -279,21 +277,20 @@ def test_maths_rows(tmp_path):
     values = {k: cell["value"] for k, cell in result["maj_at_k"].items()}
     assert values == {"1": 0.625, "2": (0.75 + 0.5) / 2, "4": 1.0}
     assert result["maj_at_k"]["1"] == result["pass_at_k"]["1"]
-    assert result["distinct"] is None and result["solution_coverage"] is None
+    assert result["distinct"] is result["solution_coverage"] is None
 
 
 def test_sources_and_their_mean(tmp_path):
     easy = [row(f"e{p}", s, s < 4, source="easy") for p in range(10) for s in range(4)]
     hard = [row(f"h{p}", s, s < p, source="hard") for p in range(3) for s in range(4)]
     result = report_of(tmp_path, easy + hard)[0]
-    sizes = [result["sources"][name]["problems"] for name in ("easy", "hard")]
-    assert result["problems"] == 13 and sizes == [10, 3]
-    assert result["sources"]["hard"]["pass_at_k"]["1"]["value"] == pytest.approx(0.25)
-    mean = result["pass_at_k"]["1"]["value"]
-    assert mean == pytest.approx((1 + 0.25) / 2)  # not (40 + 3) / 52
+    parts = [result["sources"]["easy"], result["sources"]["hard"], result]
+    assert [part["problems"] for part in parts] == [10, 3, 13]
+    assert [part["pass_at_k"]["1"]["value"] for part in parts] == pytest.approx(
+        [1, 0.25, (1 + 0.25) / 2])  # not (40 + 3) / 52
     alone = report_of(tmp_path, hard)[0]
-    assert alone["sources"]["hard"] == result["sources"]["hard"]
-    assert alone["pass_at_k"] == result["sources"]["hard"]["pass_at_k"]
+    assert alone["sources"]["hard"] == parts[1]
+    assert alone["pass_at_k"] == parts[1]["pass_at_k"]
     twin = [{**one, "id": one["id"] + "'", "source": "twin"} for one in hard]
     both = report_of(tmp_path, hard + twin, flags=("--resamples", 5000))[0]
     width, of_one = (part["pass_at_k"]["1"]["high"] - part["pass_at_k"]["1"]["low"]
@@ -342,19 +339,14 @@ def test_complete_output_is_printed_again_and_left_alone(tmp_path, capsys):
     after = capsys.readouterr()
     assert after.out == table and "complete, left alone" in after.err
     assert (out.stat().st_ino, out.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert png_size(tmp_path / "p.png") == (980, 720)
+    drawn = (tmp_path / "p.png").read_bytes()
+    assert drawn[:4] == b"\x89PNG" and len(drawn) > 10_000
     meta = json.loads((tmp_path / "eval.json.meta.json").read_text())
     assert meta["stage"] == "evaluate.py" and meta["flags"]["seed"] == 0
     assert len(meta["inputs"][scored]) == 64
     assert "made with other seed" in refused(capsys, scored, "--out", out, "--seed", 1)
     write(tmp_path / "a.jsonl", random_rows(2))
     assert "made with other inputs" in refused(capsys, scored, "--out", out)
-
-
-def png_size(path):
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 10_000
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
 @pytest.fixture
@@ -427,35 +419,30 @@ def test_names_are_literal_and_an_error_leaves_nothing_behind(tmp_path, monkeypa
 def metrics(updates, **more):
     return [{"step": step + 1, "pass@1": 0.2 + 0.001 * step, "entropy": 1 / (step + 1),
              "entropy_correct": None if step % 3 else 0.4, "entropy_wrong": 0.6,
-             "completion_len": 11, "grad_norm": 0.5, "tokens": [1], **more}
-            for step in range(updates)]
+             "completion_len": 11, "grad_norm": 0.5, **more} for step in range(updates)]
 
 
 def test_training_curves(tmp_path, figures, capsys):
-    run, plot = tmp_path / "run", tmp_path / "t.png"
+    run, plot, newer = tmp_path / "run", tmp_path / "t.png", {"pass@n": 0.5}
     for number, updates in ((999, 4), (1000, 8), (1001, None)):  # the newest with metrics counts
         folder = run / f"{number:03d}/policy"
         folder.mkdir(parents=True)
         if updates:
-            write(folder / "metrics.jsonl", metrics(updates, **{"pass@n": 0.5}))
+            write(folder / "metrics.jsonl", metrics(updates, **newer))
     (run / "2000.partial").mkdir()
     folder = run / "999/policy"
     for source, updates in ((run, 8), (folder, 4), (folder / "metrics.jsonl", 4)):
         main("--training", source, "--plot", plot)
         axes = figures[-1].axes
-        assert [len(axis.lines) for axis in axes] == [4, 2, 6, 2]  # updates, and running means
         assert [len(line.get_xdata()) for axis in axes for line in axis.lines] == [
-            *[updates] * 8, *[-(-updates // 3)] * 2, *[updates] * 4]
+            *[updates] * 8, *[-(-updates // 3)] * 2, *[updates] * 4]  # updates, and running means
         assert [sorted(texts(axis)) for axis in axes] == [
             ["Pass@1", "Pass@n"], [""], ["all", "correct", "wrong"], [""]]
     # Older runs lack pass@n, in all rows or in the first ones.
-    write(folder / "metrics.jsonl", metrics(50))
-    main("--training", folder, "--plot", plot)
-    assert texts(figures[-1].axes[0]) == ["Pass@1"]
-    write(folder / "metrics.jsonl", metrics(50) + metrics(3, **{"pass@n": 0.5}))
-    main("--training", folder, "--plot", plot)
-    line = figures[-1].axes[0].lines[-1]
-    assert list(line.get_ydata()) == [0.5] * 3
+    for rows, drawn in ((metrics(50), 50), (metrics(50) + metrics(3, **newer), 3)):
+        write(folder / "metrics.jsonl", rows)
+        main("--training", folder, "--plot", plot)
+        assert len(figures[-1].axes[0].lines[-1].get_ydata()) == drawn
     assert "no metrics.jsonl here" in refused(capsys, "--training", tmp_path, "--plot", plot)
     write(folder / "metrics.jsonl", [{"step": 1}])
     message = refused(capsys, "--training", folder, "--plot", plot)
@@ -502,9 +489,9 @@ def test_bad_files_are_named(tmp_path, capsys):
     *((f"--training b --plot c.png {flag}", "and nothing else")
       for flag in ("a", "--out d", "--k 1", "--names x", "--resamples 9", "--seed 0")),
     ("a b --names x", "2 different names"), ("a b --names x x", "2 different names"),
-    ("x/a.jsonl y/a.jsonl", "2 different names"), ("a --k 0", "0 is below 1"),
-    ("a --k x", "invalid"), ("a --plot p.bmp", "must end in .png"), ("a --seed -1", "below 0"),
-    ("a --resamples 0", "0 is below 1"), ("a --no-such-flag", "unrecognized"),
+    ("x/a.scored.jsonl y/a.jsonl", "2 different names"), ("a --k 0", "--k must be at least 1"),
+    ("a --k x", "invalid"), ("a --plot p.bmp", "must end in .png"), ("a --seed -1", "--seed must be at least 0"),
+    ("a --resamples 0", "--resamples must be at least 1"), ("a --no-such-flag", "unrecognized"),
 ])
 def test_wrong_flags_take_one_line(capsys, argv, message):
     assert message in refused(capsys, *argv.split())
