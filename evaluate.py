@@ -17,14 +17,14 @@ where it does not apply:
 - maj_at_k: the same for the majority vote over `pred`. The samples, in file order, form
   floor(n / k) blocks of k, each block votes once, the mean over blocks counts. Two answers are one
   if their text is equal, null does not vote, answers with equally many votes share;
-- distinct: different correct solutions among the n samples of a problem (mean over problems);
-- solution_coverage: found / existing solutions of a problem (mean over problems);
+- distinct: different correct solutions among the n samples of a problem; solution_coverage: their
+  share of the existing ones (means over problems);
 - truncated_frac: share of samples cut at the length limit; completion_len: tokens a sample;
 - samples_to_match: smallest k at which Pass@k reaches the reference's Pass@n, or null;
 - sources: the same for each `source`. The run's own figures are then means over sources, each
   counting equally, with the problems resampled inside each.
-Prints a table, and Pass@k at the smallest and the largest k as the last line. Draws --plot anew at
-each call. Compares runs that were sampled with different settings, with a warning.
+Prints a table; its last line is Pass@k at the smallest and the largest k. Warns if the runs were
+not sampled alike.
 """
 import array
 import collections
@@ -176,10 +176,7 @@ def read_problems(path):
 
 
 def read_run(path, name, reference=None):
-    """One file as {"name", "file", "n", "sampling", "problems"}.
-
-    Ends the stage unless it holds the same problems as the reference, which is another such run.
-    """
+    """One file; it must hold the problems of the reference, which is another such run."""
     problems, n = read_problems(path)
     run = {"name": name, "file": path, "n": n, "problems": problems, "sampling": None}
     # Rows of other programs have no meta: one that cannot be read counts as none.
@@ -208,10 +205,8 @@ def pass_at_k(n, k):
 
 
 def majority_at_k(votes, k):
-    """Share of the floor(n / k) blocks of k samples whose most frequent answer is correct.
-
-    votes: (n,), as in `ProblemCounts`. Answers with equally many votes share the block.
-    """
+    """Share of the floor(n / k) blocks of k samples whose most frequent answer is correct; equally
+    frequent ones share a block. votes: (n,), as in `ProblemCounts`."""
     score, blocks = 0.0, len(votes) // k
     for block in range(blocks):
         valid = [vote for vote in votes[block * k:(block + 1) * k] if vote]
@@ -227,9 +222,8 @@ def majority_at_k(votes, k):
 def bootstrap(columns, resamples, rng):
     """Means over reweighted problems, (problems, m) -> draws (resamples, m), unseen (resamples,).
 
-    Rubin's Bayesian bootstrap (1981) with one problem more than there are: problems + 1 weights,
-    uniform on the simplex, of which `unseen` is the last one's. All m columns see the same weights,
-    so that their differences are paired.
+    Rubin's Bayesian bootstrap (1981) with one problem more: problems + 1 weights, uniform on the
+    simplex, `unseen` the last one. The columns share them, so that differences are paired.
     """
     draws, unseen = [], []
     chunk = max(1, 2**20 // (len(columns) + 1))  # bounds memory
@@ -418,9 +412,9 @@ def label_ends(axis, labels):
 
 
 def plot_passk(report, path):
-    """Pass@k of all runs; each minus the reference; and, of three runs or more, `plot_path`.
+    """Pass@k of all runs; each minus the reference; of three or more, largest k against smallest.
 
-    Runs named by numbers are rounds: colours from early to late, no second panel, fewer bands.
+    Runs named by numbers are rounds: they are joined, from early to late, without differences.
     """
     runs, ks = report["runs"], report["k"]
     names = [shorten(run["name"]) for run in runs]
@@ -451,25 +445,20 @@ def plot_passk(report, path):
         axis.minorticks_off()
         label_ends(axis, ends)
     if columns > len(panels):
+        axis, x, y = axes[-1], f"Pass@{ks[0]}", f"Pass@{ks[-1]}"
         points = [[run["pass_at_k"][str(k)]["value"] for k in (ks[0], ks[-1])] for run in runs]
-        plot_path(axes[-1], points, names, colours, rounds)
-        x, y = f"Pass@{ks[0]}", f"Pass@{ks[-1]}"
-        axes[-1].set(title=f"{y} against {x}", xlabel=x, ylabel=y)
+        for index, (point, name, colour) in enumerate(zip(points, names, colours)):
+            start = points[max(0, index - 1) if rounds else 0]
+            axis.plot(*zip(start, point), color=colour, linewidth=1)
+            axis.plot(*point, "o" if index else "*", color=colour, markersize=6 if index else 13)
+            axis.annotate(name, point, (7, 5 if index else -12), textcoords="offset points",
+                          color=colour, fontsize=9, **LITERAL)
+        axis.set(title=f"{y} against {x}", xlabel=x, ylabel=y)
+        axis.margins(0.15)
     sizes = ", ".join(str(n) for n in dict.fromkeys(run["n"] for run in runs))
     figure.supxlabel(f"{runs[0]['problems']} problems, n = {sizes}; bands: 95 % over problems",
                      fontsize="medium")
     save(figure, path)
-
-
-def plot_path(axis, points, names, colours, rounds):
-    """A point (x, y) a run, joined to the round before it, or else to the reference (a star)."""
-    for index, ((x, y), name, colour) in enumerate(zip(points, names, colours)):
-        start = points[max(0, index - 1) if rounds else 0]
-        axis.plot([start[0], x], [start[1], y], color=colour, linewidth=1)
-        axis.plot(x, y, "o" if index else "*", color=colour, markersize=6 if index else 13)
-        axis.annotate(name, (x, y), (7, 5 if index else -12), textcoords="offset points",
-                      color=colour, fontsize=9, **LITERAL)
-    axis.margins(0.15)
 
 
 class Update(msgspec.Struct, rename={"pass_at_1": "pass@1", "pass_at_n": "pass@n"}):
