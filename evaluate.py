@@ -240,8 +240,8 @@ def interval(draws, unseen, lowest, highest):
 
     Gaffke's bounds (2005; Learned-Miller and Thomas, arXiv 1905.06208): for `low` the unseen
     problem has the lowest value, for `high` the highest. For values 0 and 1 this is Clopper and
-    Pearson's interval, whose coverage is at least 95 %; others were simulated (tests/coverage.py).
-    The percentile bootstrap would claim certainty where all values are equal.
+    Pearson's interval, which covers at least 95 %; others: tests/interval_coverage.py. (The
+    percentile bootstrap claims certainty where all values are equal.)
     draws (resamples, ...), unseen (resamples,): as from `bootstrap`, or means of several.
     """
     unseen = unseen.reshape(-1, *[1] * (draws.ndim - 1))

@@ -1,6 +1,6 @@
 """Coverage of evaluate.py's 95 % intervals by simulation, beside the plain percentile bootstrap.
 
-    python tests/coverage.py [--data-sets 1000] [--problems 30 100 300]
+    python tests/interval_coverage.py [--data-sets 1000] [--problems 30 100 300]
 
 A data set has P problems; a share of them is hopeless (p = 0), the others have p ~ Beta(a, b), and
 n samples each. A second run, for the paired difference, solves a problem with 1 - (1 - p)^g, as if
