@@ -305,7 +305,9 @@ def text_or_chat(where, line, problem):
     turns keep all their keys: a template may know more than role and content.
     """
     chats = [key for key in ("prompt", "messages") if isinstance(getattr(problem, key), list)]
-    texts = [problem.prompt] * isinstance(problem.prompt, str)
+    texts = [problem.prompt] if isinstance(problem.prompt, str) else []
+    if chats and texts == [""]:  # an empty column
+        texts = []
     if len(chats) + len(texts) != 1:
         fields = ", ".join(msgspec.json.decode(line, type=dict[str, msgspec.Raw]))
         fail(f"{where}: needs either 'prompt' or 'messages', and has {fields}; `python -m "
@@ -373,9 +375,11 @@ def prompt_ids(problem, tokenizer, template, reference):
     text = problem.prompt if problem.messages is None else render(
         problem.messages, tokenizer, template)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if reference and reference.encode(text, add_special_tokens=False).ids != ids:
+    if reference and (reference.encode(text, add_special_tokens=False).ids != ids or
+                      reference.decode(ids, skip_special_tokens=False) !=
+                      tokenizer.decode(ids, clean_up_tokenization_spaces=False)):
         raise ValueError(
-            f"{type(tokenizer).__name__}, the tokenizer's class, splits it otherwise than "
+            f"{type(tokenizer).__name__}, the tokenizer's class, splits or joins it otherwise than "
             f"tokenizer.json does; set \"tokenizer_class\": \"PreTrainedTokenizerFast\" in "
             f"tokenizer_config.json of a copy of the model")
     if problem.messages is None:

@@ -251,7 +251,8 @@ def read_rows(path, kind=dict):
 
 
 CHAT = '"messages": [{"role": "user", "content": "a text"}]'
-HINTS = {"id": 'write a text, such as "id": "17"', "messages": f"write {CHAT}",
+HINTS = {"id": 'write a text, such as "id": "17"',
+         **dict.fromkeys(("messages", "role", "content"), f"write {CHAT}"),
          "prompt": f'write "prompt": "a text", or {CHAT}'}  # of the fields that data sets bring
 FIRST = {"sample": "generate.py", "correct": "score.py", "reward": "score.py"}  # who adds a field
 
