@@ -384,13 +384,15 @@ def prompt_ids(problem, tokenizer, template, reference):
             f"tokenizer_config.json of a copy of the model")
     if problem.messages is None:
         whole = tokenizer(text)["input_ids"]
-        start = max(i for i in range(len(whole)) if whole[i:i + len(ids)] == ids) if ids else 0
-        front = whole[:start] if ids else whole
-        ids = ids if front and ids[:len(front)] == front else front + ids
+        starts = [i for i in range(len(whole) - len(ids) + 1) if whole[i:i + len(ids)] == ids]
+        if starts:
+            front = whole[:max(starts)]
+            whole = ids if ids[:len(front)] == front else front + ids
+        ids = whole
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if ids[:2] == [begin, begin]:
         raise ValueError(f"it begins with {tokenizer.bos_token} twice; write it without")
-    if ids[-1:] == [end] and end != begin:  # where they are one token, it also separates texts
+    if len(ids) > 1 and ids[-1] == end != begin:  # one token for both separates texts
         raise ValueError(f"it ends with the end-of-text token {tokenizer.eos_token}; leave it out")
     return ids
 

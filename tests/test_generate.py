@@ -766,7 +766,8 @@ def test_special_tokens_are_neither_doubled_nor_trailing(single, text):
             assert str(error).startswith("it begins with <s> twice" if twice else "it ends with")
             assert twice or plain[-1:] == [1] or not plain
         else:
-            assert ids == front + plain and ids[:2] != [0, 0] and ids[-1:] != [1]
+            assert ids == front + plain or not plain  # of an empty text
+            assert ids[:2] != [0, 0] and (len(ids) < 2 or ids[-1] != 1)
 
 
 def test_rendered_chats_are_checked_too(bpe_model, tmp_path, capfd):
