@@ -48,7 +48,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what to compare").add_argument
     add("files", nargs="*", metavar="SCORED.jsonl",
         help="scored rollouts; the first is the reference")
-    add("--names", nargs="+", action="extend", help="one name a file (default: the file names)")
+    add("--names", nargs="+", action="extend",
+        help="one name a file, or the rounds' numbers (default: the file names)")
     add("--k", nargs="+", action="extend", type=int,
         help="samples, at most n (default: powers of two up to n)")
     add = parser.add_argument_group("intervals").add_argument

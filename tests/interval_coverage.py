@@ -5,9 +5,9 @@
 A data set has P problems; a share of them is hopeless (p = 0), the others have p ~ Beta(a, b), and
 n samples each. A second run, for the paired difference, solves a problem with 1 - (1 - p)^g, as if
 it had g samples for one, loses a share of the problems, and gains a share of the hopeless ones. The
-expected Pass@k of both are closed forms. Prints for values and for differences the worst coverage of any cell (a setting and a k), the
-share of the cells below 0.93, the mean width, and the same for other weights of the unseen problem
-(1 is Gaffke's, which evaluate.py uses); then the worst cells.
+expected Pass@k of both are closed forms. Prints for values and for differences the worst coverage
+of any cell (a setting and a k), the share of the cells below 0.93, the mean width, and the same for
+other weights of the unseen problem (1 is Gaffke's, which evaluate.py uses); then the worst cells.
 
 With 1,000 data sets the standard error of a coverage of 0.95 is 0.007, and the worst of thousands
 of cells lies some three of them below its truth: the worst cells are simulated anew, 8 times as
