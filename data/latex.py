@@ -7,25 +7,28 @@ tests/maths_pairs.jsonl holds what must be right and the near misses that must s
 import re
 
 # ---- Reading an answer -------------------------------------------------------------------------
-BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?!\\boxed|\\fbox)(?P<bare>[^\s${}]+"
-                 r"(?:\{[^\s${}]*\}[^\s${}]*)*))|\\.|[{}]", re.DOTALL)
+# \boxed 7 or \boxed x; of "\boxed as asked" and "\boxed a second time" no letter is an answer
+BARE_BOX = r"(?![aAI] [a-z]{2})(?=[-−+(\[|.]*(?:\d|\\[A-Za-z]|[A-Za-z](?![A-Za-z'’])))"
+BOX = re.compile(rf"\\(?:boxed|fbox)(?:\s*\{{|\s+(?!\\boxed|\\fbox){BARE_BOX}"
+                 r"(?P<bare>[^\s${}]+(?:\{[^\s${}]*\}[^\s${}]*)*))|\\.|[{}]", re.DOTALL)
+EMPTY = re.compile(r"(?:[\s.$~…?_]|\\[,;:! _]|\\(?:q?quad|[cl]?dots|text\s*\{\s*\})(?![A-Za-z]))*")
 
 
 def boxes(text):
     """(start, end) of what every \\boxed{..} with matched braces, or `\\boxed 7`, holds, in order
-    of their starts. Time is linear."""
-    found, opened = [], []
+    of their starts; \\boxed{} and \\boxed{...} hold nothing. Time is linear."""
+    spans, opened = [], []
     for match in BOX.finditer(text):
         if match["bare"]:
             bare = re.sub(r"(?:\\[)\]]|[.,;:])+$", "", match["bare"])
-            found.append((match.start("bare"), match.start("bare") + len(bare)))
+            spans.append((match.start("bare"), match.start("bare") + len(bare)))
         elif match[0] == "}":
             start, boxed = opened.pop() if opened else (0, False)
             if boxed:
-                found.append((start, match.start()))
+                spans.append((start, match.start()))
         elif match[0][-1] == "{" and match[0] != "\\{":  # an escaped brace is no brace
             opened.append((match.end(), len(match[0]) > 1))
-    return sorted(found)
+    return sorted(span for span in spans if EMPTY.match(text, *span).end() < span[1])
 
 
 def depth_at(text, end):
@@ -39,6 +42,11 @@ def depth_at(text, end):
 BARE = ("\\(", "\\)", "\\[", "\\]")  # mathematics mode, no brackets
 
 
+# Digits, letters, signs and brackets as East Asian keyboards give them; no backslash and no braces
+FULL_WIDTH = {ord(wide): ord(wide) - 0xfee0 for wide in map(chr, range(0xff01, 0xff5f))
+              if wide not in "＼｛｝"} | {ord("。"): ".", ord("、"): ",", ord("\u3000"): " "}
+
+
 def join_thousands(text):
     """10,000 and 10\\,000 and 10 000 as 10000: groups of three digits, one separator at a time,
     always the same. Comma and blank (6, 120) separate two answers, and so does a comma in
@@ -47,6 +55,8 @@ def join_thousands(text):
         if depth_at(text, match.start()):
             return match[0]
         return match[0].replace(match["separator"], "")
+
+    text = text.translate(FULL_WIDTH)
     return re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?P<separator>,(?:\\! ?)?| ?\{, ?\} ?|\\[,;:! ]|~|\s)"
                   r"\d{3}(?:(?P=separator)\d{3})*(?!\d|(?P=separator)\d)", joined, text)
 
@@ -54,7 +64,7 @@ def join_thousands(text):
 def split_parts(text):
     """The parts of an answer: split at commas, semicolons, "and" and "or" outside of all brackets;
     the brackets of a set, \\{1, 2\\}, or {1, 2} or S = \\{1, 2\\}, are taken off."""
-    text = text.strip().strip("$")
+    text = text.translate(FULL_WIDTH).strip().strip("$")
     text = re.sub(r"^(?:[A-Za-z]\s*(?:=|\\in\b)\s*)?\\\{(.*)\\\}$|^\{([^{}]*[,;][^{}]*)\}$",
                   lambda match: match[1] or match[2] or "", text.strip(), flags=re.DOTALL)
     found, depth = [""], 0
@@ -86,9 +96,46 @@ def signs_of(part):
     return found
 
 
+def commas(text):
+    """A text split at its commas outside of all brackets; empty ones too."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+# A gold that is a word for having none, as data sets write it
+NO_ANSWER = re.compile(r"""\W*(?:\\text\w*\{)?\W*(?:(?:the\s)?proof(?:\somitted)?
+    |(?:answer\s)?not[\s_-]?(?:found|available|applicable|provided)|n/a|n\.a\.|null|nan|(?-i:None)
+    |unknown|tb[ad]|todo|no[\s_]answer|error|see\s(?:the\s)?(?:solution|proof|above|below))\W*
+    |[\s.?!_*#-]+""", re.VERBOSE | re.IGNORECASE)
+
+
+LISTED = re.compile(r"""\[\s*(?:("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*,?\s*)+\]""")
+
+
+def unpacked(gold):
+    """The texts of a list that was written into a text, ["34"] or ['1', '2'] or [34]; else the
+    text alone: [1, 2] is an interval."""
+    gold = gold.strip()
+    if re.fullmatch(r"\[\s*-?\d+(?:\.\d+)?\s*\]", gold):
+        return [gold[1:-1].strip()]
+    if not LISTED.fullmatch(gold):
+        return [gold]
+    texts = []
+    for quoted in re.findall(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", gold):
+        text = quoted[1:-1]  # \\text is \text; a lone \text is meant as it stands, not as a tab
+        texts.append(text.replace("\\\\", "\\") if re.search(r"\\\\[A-Za-z]", text) else text)
+    return texts
+
+
 # ---- Normal forms: one spelling for what means the same ------------------------------------------
 UNICODE = str.maketrans({
-    **dict.fromkeys("−–—‐‑﹣", "-"), "×": r"\times ", "·": r"\cdot ", "÷": "/",
+    **FULL_WIDTH, **dict.fromkeys("−–—‐‑﹣", "-"), "×": r"\times ", "·": r"\cdot ", "÷": "/",
     "±": r"\pm ", "≈": r"\approx ", "½": r"\frac{1}{2}", "’": "'",
     "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2", "³": "^3", "√": r"\sqrt ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
@@ -129,6 +176,9 @@ STEPS = [  # in this order: LaTeX that asks for it, pattern, replacement
     (r"2 \frac{1}{2}", r"(?<![\d}])(\d+) ?\\frac(?=\{|\d| )", r"\1\\frac"),
     (r"\frac12", r"\\frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"),
     (r"2^6 3^5", r"(\^(?:\{[^{}]*\}|\d)) (?=\d)", r"\1 \\cdot "),
+    (r"1.6e-19", r"(?<![\w.^\\])(1(?=[eE]-\d\d)|\d\.\d+)[eE]([-+]?\d+)(?![\w.])",
+     r"\1 \\cdot 10^{\2}"),
+    (r"x \in [1, 2]", r"^[A-Za-z] ?\\in(?![A-Za-z]) ?(?=[(\[])", ""),
     (r"(2)(3)", r"((?<![\w.^\\])\d+(?:\.\d+)?|\)) ?(?=\()", r"\1 \\cdot "),
 ]
 COMPILED = [(re.compile(pattern, re.DOTALL), new) for _, pattern, new in STEPS]
@@ -176,6 +226,18 @@ def words(text):
     if not dressed and not re.search(r"[A-Za-z]{4}|^[A-Z]$", bare):
         return None  # abc may be a product
     return bare if len(bare) == 1 else bare.casefold()
+
+
+CHOICE = re.compile(r"(?:\\text\{ ?\((?P<a>[A-Z])\) ?[.:]? ?\}|\(\\text\{ ?(?P<b>[A-Z]) ?\}\)"
+                    r"|\((?P<c>[A-Z])\))[:.]? ?(?P<value>\S.*)", re.DOTALL)
+
+
+def choice_of(text):
+    """(letter, value) of a choice that is written with its value, (B) 2; ("", text) of others."""
+    match = CHOICE.fullmatch(text)
+    if not match:
+        return "", text
+    return match["a"] or match["b"] or match["c"], match["value"]
 
 
 # ---- Units ---------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ the rules and their limits.
 """
 import contextlib
 import decimal
-import functools
 import hashlib
 import json
 import math
@@ -38,9 +37,9 @@ import re
 
 from data.files import (Parser, Rollout, Verdict, claim, describe, fail, publish, read_rows, run,
                         say)
-from data.latex import (ALIKE, MULTIPLIED, PERCENT, boxes, is_name, join_thousands, multiplied,
-                        normal, parts_of, sides_of, signs_of, split_parts, split_unit, unit_name,
-                        words)
+from data.latex import (ALIKE, MULTIPLIED, NO_ANSWER, PERCENT, boxes, choice_of, commas, is_name,
+                        join_thousands, multiplied, normal, parts_of, sides_of, signs_of,
+                        split_parts, split_unit, unit_name, unpacked, words)
 from data.sandbox import Judge, Pending
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -56,6 +55,9 @@ def parse_args(argv=None):
     # which problems
     flag("--keep-first", action="store_true",
          help="of the rows with one id keep the first, for files that repeat rows as DAPO-17k does")
+    flag("--skip-bad", action="store_true",
+         help="leave out rows without a problem or an answer, count them and name the first "
+         "(default: stop at the first)")
     flag("--max-chars", type=int,
          help="leave out problems whose text has more characters (default: none)")
     # how the problems are put; the instruction is INSTRUCTION, as the verdict wants a box
@@ -101,11 +103,13 @@ def size_of(value):
 
 def gold_of(row):
     """[(gold, unit, error)] of a row, one for each part that is asked for; ValueError."""
-    answer = row.answer if isinstance(row.answer, list) else [row.answer]
+    answer = row.answer if isinstance(row.answer, list) else unpacked(text_of(row.answer))
     golds = [text_of(part) for part in answer]
     if not golds or not all(golds):
         raise ValueError("field 'answer' must be a text, a number or a list of these, not empty")
-    if not isinstance(row.answer, list):
+    if none := [gold for gold in golds if NO_ANSWER.fullmatch(gold)]:
+        raise ValueError(f"field 'answer' holds {none[0]!r}, which is no answer; leave the row out")
+    if len(golds) == 1:
         parts = split_parts(join_thousands(golds[0]))
         golds = parts if len(parts) > 1 else [join_thousands(golds[0])]
     units, errors = (values if isinstance(values, list) else [values] * len(golds)
@@ -128,11 +132,11 @@ def extract(completion, parts, cut=False):
     spans = boxes(completion)
     if cut and spans and spans[-1][1] >= len(completion.rstrip(".,;:")):
         spans.pop()
-    found = [completion[start:min(end, start + LONGEST + 1)].strip()
+    texts = [completion[start:min(end, start + LONGEST + 1)].strip()
              for start, end in spans[-parts:]]
-    if len(found) == parts > 1 and len(parts_of(found[-1])) < parts:
-        return ", ".join(found)
-    return found[-1] if found and found[-1] else None
+    if len(texts) == parts > 1 and len(parts_of(texts[-1])) < parts:
+        return ", ".join(texts)
+    return texts[-1] if texts and texts[-1] else None
 
 
 def verify(completion, row):
@@ -164,75 +168,15 @@ def claims(sides, equal):
     return met
 
 
-MISREAD = re.compile(r"(?<![\w.^\\}])\d+(?:\.\d+)? ?(?:\[|\\?\{)|^\{\d+\} ?\{|\] ?\["
-                     r"|\.\s*\.|dots|\d'|\d_0").search
-
-
 # ---- Whether it is right (in a worker) -----------------------------------------------------------
-def read_number(text, **_):
-    """Stands in for SymPy's parse_expr, which is eval, and to which math-verify's grammar hands
-    every number."""
-    return sympy.Integer(text) if text.isdigit() else sympy.Float(text)
-
-
 def prepare():
-    """Import math-verify, in a worker, and close the way to eval that its grammar has."""
-    global CASE_TELLS, NormalizationConfig, latex2sympy, normalize_latex, should_treat_as_complex
-    global sympy, verify_expressions
-    import sympy.parsing.sympy_parser
-    import sympy.physics.units  # simplify() imports it, and it reads its own names by parse_expr
-    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-    from math_verify import verify as verify_expressions
-    from math_verify.grader import should_treat_as_complex
+    """Import math-verify, in a worker, and warm it up."""
+    global distance, expression, same_value
+    from data.values import distance, expression, patch_math_verify, same_value
 
-    CASE_TELLS = ConversionConfig(lowercase_symbols=False)  # r/R is not 1
+    patch_math_verify()
     judge(r"(x+1)^2 = \sqrt{2}", [(r"x^2 + 2x = \sin(0.5)", "", None)])  # imports on the way
-    sympy.parsing.sympy_parser.parse_expr = read_number
     return b"def monomial_"
-
-
-@functools.lru_cache(maxsize=1024)
-def expression(text):
-    """(normalised text, SymPy expression or None), by math-verify's grammar for LaTeX. Its reader
-    of plain text is left alone: it is eval."""
-    latex = normalize_latex(text, NormalizationConfig(units=False, malformed_operators=True,
-                                                      nits=True, boxed="none"))
-    # math-verify reads "3 4" and 3{4} as 3 + 4, a mixed fraction, and leaves dots and quotes out
-    if re.search(r"\d\s+\d", latex) or MISREAD(text):
-        return text, None
-    try:
-        return latex, latex2sympy(latex, is_real=not should_treat_as_complex(latex),
-                                  normalization_config=None, conversion_config=CASE_TELLS)
-    except MemoryError:
-        raise
-    except Exception:
-        return latex, None
-
-
-def same_value(gold, pred, error=None):
-    """Whether two values without units and equations are equal, or no further apart than error."""
-    (gold, a), (pred, b) = expression(gold), expression(pred)
-    if gold == pred != "":
-        return True
-    if a is None or b is None:
-        return False
-    if error is not None:
-        with contextlib.suppress(TypeError, ValueError, AttributeError):  # no numbers
-            return abs(complex((a - b).evalf())) <= error * (1 + 1e-9)
-    return verify_expressions(a, b, timeout_seconds=None) and not small_and_apart(a, b)
-
-
-def small_and_apart(a, b):
-    """Whether two numbers below a thousandth differ in their first three digits, which to six
-    places they may not: 1.6e-19 and -2e-31 are both zero there."""
-    if not (getattr(a, "is_number", False) and getattr(b, "is_number", False)):
-        return False
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        a, b = complex(a.evalf()), complex(b.evalf())
-        most = max(abs(a), abs(b))
-        return most < 1e-3 and abs(a - b) > 5e-3 * most
-    return False
 
 
 def same_percentage(gold, pred, error):
@@ -246,17 +190,16 @@ def same_percentage(gold, pred, error):
         return same_value(hundredth % gold, pred, error)
     if same_value(gold, hundredth % pred, error):
         return True
-    with contextlib.suppress(TypeError, ValueError, AttributeError):
-        return abs(complex(expression(gold)[1].evalf())) >= 1 and same_value(gold, pred, error)
-    return False
+    size = distance(expression(gold)[1], 0)
+    return size is not None and size >= 1 and same_value(gold, pred, error)
 
 
 def same_quantity(gold, pred, unit, error):
     """Whether two values are equal; a unit may be left out, another one is wrong."""
     if gold == pred != "":
         return True
-    if (wanted := words(gold)) and (said := words(pred)):
-        return wanted == said
+    if (gold_words := words(gold)) and (pred_words := words(pred)):
+        return gold_words == pred_words
     gold, pred = (MULTIPLIED.sub(multiplied, text) for text in (gold, pred))
     gold, own = split_unit(gold, unit)
     pred, other = split_unit(pred, unit or own)
@@ -269,32 +212,43 @@ def same_quantity(gold, pred, unit, error):
 
 
 def same(pred, gold, unit, error):
-    """Whether a part of the answer equals a part of the gold."""
+    """Whether a part of the answer equals a part of the gold. Of choices with their values, (B) 2,
+    what both state must be equal: the letters, the values, or both."""
     gold, pred = (normal(join_thousands(text)) for text in (gold, pred))
     if gold == pred != "":
         return True
-    wanted, sides = sides_of(gold), sides_of(pred)
+    (gold_letter, gold), (pred_letter, pred) = choice_of(gold), choice_of(pred)
+    if gold_letter and pred_letter and gold_letter != pred_letter:
+        return False
+    if gold_letter != pred_letter and (gold_letter or words(gold)) == (pred_letter or words(pred)):
+        return True
+    return same_side(pred, gold, unit, error)
+
+
+def same_side(pred, gold, unit, error):
+    """The same for values or equations."""
+    gold_sides, sides = sides_of(gold), sides_of(pred)
 
     def equal(side):
-        return same_quantity(wanted[-1], side, unit, error)
+        return same_quantity(gold_sides[-1], side, unit, error)
 
-    if len(wanted) == 1:
+    if len(gold_sides) == 1:
         return equal(pred) if len(sides) == 1 else claims(sides, equal)
-    if is_name(wanted[0]):  # the gold is x = 5
+    if is_name(gold_sides[0]):  # the gold is x = 5
         names = {side.replace(" ", "") for side in sides if is_name(side)}
         if len(sides) == 1:
             return equal(pred)
-        own_name = wanted[0].replace(" ", "") in names
-        if own_name or not symbols(wanted[-1]):
+        own_name = gold_sides[0].replace(" ", "") in names
+        if own_name or not symbols(gold_sides[-1]):
             return (own_name or not names) and claims(sides, equal)
     return len(sides) > 1 and same_value(gold, pred)
 
 
 def judge(pred, golds):
     """ok, parse or value. golds: [(gold, unit, error)]; all must be met, each by another part."""
-    def matched(wanted, parts):
-        return not wanted or any(
-            same(parts[i], *wanted[0]) and matched(wanted[1:], parts[:i] + parts[i + 1:])
+    def matched(golds, parts):
+        return not golds or any(
+            same(parts[i], *golds[0]) and matched(golds[1:], parts[:i] + parts[i + 1:])
             for i in range(len(parts)))
 
     for text in (pred, join_thousands(pred)):  # 100,200 is two parts or one
@@ -329,24 +283,40 @@ def parquet_rows(path):
         fail(f"{path}: no rows in this file")
 
 
+class BadRow(ValueError):
+    """A row that is no problem with an answer; its message says why."""
+
+
 def first(row, *names):
-    """The first field that is there and not null; a dot goes into an object."""
+    """The first field that holds something; a dot goes into an object."""
     for name in names:
         value = row
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, str) and not value.strip() or value == [] or value != value:
+            continue  # empty; pandas writes NaN for null
         if value is not None:
             return value
     return None
 
 
+def content_of(turn):
+    """The text of a chat turn: its content is a text, or a list of text parts."""
+    content = first(turn, "content", "value")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part if isinstance(part, str) else first(part, "text") for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRow("a turn's content must be a text, or a list of parts with a text each; "
+                     "pictures are not supported")
+    return "\n".join(texts)
+
+
 def problem_of(row):
     """The problem's text, or None."""
-    text = first(row, "problem", "Problem", "question", "Question", "prompt")
+    text = first(row, "problem", "Problem", "question", "Question", "prompt", "messages")
     if isinstance(text, list):  # a chat
-        turns = [turn.get("content") for turn in text
-                 if isinstance(turn, dict) and turn.get("role") == "user"]
-        text = turns[-1] if turns else None
+        turns = [turn for turn in text if first(turn, "role", "from") in ("user", "human")]
+        text = content_of(turns[-1]) if turns else None
     if not isinstance(text, str) or not text.strip():
         return None
     # DAPO's wrapping asks for a line "Answer: .."; the verdict wants a box.
@@ -362,20 +332,8 @@ def problem_of(row):
 
 def last_box(text):
     """What the last box of a worked solution holds; MATH has `\\boxed 9` at times. Or None."""
-    found = boxes(text)
-    return text[slice(*found[-1])].strip() or None if found else None
-
-
-def commas(text):
-    """A text split at its commas outside of all brackets; empty ones too."""
-    found, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            found.append("")
-        else:
-            found[-1] += character
-    return [part.strip() for part in found]
+    spans = boxes(text)
+    return text[slice(*spans[-1])].strip() or None if spans else None
 
 
 def stated_gold(row):
@@ -385,15 +343,16 @@ def stated_gold(row):
     if gold is None:
         solution = first(row, "solution", "Solution")
         gold = last_box(solution) if isinstance(solution, str) else None
-    several = isinstance(gold, list)
+    gold = unpacked(gold) if isinstance(gold, str) else gold
+    gold = gold if isinstance(gold, list) else [gold]
     golds = []
-    for one in gold if several else [gold]:
+    for one in gold:
         if type(one) not in (str, int, float) or one in (math.inf, -math.inf) or one != one:
             return None
         one = text_of(one).rsplit("####", 1)[-1]  # GSM8K: the worked solution, #### and the answer
         one = last_box(one) or one
         one = re.sub(r"(?<!\\)\$", "", one).strip()
-        golds += commas(one) if several and row.get("is_multiple_answer") is True else [one]
+        golds += commas(one) if row.get("is_multiple_answer") is True else [one]
     if not golds or not all(golds):
         return None
     return golds if len(golds) > 1 else golds[0]
@@ -419,39 +378,60 @@ def prompt_of(problem, template, system):
     return {"messages": [*turns, {"role": "user", "content": user}]}
 
 
-def extras_of(where, row, gold):
+def extras_of(row, gold):
     """The fields `unit` and `error` of a benchmark's row, where it has them."""
     extras = {}
     for field, fits, what in (("unit", lambda value: isinstance(value, str), "a text"),
                               ("error", lambda value: 0 <= size_of(value) < math.inf,
                                "a number of at least 0")):
-        value = row.get(field)
+        value = first(row, field)
         if isinstance(value, str):
-            several = commas(value)
-            one_a_part = isinstance(gold, list) and len(several) == len(gold)
-            value = several if one_a_part else value.strip()
-        if value is None or value == "":
-            continue
-        if not all(map(fits, value if isinstance(value, list) else [value])):
-            fail(f"{where}: field '{field}' must be {what}, or a list of them, "
-                 "one a part of the answer")
-        extras[field] = value
+            one_a_part = isinstance(gold, list) and len(commas(value)) == len(gold)
+            value = commas(value) if one_a_part else value.strip()
+        values = [one for one in (value if isinstance(value, list) else [value])
+                  if one is not None]
+        if not all(map(fits, values)):
+            raise BadRow(f"field '{field}' must be {what}, or a list of them, one a part of the "
+                         "answer")
+        if values:
+            extras[field] = value
     return extras
 
 
-def convert(where, row, args):
-    """The prompt row of a benchmark's row; None if its problem is too long."""
+def convert(row, args):
+    """The prompt row of a benchmark's row; None if its problem is too long; or BadRow."""
     problem, gold = problem_of(row), stated_gold(row)
     if problem is None:
-        fail(f"{where}: no problem text (problem, Problem, question, Question or prompt)")
+        raise BadRow("no problem text (problem, Problem, question, Question, prompt or messages)")
     if gold is None:
-        fail(f"{where}: no gold (final_answer, answer, Answer, reward_model.ground_truth, "
-             "or a box in solution)")
+        raise BadRow("no gold (final_answer, answer, Answer, reward_model.ground_truth, "
+                     "or a box in solution)")
+    golds = gold if isinstance(gold, list) else [gold]
+    if none := [one for one in golds if NO_ANSWER.fullmatch(one)]:
+        raise BadRow(f"no gold: {none[0]!r} is no answer")
     if args.max_chars and len(problem) > args.max_chars:
         return None
     return {"id": id_of(row, problem, args.source), "task": "math",
             **prompt_of(problem, args.template, args.system), "answer": gold,
-            **extras_of(where, row, gold), "source": args.source}
+            **extras_of(row, gold), "source": args.source}
+
+
+def converted(args, counts):
+    """Yield (where, prompt row) of the input's rows; counts what is left out."""
+    reader = parquet_rows if args.input.endswith(".parquet") else read_rows
+    for where, _, row in reader(args.input):
+        try:
+            new = convert(row, args)
+        except BadRow as error:
+            if not args.skip_bad:
+                fail(f"{where}: {error} (see --skip-bad)")
+            counts.setdefault("first_bad", f"{where}: {error}")
+            counts["bad"] = counts.get("bad", 0) + 1
+            continue
+        if new is None:
+            counts["too_long"] = counts.get("too_long", 0) + 1
+        else:
+            yield where, new
 
 
 def main(args):
@@ -459,26 +439,23 @@ def main(args):
     partial = claim(args.out, meta, ignore=("out", "input"))
     if partial is None:
         return
-    seen, too_long = {}, 0
-    reader = parquet_rows if args.input.endswith(".parquet") else read_rows
+    places_of_ids, counts = {}, {}
     with open(partial, "w", encoding="utf-8") as file:
-        for where, _, row in reader(args.input):
-            new = convert(where, row, args)
-            if new is None:
-                too_long += 1
-                continue
-            if new["id"] in seen:
+        for where, new in converted(args, counts):
+            if new["id"] in places_of_ids:
                 if args.keep_first:
                     continue
-                fail(f"{where}: id {new['id']!r} stands twice, first in {seen[new['id']]} "
-                     "(see --keep-first)")
-            seen[new["id"]] = where
+                fail(f"{where}: id {new['id']!r} stands twice, first in "
+                     f"{places_of_ids[new['id']]} (see --keep-first)")
+            places_of_ids[new["id"]] = where
             file.write(json.dumps(new, ensure_ascii=False) + "\n")
-    if not seen:
-        fail(f"{args.input}: no problem has at most {args.max_chars} characters (--max-chars)")
-    publish(args.out, meta)
-    left_out = f"; {too_long} longer ones left out" if too_long else ""
-    say(f"{args.out}: {len(seen)} problems{left_out}")
+    left_out = f"; {counts['too_long']} longer ones left out" if "too_long" in counts else ""
+    if "bad" in counts:
+        left_out += f"; {counts['bad']} bad ones left out, the first is {counts['first_bad']}"
+    if not places_of_ids:
+        fail(f"{args.input}: no problem is left (--max-chars, --skip-bad){left_out}")
+    publish(args.out, {**meta, "rows": len(places_of_ids), **counts})
+    say(f"{args.out}: {len(places_of_ids)} problems{left_out}")
 
 
 if __name__ == "__main__":

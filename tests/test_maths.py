@@ -1,14 +1,17 @@
 """data/maths.py: every field spelling of the Hub's maths sets becomes the contract's rows."""
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 
 import score
 from data import latex, maths
+from hypothesis import Phase, assume, example, given, settings, strategies
 
 ROOT = pathlib.Path(score.__file__).parent
 SAMPLES = ROOT / "tests/maths_samples"
@@ -31,6 +34,20 @@ def refused(capsys, source, out, *flags):
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def judge():
+    """The verdict in this process, with math-verify's own functions put back afterwards."""
+    pytest.importorskip("math_verify")
+    import sympy.parsing.sympy_parser
+    from math_verify import grader
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((sympy.parsing.sympy_parser, "parse_expr"),
+                            (grader, "sympy_numeric_eq"), (grader, "sympy_symbolic_eq")):
+            patch.setattr(owner, name, getattr(owner, name))
+        maths.prepare()
+        yield lambda gold, pred, error=None: maths.judge(pred, [(gold, "", error)]) == "ok"
 
 
 EXPECTED = {  # file: [(id, answer, extra fields)]; None for an id made of a digest
@@ -68,25 +85,27 @@ def test_every_spelling(tmp_path, name, form):
         parquet.write_table(pyarrow.Table.from_pylist(rows), source)
     new = convert(source, tmp_path / "out.jsonl", "--template", "plain")
     for row, (name_of_row, answer, extras) in zip(new, EXPECTED[name][:len(new)], strict=True):
-        assert row.pop("id").startswith(f"{name}-") if name_of_row is None else row.pop("id") == name_of_row
-        prompt = row.pop("prompt")
-        assert prompt.endswith("\nPlease reason step by step, and put your final answer within \\boxed{}.\n")
+        id_of_row, prompt = row.pop("id"), row.pop("prompt")
+        assert id_of_row == name_of_row or name_of_row is None and id_of_row.startswith(f"{name}-")
+        assert prompt.endswith("\nPlease reason step by step, and put your final answer within "
+                               "\\boxed{}.\n")
         assert "Answer:" not in prompt and len(prompt) > 85
         assert row == {"task": "math", "answer": answer, "source": name, **extras}
     assert json.load(open(tmp_path / "out.jsonl.meta.json"))["flags"]["template"] == "plain"
 
 
-def test_the_golds_are_what_score_takes(tmp_path):
+def test_the_golds_are_what_score_takes(tmp_path, judge):
     """Each gold, boxed, is a right answer to its own row."""
-    rows, rollouts = [], []
+    rows = []
     for name in sorted(EXPECTED):
         rows += convert(SAMPLES / f"{name}.jsonl", tmp_path / f"{name}.jsonl")
     for row in rows:
-        answer = row["answer"] if isinstance(row["answer"], str) else ", ".join(reversed(row["answer"]))
-        rollouts.append({**row, "sample": 0, "completion": f"It is \\boxed{{{answer}}}.", "finish_reason": "stop"})
-    source, out = write(tmp_path / "r.jsonl", *rollouts), tmp_path / "s.jsonl"
-    score.main(score.parse_args([str(source), "--out", str(out), "--timeout", "60"]))
-    assert [row["id"] for row in map(json.loads, open(out)) if not row["correct"]] == []
+        fields = {name: row[name] for name in ("answer", "unit", "error") if name in row}
+        answer = row["answer"]
+        answer = answer if isinstance(answer, str) else ", ".join(reversed(answer))
+        completion = f"It is \\boxed{{{answer}}}."
+        pending = maths.verify(completion, maths.Row("m", 0, completion, "stop", **fields))
+        assert maths.judge(*pending.arguments) == "ok", row
     assert len(rows) == sum(map(len, EXPECTED.values()))
 
 
@@ -95,35 +114,40 @@ def test_templates(tmp_path):
     instruction = maths.INSTRUCTION
     user = {"role": "user", "content": f"What is 1+1?\n\n{instruction}"}
     for number, (flags, put) in enumerate([
-        ([], {"messages": [{"role": "system", "content": instruction}, {"role": "user", "content": "What is 1+1?"}]}),
+        ([], {"messages": [{"role": "system", "content": instruction},
+                           {"role": "user", "content": "What is 1+1?"}]}),
         (["--template", "chat"], {"messages": [user]}),
         (["--template", "chat", "--system", "Be brief."],
          {"messages": [{"role": "system", "content": "Be brief."}, user]}),
-        (["--template", "plain", "--source", "mine"], {"prompt": f"What is 1+1?\n{instruction}\n"})]):
-        row = {"id": "a", "task": "math", **put, "answer": "2", "source": "mine" if "mine" in flags else "in"}
+        (["--template", "plain", "--source", "mine"],
+         {"prompt": f"What is 1+1?\n{instruction}\n"})]):
+        row = {"id": "a", "task": "math", **put, "answer": "2",
+               "source": "mine" if "mine" in flags else "in"}
         assert convert(source, tmp_path / f"{number}.jsonl", *flags) == [row]
 
 
 def test_ids_are_stable_texts(tmp_path):
-    """They depend on the row alone, not on its place; whatever they hold, no file is named by them."""
+    """They depend on the row alone, not on its place; no file is named by them."""
     rows = [{"problem": "p", "answer": 1}, {"problem": "q", "answer": 2},
             {"id": "../../x", "problem": "r", "answer": 3},
             {"id": "5", "problem": "s", "answer": 4}, {"id": "", "problem": "t", "answer": 5}]
     one = convert(write(tmp_path / "in.jsonl", *rows), tmp_path / "one.jsonl")
     two = convert(write(tmp_path / "in.jsonl", *rows[::-1]), tmp_path / "two.jsonl")
     assert one == two[::-1] and [row["id"] for row in one][2:4] == ["../../x", "in-5"]
-    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "one.jsonl", "one.jsonl.meta.json", "two.jsonl",
-                                            "two.jsonl.meta.json"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "in.jsonl", "one.jsonl", "one.jsonl.meta.json", "two.jsonl", "two.jsonl.meta.json"]
 
 
-def test_long_problems_are_left_out_counted_and_told(tmp_path, capsys):
+def test_long_problems_are_left_out_and_counted(tmp_path, capsys):
     rows = [{"id": i, "problem": "p" * i, "answer": i} for i in (1, 5, 6, 100)]
     source = write(tmp_path / "in.jsonl", *rows)
-    assert [row["answer"] for row in convert(source, tmp_path / "out.jsonl", "--max-chars", "5")] == ["1", "5"]
+    new = convert(source, tmp_path / "out.jsonl", "--max-chars", "5")
+    assert [row["answer"] for row in new] == ["1", "5"]
     assert "2 problems; 2 longer ones left out" in capsys.readouterr().out
     source = write(tmp_path / "long.jsonl", rows[3])
-    assert "no problem has at most 5 characters" in refused(capsys, source, tmp_path / "none.jsonl", "--max-chars", "5")
-    assert "--max-chars must be" in refused(capsys, source, tmp_path / "none.jsonl", "--max-chars", "0")
+    out = tmp_path / "none.jsonl"
+    assert "no problem is left" in refused(capsys, source, out, "--max-chars", "5")
+    assert "--max-chars must be" in refused(capsys, source, out, "--max-chars", "0")
 
 
 def test_duplicates_are_errors_unless_the_first_is_kept(tmp_path, capsys):
@@ -132,55 +156,217 @@ def test_duplicates_are_errors_unless_the_first_is_kept(tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", *rows)
     err = refused(capsys, source, tmp_path / "out.jsonl")
     assert "in.jsonl:3: id 'in-1' stands twice" in err and "in.jsonl:1" in err
-    assert [row["answer"] for row in convert(source, tmp_path / "kept.jsonl", "--keep-first")] == ["1", "2"]
+    new = convert(source, tmp_path / "kept.jsonl", "--keep-first")
+    assert [row["answer"] for row in new] == ["1", "2"]
 
 
-@pytest.mark.parametrize("row, told", [
+BAD = [
     ({"problem": "p"}, "no gold"), ({"problem": "p", "answer": ""}, "no gold"),
     ({"problem": "p", "answer": " $ $ "}, "no gold"),
     ({"problem": "p", "answer": None, "solution": "none boxed"}, "no gold"),
+    ({"problem": "p", "answer": "", "solution": "\\boxed{}"}, "no gold"),
     ({"problem": "p", "answer": True}, "no gold"),
-    ({"problem": "p", "final_answer": []}, "no gold"), ({"problem": "p", "final_answer": ["1", ""]}, "no gold"),
+    ({"problem": "p", "final_answer": []}, "no gold"),
+    ({"problem": "p", "final_answer": ["1", ""]}, "no gold"),
     ({"problem": "p", "final_answer": ["1,"], "is_multiple_answer": True}, "no gold"),
     ({"problem": "p", "answer": {"a": 1}}, "no gold"),
-    ({"problem": "p", "answer": "####"}, "no gold"), ({"problem": "p", "solution": "\\boxed{"}, "no gold"),
+    ({"problem": "p", "answer": "####"}, "no gold"),
+    ({"problem": "p", "solution": "\\boxed{"}, "no gold"),
+    ({"problem": "p", "answer": "proof"}, "no gold: 'proof' is no answer"),
+    ({"problem": "p", "answer": "Not found."}, "no gold: 'Not found.' is no answer"),
+    ({"problem": "p", "answer": ["1", "N/A"]}, "no gold: 'N/A' is no answer"),
+    ({"problem": "p", "answer": '["proof"]'}, "no gold: 'proof' is no answer"),
+    ({"problem": "p", "answer": None, "solution": "\\boxed{\\text{None}}"}, "no gold: "),
     ({"answer": "1"}, "no problem text"), ({"problem": " ", "answer": "1"}, "no problem text"),
     ({"problem": 3, "answer": "1"}, "no problem text"),
     ({"prompt": [{"role": "system", "content": "s"}], "answer": "1"}, "no problem text"),
     ({"prompt": ["x"], "answer": "1"}, "no problem text"),
+    ({"prompt": [{"role": "user", "content": None}], "answer": "1"}, "a turn's content must be"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"},
+     "a turn's content must be"),
     ({"problem": "p", "answer": "1", "error": "wide"}, "field 'error'"),
     ({"problem": "p", "answer": "1", "error": -1}, "field 'error'"),
     ({"problem": "p", "answer": "1", "error": {}}, "field 'error'"),
-    ({"problem": "p", "answer": "1", "unit": 3}, "field 'unit'")])
-def test_a_row_that_cannot_be_used_is_one_line(tmp_path, capsys, row, told):
+    ({"problem": "p", "answer": "1", "unit": 3}, "field 'unit'")]
+
+
+@pytest.mark.parametrize("row, message", BAD)
+def test_a_row_that_cannot_be_used_is_one_line(tmp_path, capsys, row, message):
     source = write(tmp_path / "in.jsonl", {"id": 0, "problem": "fine", "answer": "1"}, row)
-    assert f"in.jsonl:2: {told}" in refused(capsys, source, tmp_path / "out.jsonl")
+    assert f"in.jsonl:2: {message}" in refused(capsys, source, tmp_path / "out.jsonl")
+
+
+def test_skip_bad_leaves_them_out_counts_them_and_names_the_first(tmp_path, capsys):
+    bad = [row for row, _ in BAD]
+    good = [{"problem": "fine", "answer": "1"}, {"problem": "fine, too", "answer": "2"}]
+    source, out = write(tmp_path / "in.jsonl", good[0], *bad, good[1]), tmp_path / "out.jsonl"
+    assert [row["answer"] for row in convert(source, out, "--skip-bad")] == ["1", "2"]
+    said = capsys.readouterr().out
+    assert f"2 problems; {len(bad)} bad ones left out, the first is {source}:2: no gold" in said
+    meta = json.load(open(f"{out}.meta.json"))
+    assert meta["rows"] == 2 and meta["bad"] == len(bad) and ":2: no gold" in meta["first_bad"]
+    source = write(tmp_path / "all_bad.jsonl", *bad)
+    assert "no problem is left" in refused(capsys, source, tmp_path / "none.jsonl", "--skip-bad")
+
+
+@pytest.mark.parametrize("row, problem, answer", [
+    ({"problem": "p", "answer": "", "solution": "so \\boxed{5}"}, "p", "5"),
+    ({"problem": "p", "answer": float("nan"), "Answer": 5}, "p", "5"),
+    ({"problem": "", "question": "q", "final_answer": [], "answer": "5"}, "q", "5"),
+    ({"problem": "p", "answer": None, "solution": "\\boxed{5}, as \\boxed{} asks"}, "p", "5"),
+    ({"problem": "p", "answer": '["34"]'}, "p", "34"),
+    ({"problem": "p", "answer": '["7 \\\\text{ cm}"]'}, "p", "7 \\text{ cm}"),
+    ({"problem": "p", "answer": "['1', '2']"}, "p", ["1", "2"]),
+    ({"problem": "p", "answer": "[1, 2]"}, "p", "[1, 2]"),
+    ({"problem": "p", "reward_model": {"ground_truth": '["34"]'}}, "p", "34"),
+    ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}],
+      "answer": "5"}, "p", "5"),
+    ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "p", "image": None},
+                                              {"type": "text", "text": "q"}]}],
+      "answer": "5"}, "p\nq", "5"),
+    ({"problem": None, "conversations": None, "messages": [{"from": "human", "value": "p"}],
+      "answer": "5"}, "p", "5"),
+    ({"problem": "p", "answer": "5", "unit": None, "error": [None]}, "p", "5")])
+def test_columns_as_data_sets_have_them(tmp_path, row, problem, answer):
+    """Empty and null fields, lists in a text, turns whose content is a list of parts."""
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(row).replace("NaN", "null"))
+    [new] = convert(source, tmp_path / "out.jsonl", "--template", "plain")
+    assert new["prompt"].startswith(f"{problem}\nPlease") and new["answer"] == answer
+    assert not new.keys() & {"unit", "error"}
+
+
+def test_nan_of_a_parquet_column_is_null():
+    assert maths.first({"answer": float("nan"), "Answer": 5}, "answer", "Answer") == 5
+
+
+# ---- Numbers -----------------------------------------------------------------------------------
+# Exact values: (sign, rational, factors of primes, factorials and powers with their exponents),
+# where the value is sign * product of base**exponent; a root is an exponent of 1/2 or 1/3.
+BASES = strategies.sampled_from([2, 3, 5, 7, 10, "12!", "30!", "365!"])
+POWERS = strategies.lists(
+    strategies.tuples(BASES, strategies.sampled_from([
+        *map(Fraction, (1, 2, -1, -3, 23, -70, 99, -365, -2024)),
+        Fraction(1, 2), Fraction(-1, 2), Fraction(1, 3), Fraction(-7, 3)])),
+    min_size=1, max_size=3, unique_by=lambda power: power[0])
+SIGNED = strategies.tuples(strategies.sampled_from([1, -1]), strategies.integers(1, 10**6),
+                           strategies.integers(1, 10**6), POWERS)
+
+
+def factors(base):
+    """{prime: exponent} of one of BASES or of an integer."""
+    number, primes = (math.factorial(int(base[:-1])) if isinstance(base, str) else base), {}
+    prime = 2
+    while prime * prime <= number:
+        while number % prime == 0:
+            number //= prime
+            primes[prime] = primes.get(prime, 0) + 1
+        prime += 1
+    return {**primes, number: primes.get(number, 0) + 1} if number > 1 else primes
+
+
+def exactly(value):
+    """(sign, {prime: exponent}): equal exactly where the values are equal."""
+    sign, up, down, powers = value
+    exponents = {}
+    for base, exponent in [(up, 1), (down, -1), *powers]:
+        for prime, times in factors(base).items():
+            exponents[prime] = exponents.get(prime, 0) + times * exponent
+    return sign, {prime: one for prime, one in exponents.items() if one}
+
+
+def product_of_powers(value):
+    """One spelling: -\\frac{3}{4} \\cdot 2^{-70} \\cdot 30!^{\\frac{1}{2}}"""
+    sign, up, down, powers = value
+    texts = [rf"\frac{{{up}}}{{{down}}}"]
+    for base, power in powers:
+        base = f"({base})" if isinstance(base, str) else base
+        texts.append(f"{base}^{{{power}}}")
+    return "-" * (sign < 0) + r" \cdot ".join(texts)
+
+
+def one_fraction(value):
+    """Another: everything above or below one line, powers as roots, factors in another order."""
+    sign, up, down, powers = value
+    lines = [str(up)], [str(down)]
+    for base, power in powers[::-1]:
+        root, base = power.denominator, f"({base})" if isinstance(base, str) else base
+        text = f"{base}^{{{abs(power.numerator)}}}"
+        text = {1: "", 2: r"\sqrt", 3: r"\sqrt[3]"}[root] + ("{%s}" % text if root > 1 else text)
+        lines[power < 0].insert(0, text)
+    above, below = (r" \cdot ".join(line) for line in lines)
+    return "-" * (sign < 0) + rf"\frac{{{above}}}{{{below}}}"
+
+
+def changed(value, what):
+    """The value with its sign, a digit or an exponent changed."""
+    sign, up, down, powers = value
+    (base, power), *rest = powers
+    return {"sign": (-sign, up, down, powers), "digit": (sign, up + 1, down, powers),
+            "last": (sign, up, down + 10, powers), "exponent": (sign, up, down,
+                                                                [(base, power + 1), *rest]),
+            "turned": (sign, up, down, [(base, -power), *rest])}[what]
+
+
+@settings(deadline=None, max_examples=20, phases=[Phase.explicit, Phase.generate])
+@given(SIGNED, strategies.sampled_from(["sign", "digit", "last", "exponent", "turned"]))
+@example((1, 1, 1, [(2, Fraction(-2024))]), "sign")
+@example((1, 1, 1, [("365!", Fraction(-99))]), "exponent")
+@example((1, 10**6 - 1, 10**6, [(10, Fraction(-365))]), "digit")
+@example((1, 1, 1, [(2, Fraction(-1, 2))]), "turned")
+def test_numbers_are_equal_exactly_where_exact_arithmetic_says_so(judge, value, what):
+    other = changed(value, what)
+    assume(exactly(other) != exactly(value))
+    assert judge(product_of_powers(value), one_fraction(value))
+    assert not judge(product_of_powers(value), one_fraction(other))
+    assert not judge(f"(0, {product_of_powers(value)}, 1)", f"(0, {one_fraction(other)}, 1)")
+
+
+@settings(deadline=None, max_examples=40)
+@given(strategies.integers(1, 999), strategies.integers(-400, 400), strategies.integers(1, 9))
+def test_an_error_is_relative_to_nothing(judge, digits, exponent, error):
+    """|answer - gold| <= error, whatever their size."""
+    gold, size = rf"{digits} \cdot 10^{{{exponent}}}", 10.0**max(-300, min(300, exponent))
+    answer = rf"{digits + error} \cdot 10^{{{exponent}}}"
+    if -300 <= exponent <= 300:
+        assert judge(gold, answer, error * size)
+    assert not judge(gold, answer, error * size * 0.99 if abs(exponent) <= 300 else 0.0)
+
+
+def test_what_cannot_be_told_apart_by_float_or_chop(judge):
+    assert not judge(r"\sqrt{10^{400}+1}", "10^{200}") and judge(r"\sqrt{10^{400}}", "10^{200}")
+    assert not judge(r"10000!", "10000!+1") and judge(r"\sin^2(1)+\cos^2(1)", "1")
 
 
 def test_files_that_cannot_be_read(tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_bytes(b"[\n")
-    assert "in.jsonl:1: not a valid JSON row" in refused(capsys, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"[\n")
+    assert "in.jsonl:1: not a valid JSON row" in refused(capsys, source, out)
     pytest.importorskip("pyarrow")
-    (tmp_path / "in.parquet").write_bytes(b"PAR1 not at all")
-    assert "in.parquet: not a valid Parquet file" in refused(capsys, tmp_path / "in.parquet", tmp_path / "other.jsonl")
+    source = tmp_path / "in.parquet"
+    source.write_bytes(b"PAR1 not at all")
+    assert "in.parquet: not a valid Parquet file" in refused(capsys, source, out)
 
 
 def test_without_pyarrow_one_line_says_so(tmp_path):
     (tmp_path / "pyarrow.py").write_text("raise ImportError")
     (tmp_path / "in.parquet").write_bytes(b"PAR1")
-    done = subprocess.run([sys.executable, "-m", "data.maths", "--input", str(tmp_path / "in.parquet"), "--out",
-                           str(tmp_path / "out.jsonl")],
-                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
-    assert done.returncode == 2 and "needs pyarrow" in done.stderr and done.stderr.count("\n") == 1
+    command = [sys.executable, "-m", "data.maths", "--input", str(tmp_path / "in.parquet"),
+               "--out", str(tmp_path / "out.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "needs pyarrow" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_file_shadows_nothing():
-    """Scripts in data/ have that folder first on their path: a file math.py there would hide the standard library's."""
+    """A file math.py in data/ would hide the standard library's from a script started there."""
     assert not {path.stem for path in (ROOT / "data").glob("*.py")} & set(sys.stdlib_module_names)
 
 
 def test_system_goes_with_chat_alone(tmp_path, capsys):
-    assert "--system" in refused(capsys, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--system", "x")
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    assert "--system" in refused(capsys, source, out, "--system", "x")
 
 
 def test_another_run_of_the_same_leaves_it_alone(tmp_path, capsys):

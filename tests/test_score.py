@@ -247,7 +247,11 @@ def test_the_fuzz_campaign_finds_planted_bugs(monkeypatch):
     (r"\boxed{\boxed{5}}", [r"\boxed{5}", "5"]), (r"\boxed{\{1,2\}}", [r"\{1,2\}"]),
     (r"\boxed{\left\{x\right.}", [r"\left\{x\right."]),
     (r"\boxed{1", []), (r"\boxed5", []), ("}}} {{ \\boxed{4} {", ["4"]), (r"\\boxed{6}", []), ("", []),
-    (r"\boxed{}", [""]), (r"$\boxed 7$.", ["7"]), (r"so \boxed 7, or \fbox{8}", ["7", "8"]), (r"\(\boxed 7\)", ["7"]),
+    (r"\boxed{}", []), (r"\boxed{ \, }", []), (r"\boxed{...}", []), (r"\boxed{\ldots}", []),
+    (r"\boxed{12}. I put it in \boxed as asked.", ["12"]), (r"\boxed a second time", []),
+    (r"\boxed -- so", []), (r"\boxed x.", ["x"]), (r"\boxed -5", ["-5"]), (r"\boxed{?}", []),
+    (r"\boxed{\emptyset} \boxed{-}", [r"\emptyset", "-"]), (r"\boxed (as asked)", []),
+    (r"$\boxed 7$.", ["7"]), (r"so \boxed 7, or \fbox{8}", ["7", "8"]), (r"\(\boxed 7\)", ["7"]),
     (r"$\boxed \frac{1}{2}$", [r"\frac{1}{2}"]), (r"{\boxed 7} \boxed{8}", ["7", "8"]), (r"\boxed \boxed{9}", ["9"])])
 def test_boxes_by_matched_braces(text, found):
     assert [text[start:end] for start, end in maths.boxes(text)] == found
@@ -256,6 +260,8 @@ def test_boxes_by_matched_braces(text, found):
 @pytest.mark.parametrize("completion, parts, answer", [
     (r"\boxed{1} so \boxed{2}", 1, "2"), (r"\boxed{1} and \boxed{2}", 2, "1, 2"),
     (r"\boxed{9}, \boxed{1, 2}", 2, "1, 2"),
+    (r"\boxed{12}. I put it in \boxed as asked.", 1, "12"), (r"\boxed{12} \boxed{}", 1, "12"),
+    (r"\boxed{1}, \boxed{2} \boxed{}", 2, "1, 2"),
     (r"\boxed{1}", 2, "1"), ("42", 1, None), (r"\boxed{}", 1, None), (r"\boxed{5", 1, None),
     (r"\boxed{(1,2)}, \boxed{(3,4)}", 2, "(1,2), (3,4)")])
 def test_which_answer_is_read(completion, parts, answer):
@@ -278,15 +284,31 @@ def test_boxes_take_linear_room():
 PAIRS = [json.loads(line) for line in open(ROOT / "tests/maths_pairs.jsonl", encoding="utf-8")]
 
 
+GOLDS = [json.loads(line) for line in open(ROOT / "tests/maths_golds.jsonl", encoding="utf-8")]
+CUT = [(r"\boxed{5} and", "ok", "5"), (r"\boxed 5 and", "ok", "5"), (r"\boxed{5}.", "ok", "5"),
+       (r"\boxed{6} and", "truncated", "6"), (r"\boxed{5", "truncated", None),
+       ("so", "truncated", None), (r"\boxed 5", "truncated", None),  # it might have become 52
+       (r"\boxed{5}, so \boxed 5.", "ok", "5"), (r"\boxed{6}, so \boxed 5", "truncated", "6")]
+
+
 @pytest.fixture(scope="module")
-def judged_pairs(tmp_path_factory):
-    """All gold/answer pairs through the workers, in one run."""
+def judged(tmp_path_factory):
+    """All pairs, all golds as answers to themselves, and what was cut, through two workers."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = []
-    for i, pair in enumerate(PAIRS):
+    for pair in PAIRS:
         extras = {field: pair[field] for field in ("unit", "error") if field in pair}
-        rows.append(maths_row(pair["gold"], f"So it is $\\boxed{{{pair['answer']}}}$.", id=str(i), **extras))
-    return run(write(folder / "r.jsonl", rows), folder / "s.jsonl", "--timeout", "60", "--workers", "2")
+        rows.append(maths_row(pair["gold"], f"So it is $\\boxed{{{pair['answer']}}}$.", **extras))
+    rows += [maths_row(gold, f"It is $\\boxed{{{gold}}}$.") for gold in GOLDS]
+    rows += [maths_row("5", completion, finish_reason="length") for completion, *_ in CUT]
+    rows = [{**row, "id": str(i)} for i, row in enumerate(rows)]
+    return run(write(folder / "r.jsonl", rows), folder / "s.jsonl", "--timeout", "60",
+               "--workers", "2")
+
+
+@pytest.fixture(scope="module")
+def judged_pairs(judged):
+    return judged[:len(PAIRS)]
 
 
 def test_gold_and_answer_pairs(judged_pairs):
@@ -296,12 +318,16 @@ def test_gold_and_answer_pairs(judged_pairs):
     assert wrong == [] and right >= 300 and len(PAIRS) - right >= 300
 
 
-def test_every_gold_is_a_right_answer_to_itself(tmp_path):
-    """Golds in the styles of MATH: units, lists, intervals, matrices, words, equations, bases, money, mixed numbers."""
-    golds = [json.loads(line) for line in open(ROOT / "tests/maths_golds.jsonl", encoding="utf-8")]
-    rows = [maths_row(gold, f"It is $\\boxed{{{gold}}}$.", id=str(i)) for i, gold in enumerate(golds)]
-    new = run(write(tmp_path / "r.jsonl", rows), tmp_path / "s.jsonl", "--timeout", "60", "--workers", "2")
-    assert [one["answer"] for one in new if not one["correct"]] == [] and len(golds) >= 150
+def test_every_gold_is_a_right_answer_to_itself(judged):
+    """Golds in the styles of MATH: units, lists, intervals, matrices, words, equations, bases,
+    money, mixed numbers."""
+    new = judged[len(PAIRS):][:len(GOLDS)]
+    assert [one["answer"] for one in new if not one["correct"]] == [] and len(GOLDS) >= 150
+
+
+def test_cut_maths_completions(judged):
+    new = judged[-len(CUT):]
+    assert [(one["completion"], one["reason"], one["pred"]) for one in new] == CUT
 
 
 def test_maths_reasons(judged_pairs):
@@ -401,18 +427,24 @@ sandbox.work("data.maths", "judge", 30)
 
 
 def test_math_verifys_numbers_do_not_go_through_eval():
-    """math-verify hands number texts to SymPy's sympify, and that to eval; our reader takes digits and points alone."""
-    maths.sympy = pytest.importorskip("sympy")
-    assert maths.read_number("27") == 27 and maths.read_number("27.5") == 27.5
+    """math-verify hands number texts to SymPy's sympify, and that to eval; our reader takes digits
+    and points alone."""
+    pytest.importorskip("sympy")
+    from data.values import read_number
+
+    assert read_number("27") == 27 and read_number("27.5") == 27.5
     for text in ("__import__('os')", "1+1", "x", "9**9"):
         with pytest.raises(ValueError):
-            maths.read_number(text)
+            read_number(text)
 
 
 @pytest.mark.parametrize("field, value", [
     ("answer", ""), ("answer", " "), ("answer", None), ("answer", True), ("answer", []), ("answer", ["1", ""]),
     ("answer", ["1", None]),
-    ("answer", {"a": 1}), ("answer", [["1"]]), ("unit", 3), ("unit", ["cm", "m"]), ("error", "wide"), ("error", -1),
+    ("answer", {"a": 1}), ("answer", [["1"]]),
+    ("answer", "proof"), ("answer", "Not Found."), ("answer", "N/A"), ("answer", r"\text{proof}"),
+    ("answer", ["1", "n/a"]), ("answer", '["proof"]'), ("answer", "?"),
+    ("unit", 3), ("unit", ["cm", "m"]), ("error", "wide"), ("error", -1),
     ("error", True),
     ("error", [0.1, 0.2]), ("error", "inf"), ("error", "nan"), ("error", {})])
 def test_a_gold_that_cannot_be_used_is_an_error(tmp_path, capsys, field, value):
@@ -420,23 +452,20 @@ def test_a_gold_that_cannot_be_used_is_an_error(tmp_path, capsys, field, value):
     assert f"r.jsonl:1: field '{field}" in refused(capsys, source, tmp_path / "s.jsonl")
 
 
-def test_golds_of_every_type():
-    def gold(**fields):
-        return maths.gold_of(maths.Row("m", 0, "", "stop", **fields))
+@pytest.mark.parametrize("answer, golds", [
+    (33, ["33"]), (27.0, ["27.0"]), (1e-05, ["0.00001"]), ("1, 2", ["1", "2"]),
+    ("10,080", ["10080"]), ("(1,2)", ["(1,2)"]), (",", [","]), ("6, 120", ["6", "120"]),
+    (r"0, \pm 3", ["0", "+3", "-3"]), ('["34"]', ["34"]), ("['34']", ["34"]), ("[34]", ["34"]),
+    (r'["7 \\text{ cm}"]', [r"7 \text{ cm}"]), (r'["7 \text{ cm}"]', [r"7 \text{ cm}"]),
+    ('["1", "2"]', ["1", "2"]), ("[1, 2]", ["[1, 2]"]), ("[1, x]", ["[1, x]"]),
+    (["1, 2"], ["1", "2"]), ("３，4", ["3", "4"])])
+def test_golds_of_every_type(answer, golds):
+    assert [gold for gold, *_ in maths.gold_of(maths.Row("m", 0, "", "stop", answer))] == golds
 
-    assert gold(answer=33) == [("33", "", None)]
-    assert [[one for one, *_ in gold(answer=answer)] for answer in (27.0, 1e-05, "1, 2", "10,080", "(1,2)", ",", "6, 120", r"0, \pm 3")] == [
-        ["27.0"], ["0.00001"], ["1", "2"], ["10080"], ["(1,2)"], [","], ["6", "120"], ["0", "+3", "-3"]]
-    assert gold(answer=["a", 2], unit=r"\text{ meters}", error=["1e-1", None]) == [("a", "m", 0.1), ("2", "m", None)]
 
-
-def test_cut_maths_completions(tmp_path):
-    rows = [maths_row("5", completion, id=str(i), finish_reason="length")
-            for i, completion in enumerate([r"\boxed{5} and", r"\boxed 5 and", r"\boxed{5}.", r"\boxed{6} and", r"\boxed{5", "so",
-                                            r"\boxed 5", r"\boxed{5}, so \boxed 5.", r"\boxed{6}, so \boxed 5"])]
-    new = run(write(tmp_path / "r.jsonl", rows), tmp_path / "s.jsonl", "--workers", "1", "--timeout", "60")
-    assert [one["reason"] for one in new] == ["ok"] * 3 + ["truncated"] * 4 + ["ok", "truncated"]
-    assert [one["pred"] for one in new[6:]] == [None, "5", "6"]  # \boxed 5 might have become 52
+def test_units_and_errors_of_golds():
+    row = maths.Row("m", 0, "", "stop", ["a", 2], r"\text{ meters}", ["1e-1", None])
+    assert maths.gold_of(row) == [("a", "m", 0.1), ("2", "m", None)]
 
 
 def test_a_cut_answer_without_tags_is_none():
