@@ -123,7 +123,6 @@ if __name__ == "__main__":
 
 import msgspec
 import numpy as np
-import tokenizers
 import torch
 import transformers
 from tqdm import tqdm
@@ -132,7 +131,7 @@ from transformers.cache_utils import DynamicCache
 from data.chunks import (begin, chunks_of, digest_of_work, merge, publish_merged, run_chunks,
                          wait_for_chunks, wait_for_folder)
 from data.models import (OF_TRAINING, check_model, device_and_dtype, load, load_model,
-                         load_tokenizer, positions_of, source_of)
+                         load_tokenizer, positions_of, reference_tokenizer, source_of)
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
@@ -405,23 +404,6 @@ def render(turns, tokenizer, template):
     return tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=not continued,
         continue_final_message=continued, **template)
-
-
-def reference_tokenizer(name, options):
-    """tokenizer.json as it is, a tokenizers.Tokenizer; None where the model has none.
-
-    transformers loads it into a class that tokenizer_config.json or the architecture names, which
-    may replace how texts are split.
-    """
-    options = {key: options[key] for key in ("revision", "local_files_only") if key in options}
-    try:
-        path = transformers.utils.cached_file(name, "tokenizer.json", **options)
-    except OSError:
-        return None
-    tokenizer = tokenizers.Tokenizer.from_file(path)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 # ---- Where a completion ends ---------------------------------------------------------------------

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 
+import tokenizers
 import torch
 import transformers
 
@@ -103,6 +104,23 @@ def load_tokenizer(name, options):
     tokenizer = load(transformers.AutoTokenizer, name, options)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         fail(f"{name}: a tokenizer without a vocabulary: are its files missing?")
+    return tokenizer
+
+
+def reference_tokenizer(name, options):
+    """tokenizer.json as it is, a tokenizers.Tokenizer; None where the model has none.
+
+    transformers loads it into a class that tokenizer_config.json or the architecture names, which
+    may replace how texts are split.
+    """
+    options = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+    try:
+        path = transformers.utils.cached_file(name, "tokenizer.json", **options)
+    except OSError:
+        return None
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
