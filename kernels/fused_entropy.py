@@ -1,23 +1,23 @@
-"""Log-prob of the sampled token, entropy of the softmax and logsumexp: one pass over the logits,
-one for gradients.
+"""Log-prob of the sampled token, entropy of the softmax and logsumexp, in one pass over the logits,
+and their gradient in one more.
 
     logp, entropy, lse = fused_entropy(logits, targets, temperature=1.0)  # (..., vocab), (...)
 
-Eager PyTorch makes some 40 passes; this reads the logits once forward, and backward once more,
-writing their gradient.
+Eager PyTorch makes some 40 passes. Two backends compute the same formulas and save the same numbers
+a row for the backward pass: Triton on CUDA, chunks in PyTorch elsewhere.
 
 For a row of logits x and a temperature T, with m = max x, t = (x - m)/T <= 0, s = sum e^t,
 w = sum t e^t, l = log s:
     lse = m/T + l        logp = t_y - l        H = l - w/s        p = e^u with u = t - l
-H is relative to the maximum: lse - E[x/T] would subtract two numbers of the logits' size, and near
-1e4 lose 3 digits.
+H is computed relative to the maximum: lse - E[x/T] subtracts two numbers of the logits' size, which
+loses three digits near 1e4.
 dH/dx_j = -p_j (u_j + H)/T, so upstream gradients a of logp, b of H and c of lse give
     dx_j = (a [j = y] - p_j (a - c + b (u_j + H))) / T
-Online softmax (Milakov & Gimelshein 2018), with w beside s: where a block of logits raises the
-maximum from m to n, d = (m - n)/T, first w <- e^d (w + d s) and s <- e^d s, then the block's own
-terms are added.
-A masked logit, -inf, has p = 0 and must add 0 to H and to the gradient, but 0 * -inf is NaN: so
-t, d, u stay >= -1e30.
+The Triton kernel is an online softmax (Milakov & Gimelshein 2018) that keeps w beside s: when a
+block of logits raises the maximum from m to n, with d = (m - n)/T, it sets w <- e^d (w + d s) and
+s <- e^d s, then adds the block's own terms.
+A masked logit, -inf, has p = 0 and adds 0 to H and to the gradient. As 0 * -inf is NaN, t, d and u
+are clamped at -1e30.
 """
 import functools
 import importlib.util
@@ -33,9 +33,9 @@ if importlib.util.find_spec("triton") and (
     import triton
     import triton.language as tl
 
-# Frozen, never autotuned (25 s a key). 32 logits a thread take 56 registers forward, 40 back (bf16,
-# sm_90), no spills: 9 programs an SM, 64 KiB in flight while one of them reduces; 3 TB/s x 0.7 us
-# latency / 132 SMs asks for 16 KiB.
+# Fixed: autotuning takes 25 s a shape. 32 logits a thread take 56 registers forward and 40 backward
+# (bf16, sm_90) without spills, so 9 programs fit an SM and keep 64 KiB in flight while one of them
+# reduces; 3 TB/s x 0.7 us latency / 132 SMs needs 16 KiB.
 BLOCK, WARPS = 4096, 4
 CHUNK = 2**19  # logits at a time on the PyTorch path: its two fp32 buffers take 4 MiB of cache
 
@@ -49,9 +49,9 @@ if triton:
         row = tl.program_id(0).to(tl.int64)
         x_ptr += row // rows * x_batch + row % rows * x_row
         y = tl.load(y_ptr + row)
-        if y < 0:  # ignored: not read, and the outputs hold zeros already
+        if y < 0:  # ignored: the row is not read, and the outputs are zeros already
             return
-        # Not -inf: a first block of -inf would give -inf - -inf.
+        # Not -inf: with a first block of -inf, x - n would be -inf + inf = NaN.
         m = tl.full((), -1e30, max_ptr.dtype.element_ty)
         s, w = tl.zeros((), m.dtype), tl.zeros((), m.dtype)
         for start in range(0, vocab, BLOCK):
@@ -65,7 +65,7 @@ if triton:
             s = r * s + tl.sum(e, 0)
             m = n
         l = tl.log2(s)
-        # Beyond the vocabulary: NaN.
+        # NaN for a target beyond the vocabulary.
         x_y = tl.load(x_ptr + y, mask=y < vocab, other=float("nan")).to(m.dtype)
         tl.store(logp_ptr + row, ((x_y - m) * scale - l) * LN2)
         tl.store(entropy_ptr + row, (l - w / s) * LN2)
@@ -102,27 +102,26 @@ def launch(kernel, x, *pointers, strides, temperature):
             scale=math.log2(math.e) / temperature, BLOCK=BLOCK, num_warps=WARPS)
 
 
-@functools.cache  # so that the choice is told once
+@functools.cache  # so that the choice is printed once
 def choose_backend(device, backend=None):
     """`backend`, or "triton" on CUDA where Triton is installed, else "torch".
     device: as in tensor.device.type."""
     backend = backend or ("triton" if triton and device == "cuda" else "torch")
     if backend not in ("torch", "triton") or backend == "triton" and not triton:
-        raise ValueError(f"backend {backend!r} is neither torch nor, with Triton installed and a "
-                         "GPU, triton")
+        raise ValueError(f"backend must be torch or, on a GPU with Triton, triton, not {backend!r}")
     print(f"fused_entropy: backend {backend} on {device}", file=sys.stderr)
     return backend
 
 
 def softmax_chunks(x, y, temperature, peak=None):
-    """Walk over rows with y >= 0: yield their index, max (n, 1), t = (x - max)/T and softmax(t),
-    both (n, vocab)."""
+    """Yield the rows with y >= 0 in chunks: their index, max (n, 1), t = (x - max)/T and
+    softmax(t), both (n, vocab)."""
     rows, dtype = max(1, CHUNK // x.shape[2]), torch.promote_types(x.dtype, torch.float32)
     buffers = torch.empty(2, min(rows, y.shape[1]), x.shape[2], dtype=dtype, device=x.device)
     for batch, kept in enumerate(y >= 0):
         for chunk in filter(len, kept.nonzero().squeeze(1).split(rows)):
             first, last = int(chunk[0]), int(chunk[-1])
-            adjacent = last - first == len(chunk) - 1  # those are a view of x, others a copy
+            adjacent = last - first == len(chunk) - 1  # then x[index] is a view and not a copy
             index = batch, slice(first, last + 1) if adjacent else chunk
             m = peak[index].unsqueeze(1) if peak is not None else x[index].amax(1, True).to(dtype)
             t, p = buffers[:, :len(chunk)]
@@ -143,10 +142,10 @@ def entropy_forward(x, y, temperature, backend):
         return results
     for index, m, t, p in softmax_chunks(x, y, temperature):
         # softmax is PyTorch's fastest exp (0.37 ns a logit on an AVX-512 core, torch.exp 0.59), but
-        # its sum is up to 1e-5 off at 152k logits: take p as e^t up to a factor, then the largest
-        # e^t is 1 and s = sum p / max p.
-        # expand: PyTorch sums a lone row in another order than one of several, and no row's result
-        # may depend on the rows beside it.
+        # it does not sum to 1 (1e-5 off at 152k logits). So p is e^t up to a factor; as the largest
+        # e^t is 1, s = sum p / max p.
+        # expand: PyTorch sums a single row in another order than several, and a row's result must
+        # not depend on the rows beside it.
         n, at_least_two = len(p), (max(2, len(p)), -1)
         sum_p, max_p = p.expand(at_least_two).sum(1)[:n], p.amax(1)
         l = (sum_p / max_p).log()
@@ -158,8 +157,8 @@ def entropy_forward(x, y, temperature, backend):
 
 
 def entropy_backward(x, y, entropy, peak, logsum, upstream, temperature, backend, grad):
-    """Write the logits' gradient to `grad`, which may be x. `upstream`: that of logp, entropy, lse;
-    None is 0."""
+    """Write the logits' gradient to `grad`, which may be x. upstream: the gradients of logp,
+    entropy and lse; None is 0."""
     a, b, c = (torch.zeros_like(peak) if one is None else one.reshape(y.shape).contiguous()
                for one in upstream)
     if backend == "triton":
@@ -169,7 +168,7 @@ def entropy_backward(x, y, entropy, peak, logsum, upstream, temperature, backend
     # In t, not in u = t - l:
     constant, slope = (c - a - b * (entropy - logsum)) / temperature, -b / temperature
     for index, _, t, p in softmax_chunks(x, y, temperature, peak):
-        right = (-logsum[index]).exp() / p.amax(1)  # the largest p is 1/s: puts softmax's sum right
+        right = (-logsum[index]).exp() / p.amax(1)  # the largest p is 1/s: corrects softmax's sum
         factor = (constant[index] * right).unsqueeze(1)
         if upstream[1] is not None:                 # the entropy is in the loss
             factor = t.mul_((slope[index] * right).unsqueeze(1)).add_(factor)
@@ -194,44 +193,42 @@ class FusedEntropy(torch.autograd.Function):
         (x, *saved), (temperature, inplace, backend) = ctx.saved_tensors, ctx.settings
         grad = x.detach() if inplace else torch.empty_like(x, memory_format=torch.contiguous_format)
         entropy_backward(x, *saved, upstream, temperature, backend, grad)
-        if inplace:  # the logits are gone: a second backward must raise, not read gradients
+        if inplace:  # the logits are overwritten: a second backward must raise
             torch.autograd.graph.increment_version(x)
         return grad, None, None, None, None, None
 
 
 def fused_entropy(logits, targets, temperature=1.0, inplace_backward=False, backend=None):
-    """Log-prob of the targets, entropy and logsumexp of softmax(logits / temperature); formulas:
-    head of this file.
+    """Log-prob of the targets, entropy and logsumexp of softmax(logits / temperature).
 
     logits       (..., vocab), bf16, fp16, fp32 or fp64, any strides; -inf masks a token, NaN stays
                  in its row
-    targets      (...), integers; negative: the row is not read, its results and gradient are 0 (so
-                 pad shifted targets with -1, never slice logits[:, :-1], whose backward copies);
-                 >= vocab: an error, or NaN from Triton
-    temperature  T > 0;  backend: "triton", "torch", or None for choose_backend's choice
-    inplace_backward  let the gradient overwrite the logits, which then nothing else may need; saves
-                 a copy of them
-    Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 logits),
-    differentiable, once.
-    Raises ValueError on wrong shapes, types or settings. torch.compile leaves it as it is: a graph
-    break.
+    targets      (...), integers; negative: the row is ignored, its results and gradient are 0 (pad
+                 shifted targets with -1 instead of slicing logits[:, :-1], whose backward copies);
+                 >= vocab: an error, from Triton NaN
+    temperature  T > 0
+    inplace_backward  the gradient overwrites the logits, which nothing else may need; saves a copy
+    backend      "triton", "torch", or None: triton on CUDA if it is installed
+    Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 logits), once
+    differentiable. Raises ValueError for wrong shapes, types or settings. A graph break for
+    torch.compile.
     """
     if torch.compiler.is_compiling():
         plain = torch.compiler.disable(fused_entropy)
         return plain(logits, targets, temperature, inplace_backward, backend)
-    fit = logits.is_floating_point() and logits.dim() and logits.shape[-1]
-    fit = fit and targets.shape == logits.shape[:-1] and targets.device == logits.device
-    if not fit or targets.is_floating_point() or targets.dtype == torch.bool:
-        found = " and ".join(f"{one.dtype} {tuple(one.shape)} on {one.device}"
+    valid = logits.is_floating_point() and logits.dim() and logits.shape[-1]
+    valid = valid and targets.shape == logits.shape[:-1] and targets.device == logits.device
+    if not valid or targets.is_floating_point() or targets.dtype == torch.bool:
+        given = " and ".join(f"{one.dtype} {tuple(one.shape)} on {one.device}"
                              for one in (logits, targets))
         raise ValueError("logits (..., vocab) and integer targets (...) on one device needed, not "
-                         + found)
+                         + given)
     if not 0 < (temperature := float(temperature)) < math.inf:
         raise ValueError(f"temperature must be a positive number, not {temperature}")
     if inplace_backward and (logits.is_leaf and logits.requires_grad or 0 in logits.stride()):
         raise ValueError("inplace_backward would overwrite a leaf, or rows that share memory")
     backend = choose_backend(logits.device.type, backend)
-    # Otherwise rows lie at two strides, as in logits[:, :-1].
+    # A slice such as logits[:, :-1] is read where it lies: its rows have two strides.
     flat = logits.dim() < 3 or logits.is_contiguous()
     x = logits.reshape(1, -1, logits.shape[-1]) if flat else logits.reshape(-1, *logits.shape[-2:])
     x = x if x.stride(2) == 1 else x.contiguous()

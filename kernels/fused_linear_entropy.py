@@ -1,16 +1,15 @@
-"""The results of fused_entropy.py from hidden states and the lm_head's weight: the logits are never
-whole in memory.
+"""The results of fused_entropy.py from hidden states and the lm_head's weight, with one chunk of
+logits in memory at a time.
 
     logp, entropy, lse = fused_linear_entropy(hidden, model.lm_head.weight, targets, temperature=1)
 
 At a vocabulary of 152k the logits of 8192 tokens take 2.5 GB in bf16, and an eager loss keeps
-several fp32 copies. Here one chunk of rows at a time is multiplied out, reduced to a few numbers a
-row, and dropped. The backward pass multiplies it out again, turns it into its own gradient in
-place, and adds from that to the gradients of hidden states and weight. So there are four matrix
-products where the plain way has three, and the memory of one chunk. The fourth costs less than
-eager code's walks over the logits. The forward pass cannot take the gradients along, as fused cross
-entropies do: they depend on a loss that is known only when the log-probs and entropies of all rows
-are. 
+several fp32 copies. This computes the logits of one chunk of rows at a time, reduces them to a few
+numbers a row, and drops them. The backward pass computes them again, turns them into their own
+gradient in place, and adds its share to the gradients of hidden states and weight. That makes four
+matrix products instead of three, with the memory of one chunk; the fourth product costs less than
+eager PyTorch's passes over the logits. A fused cross entropy saves it by computing gradients in the
+forward pass. Here they depend on a loss that needs the log-probs and entropies of all rows first.
 The weight's gradient is summed over the chunks in fp32, whatever the type of the products.
 """
 import math
@@ -23,13 +22,13 @@ else:            # imported with this folder on sys.path
     from fused_entropy import choose_backend, entropy_backward, entropy_forward
 
 # Logits at a time. A chunk reads the weight, and reads and writes its fp32 gradient: with few rows
-# the products would wait for memory. 2**28 is 512 MiB in bf16, 1766 rows at 152k; on a CPU 2**25 is
+# the products wait for memory. 2**28 is 512 MiB in bf16, 1766 rows at 152k; on a CPU 2**25 is
 # 128 MiB in fp32, 220 rows.
 CHUNK = {"cuda": 2**28, "cpu": 2**25}
 
 
 def row_chunks(hidden, weight):
-    """Yield slices of rows, at least one, each with a buffer for its logits, (n, vocab) of the
+    """Yield slices of rows, at least one, and for each a buffer for its logits, (n, vocab) of the
     weight's dtype."""
     rows = max(1, CHUNK.get(hidden.device.type, 2**25) // len(weight))
     shape = min(rows, len(hidden)), len(weight)
@@ -39,8 +38,8 @@ def row_chunks(hidden, weight):
 
 
 def head(hidden, weight, bias, softcap, out):
-    """Write the logits of one chunk to `out`, (n, vocab). Returns them, and their slope where a
-    soft cap bends them."""
+    """Write the logits of one chunk to `out`, (n, vocab). Returns them, and with a soft cap its
+    derivative."""
     if bias is None:
         torch.mm(hidden, weight.T, out=out)
     else:
@@ -110,43 +109,39 @@ class FusedLinearEntropy(torch.autograd.Function):
 
 def fused_linear_entropy(hidden, weight, targets, temperature=1.0, bias=None, softcap=None,
                          scale=1.0, backend=None):
-    """fused_entropy(scale * cap(hidden @ weight.T + bias), targets, temperature) without the logits
-    in memory.
+    """fused_entropy(scale * cap(hidden @ weight.T + bias), targets, temperature), chunk by chunk.
 
     hidden       (..., d), bf16, fp16, fp32 or fp64: the input of the lm_head
-    weight       (vocab, d), of hidden's dtype; under autocast of any, and the products are in
-                 autocast's
-    targets      (...), integers, as in fused_entropy; an ignored row still costs its products, so
-                 better leave it out
+    weight       (vocab, d), of hidden's dtype; of any under autocast, whose dtype the products have
+    targets      (...), integers, as in fused_entropy; ignored rows still cost their products, so
+                 leave them out
     temperature  T > 0
     bias         (vocab,) or None
     softcap      c > 0 or None: cap(x) = c tanh(x / c), as in Gemma 2
     scale        > 0, multiplies the logits (Cohere's logit_scale, 1 / Granite's logits_scaling)
     backend      "triton", "torch", or None for choose_backend's choice
-    Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 products),
-    differentiable, once, by hidden, weight and bias: a gradient each for those that require one, in
-    their dtypes.
-    Raises ValueError on wrong shapes, types or settings. torch.compile leaves it as it is: a graph
-    break.
+    Returns (logp, entropy, lse) in nats, shaped like targets, fp32 (fp64 for fp64 products), once
+    differentiable by hidden, weight and bias; gradients have the dtypes of these. Raises ValueError
+    for wrong shapes, types or settings. A graph break for torch.compile.
     """
     if torch.compiler.is_compiling():
         plain = torch.compiler.disable(fused_linear_entropy)
         return plain(hidden, weight, targets, temperature, bias, softcap, scale, backend)
     tensors = hidden, weight, targets, *([] if bias is None else [bias])
-    fit = weight.dim() == 2 and len(weight) and hidden.shape == (*targets.shape, weight.shape[1])
-    fit = fit and (bias is None or bias.shape == weight.shape[:1])
-    if not fit or len({one.device for one in tensors}) > 1:
-        found = ", ".join(f"{tuple(one.shape)} on {one.device}" for one in tensors)
+    valid = weight.dim() == 2 and len(weight) and hidden.shape == (*targets.shape, weight.shape[1])
+    valid = valid and (bias is None or bias.shape == weight.shape[:1])
+    if not valid or len({one.device for one in tensors}) > 1:
+        given = ", ".join(f"{tuple(one.shape)} on {one.device}" for one in tensors)
         raise ValueError("hidden (..., d), weight (vocab, d), targets (...), bias (vocab,) on one "
-                         f"device needed, not {found}")
+                         f"device needed, not {given}")
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be integers, not {targets.dtype}")
     dtype, device = weight.dtype, hidden.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     elif hidden.dtype != dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight {dtype}: they must agree, but under "
-                         "autocast")
+        raise ValueError(f"hidden is {hidden.dtype} and weight {dtype}: outside of autocast they "
+                         "must agree")
     cap = 1 if softcap is None else softcap
     for name, value in ("temperature", temperature), ("scale", scale), ("softcap", cap):
         if not 0 < value < math.inf:

