@@ -1,252 +1,308 @@
-"""Speed and memory of the stages beside what one would use instead, A and B in turns.
+"""Each stage beside what one would use in its place, in turns; and each stage on growing files.
 
-    python experiments/bench.py --out experiments/bench_cpu.json    # all parts, three sizes
-    python experiments/bench.py --sizes tiny --only generate step --rounds 5
+    python experiments/bench.py --out experiments/bench_cpu.json
+    python experiments/bench.py --only generate update --sizes 0.5b     # on a GPU, in bf16
 
-    generate  generate.py against `model.generate` (the best of three batch sizes),
-              `generate_batch` (continuous batching) and itself with --attention model; with
-              --threads N on a CPU also N processes of one thread each, as torchrun starts them
-    update    train.py's update against a plain one: prompt and completion in padded rows, full
-              logits
-    step      generate.py, score.py and train.py against a step of TRL's GRPOTrainer at equal
-              settings, if TRL is there
+    generate   generate.py; `model.generate` on padded batches, at the best of three batch sizes
+    score      score.py on maths answers; a loop over Math-Verify
+    update     train.py; a GRPO update in plain PyTorch: padded rows, logits of all tokens, eager
+               log_softmax and entropy
+    evaluate   evaluate.py; json.loads, the estimator of Pass@k and a bootstrap in NumPy
+    growth     the four stages one after another, each a process of its own
 
-Sizes: `tiny` is the embedded model with its own prompts and its end-of-text token, a quarter of a
-round of the suite, `tiny-64` the same with 150 prompts x 64 samples of 18 tokens at most. The
-others are random Qwen2 models which never stop early: 25m, and the shapes of Qwen2.5-0.5B and
-1.5B. On a GPU the same arms run in bf16 (fp32 masters in the updates); there 0.5b, 1.5b make sense
-and 1.5b-2048, a round of the recipe for Qwen2.5-Math-1.5B: 32 x 8 rollouts of 2048 tokens.
+Sizes of generate and update: `tiny` is the embedded model; the others are random Qwen2 models that
+never stop early, 0.5b at the shape of Qwen2.5-0.5B. The other parts take --rows rows.
 
-Before the first round each arm runs once, sampling with a quarter of the new tokens. A round
-measures the machine's rates and runs all arms once; a ratio is taken within a round, and the table
-shows medians and the range. Tokens are completion tokens. What `roofline` and `extra` are, and
-which clock counts, stands in experiments/roofline.py. Loading of models and digests of files are
-left out of all arms: experiments/bench_scale.py has them. Writes --out as JSON; the entries of an
-existing file that this call does not measure stay as they are.
+Arms run in turns, ours first; ratios are taken within a round, so that a slow moment of the machine
+hits all arms: median [least, most]. Loading and saving of models and digests of files take no time.
+Without a GPU: one thread, CPU time, memory of the process (Linux); with one: wall time, PyTorch's
+memory. Peak MiB is what an arm holds at most, its model included, beyond what was held before.
 """
 import argparse
+import collections
 import contextlib
-import copy
-import functools
+import ctypes
 import io
+import itertools
 import json
-import logging
 import os
+import random
+import resource
+import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PARTS = ("generate", "update", "step")
-NAMES = ("toy", "tiny", "tiny-64", "25m", "0.5b", "1.5b", "1.5b-2048")  # those of roofline.py
+EMBEDDED = os.path.join(ROOT, "data", "tiny-countdown")
+PARTS = ("generate", "score", "update", "evaluate", "growth")
+
+
+def qwen2(vocab, hidden, layers, heads, kv_heads, intermediate):
+    return {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "intermediate_size": intermediate, "tie_word_embeddings": True,
+            "bos_token_id": None, "eos_token_id": None, "pad_token_id": 1}
+
+
+# prompts; samples a prompt; times that a prompt, some 13 tokens, is repeated; new tokens; batch
+# sizes that model.generate may choose from; config of a random Qwen2, empty: the embedded model
+Size = collections.namedtuple("Size", "prompts n repeat new_tokens batches config", defaults=[{}])
+SIZES = {
+    "toy": Size(2, 4, 1, 4, (2, 4, 8), qwen2(64, 32, 2, 2, 1, 64)),  # for tests
+    "tiny": Size(48, 16, 1, 24, (64, 256, 768)),
+    "25m": Size(4, 16, 5, 32, (16, 32, 64), qwen2(4096, 512, 8, 8, 2, 1408)),
+    "0.5b": Size(4, 16, 10, 64, (16, 32, 64), qwen2(151936, 896, 24, 14, 2, 4864)),
+}
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "25m", "0.5b"], choices=NAMES,
-                        help="default: %(default)s")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="default: all")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "25m"], choices=SIZES,
+                        help="models of generate and update (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1000, 4000],
+                        help="rows of the other parts (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3,
-                        help="rounds after the warm-up (default %(default)s)")
-    parser.add_argument("--embedded", default=os.path.join(ROOT, "data", "tiny-countdown"),
-                        help="the embedded model's folder (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
-                        help="auto: cuda if there is one")
-    parser.add_argument("--out", help="JSON file of all figures (default: the table alone)")
+                        help="rounds after the warm-up (default: %(default)s)")
+    parser.add_argument("--out", help="JSON file to write (default: the table alone)")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before the heavy imports, and before they read the number of threads
-    os.environ["OMP_NUM_THREADS"] = str(ARGS.threads)
+    ARGS = parse_args()  # before the heavy imports
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, ROOT)
+import evaluate
 import generate
 import score
 import train
-from data import countdown
-from data import policy as policies
-from data.files import read_rows
-from experiments.roofline import (SIZES, Bench, Meter, generate_flags, groups_of, make_folder,
-                                  needed, print_arms, rates, save, write_scored)
+from data import countdown, files, make_tiny, models
 
 
-# ---- generate: against model.generate and generate_batch -----------------------------------------
-def same_tokens(one, other, prompts, resamples=999):
-    """p-value of a permutation test: do two samplers' completions hold the same tokens?
+# ---- Measuring -----------------------------------------------------------------------------------
+class Meter:
+    """Seconds and peak memory of a `with` block: .seconds, .peak."""
 
-    Rows change sides within their prompt. Statistic: chi-square of the counts (in 64 classes of
-    ids). one, other: [(problem, ids)].
-    """
-    owner = np.array([problem for problem, _ in one + other])
-    counts = np.array([np.bincount(np.asarray(ids) % 64, minlength=64) for _, ids in one + other])
-    side = np.repeat([1, -1], [len(one), len(other)])
-    rng, found = np.random.default_rng(0), []
-    for resample in range(resamples + 1):
-        if resample:
-            for problem in range(prompts):
-                side[owner == problem] = rng.permutation(side[owner == problem])
-        found.append(((side @ counts) ** 2 / np.maximum(counts.sum(0), 1)).sum())
-    return float(np.mean(np.array(found) >= found[0] - 1e-9))
+    def __init__(self, device):
+        self.cuda, self.left_out = device == "cuda", 0.0
 
+    def now(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(one.ru_utime + one.ru_stime for one in used)
 
-class Samplers:
-    """The arms of `generate` on one model and one file of prompts.
+    def memory(self, peak):
+        """Bytes held now, or the most since __enter__."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        with open("/proc/self/status", encoding="utf-8") as file:
+            field = "VmHWM" if peak else "VmRSS"
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
-    An arm is called with (new_tokens, seed) and returns a function that gives its completions,
-    [(problem, ids)]: turning them into lists is not measured.
-    """
+    def __enter__(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory must not hide what is needed next
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # resets VmHWM
+        self.held, self.began = self.memory(peak=False), self.now()
+        return self
 
-    def __init__(self, bench, name):
-        self.bench, self.size = bench, SIZES[name]
-        self.folder, self.path = make_folder(bench, name)
-        options = generate.check_model(self.folder)
-        self.tokenizer = generate.load_tokenizer(self.folder, options)
-        load = (self.folder, bench.dtype, bench.device, options)
-        self.model, self.other = generate.load_model(*load), generate.load_model(*load)
-        generate.choose_attention(self.model, bench.device)  # the other keeps transformers' own
-        self.problems = generate.load_problems(self.path)
-        self.ends = [] if self.size.config else generate.end_ids(self.model, self.tokenizer)
-        self.prompts = generate.encode(self.problems, self.tokenizer, self.model.config,
-                                       self.size.new_tokens)
-        self.longest = max(map(len, self.prompts))
-        self.rows = [i for i in range(len(self.prompts)) for _ in range(self.size.n)]
+    def __exit__(self, *_):
+        self.seconds = self.now() - self.began - self.left_out
+        self.peak = self.memory(peak=True) - self.held
 
-    def cut(self, ids):
-        """A completion up to its end-of-text token."""
-        last = [k for k, one in enumerate(ids) if one in self.ends][:1]
-        return ids[:last[0] + 1] if last else ids
-
-    def chunks(self, **more):
-        """generate.py's flags and its chunks."""
-        args = generate.parse_args(generate_flags(self.size, self.folder, self.path, "-", **more))
-        lengths = [len(ids) for ids in self.prompts]
-        return args, generate.chunks_of(lengths, self.size.n, args.max_new_tokens,
-                                        args.max_batch_tokens)
-
-    def run_chunk(self, chunk, model, args):
-        return generate.run_chunk(chunk, self.problems, self.prompts, model, self.tokenizer,
-                                  self.ends, args)
-
-    def ours(self, new_tokens, seed, model=None):
-        args, chunks = self.chunks(max_new_tokens=new_tokens, seed=seed)
-        lines = [self.run_chunk(chunk, model or self.model, args) for chunk in chunks]
-        return lambda: [(problem, json.loads(line)["completion_ids"])
-                        for chunk, part in zip(chunks, lines)
-                        for (problem, _), line in zip(chunk, part)]
-
-    def processes(self, new_tokens, seed):
-        """One process a core, as torchrun starts them; forked, since loading is not measured."""
-        ranks, children, out = self.bench.threads, [], self.bench.fresh("chunk")
-        budget = -(-len(self.rows) // ranks) * (self.longest + new_tokens)  # a chunk a process
-        args, chunks = self.chunks(max_new_tokens=new_tokens, seed=seed, max_batch_tokens=budget)
-        for rank in range(ranks):
-            children.append(os.fork())
-            if not children[-1]:
-                torch.set_num_threads(1)
-                for number in range(rank, len(chunks), ranks):
-                    with open(f"{out}-{number}", "w") as file:
-                        file.writelines(self.run_chunk(chunks[number], self.model, args))
-                os._exit(0)
-        for child in children:
-            os.waitpid(child, 0)
-        return lambda: [(0, row["completion_ids"]) for number in range(len(chunks))
-                        for *_, row in read_rows(f"{out}-{number}")]
-
-    def settings(self, new_tokens):
-        return transformers.GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=1,
-            max_new_tokens=new_tokens, eos_token_id=self.ends or None)
-
-    def huggingface(self, new_tokens, seed, batch):
-        """`model.generate` on padded batches."""
-        torch.manual_seed(seed)
-        found, device = [], self.bench.device
-        for start in range(0, len(self.rows), batch):
-            part = [self.prompts[i] for i in self.rows[start:start + batch]]
-            longest = max(map(len, part))
-            ids = [[1] * (longest - len(one)) + one for one in part]
-            mask = [[0] * (longest - len(one)) + [1] * len(one) for one in part]
-            sampled = self.other.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=self.settings(new_tokens))
-            found += sampled[:, longest:].tolist()
-        return lambda: [(problem, self.cut(ids)) for problem, ids in zip(self.rows, found)]
-
-    def continuous(self, new_tokens, seed):
-        """`generate_batch`."""
-        torch.manual_seed(seed)
-        config = transformers.ContinuousBatchingConfig(return_logprobs=False)
-        if self.bench.device == "cpu":  # by itself it would size its cache by a GPU's memory
-            pages = -(-(self.longest + new_tokens) // 256)
-            config.num_blocks = pages * len(self.rows) + 8
-            config.max_batch_tokens = max(256, len(self.rows))
-        found = self.other.generate_batch(
-            [self.prompts[i] for i in self.rows], generation_config=self.settings(new_tokens),
-            continuous_batching_config=config, progress_bar=False)
-        if len(found) < len(self.rows):
-            raise RuntimeError(f"{len(self.rows) - len(found)} of {len(self.rows)} rows did not "
-                               "come back")
-        return lambda: [(0, one.generated_tokens) for one in found.values()]
+    def untimed(self, function):
+        """The same function, its time left out."""
+        def call(*args, **flags):
+            start = self.now()
+            try:
+                return function(*args, **flags)
+            finally:
+                self.left_out += self.now() - start
+        return call
 
 
-def timed(bench, arm, *args):
-    """(completions, result) of an arm."""
-    meter = Meter(bench.device).start()
-    read = arm(*args)
-    meter.stop()
-    completions = read()
-    return completions, meter.result(sum(len(ids) for _, ids in completions))
+LEFT_OUT = [(one.__name__, one) for one in (models.load_model, models.load_tokenizer,
+                                            models.save_round, files.describe)]
 
 
+def call(meter, stage, *flags):
+    """Run a stage in this process. LEFT_OUT takes no time, wherever it is imported."""
+    said = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        for module, (name, function) in itertools.product([*sys.modules.values()], LEFT_OUT):
+            if getattr(module, "__dict__", {}).get(name) is function:
+                stack.enter_context(mock.patch.object(module, name, meter.untimed(function)))
+        stack.enter_context(contextlib.redirect_stdout(said))
+        stack.enter_context(contextlib.redirect_stderr(said))
+        try:
+            stage.main(stage.parse_args([str(flag) for flag in flags]))
+        except SystemExit:
+            sys.exit(f"bench.py: error: {stage.__name__}.py failed: {said.getvalue()[-2000:]}")
+
+
+class Bench:
+    """The settings of a call, the folder of its files, and what it measured."""
+
+    def __init__(self, folder, args):
+        self.folder, self.rounds, self.count, self.entries = folder, args.rounds, 0, {}
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def fresh(self, name):
+        """A path that nothing has yet."""
+        self.count += 1
+        return os.path.join(self.folder, f"{self.count}-{name}")
+
+    def measure(self, name, unit, arms, made=None):
+        """Run the arms in turns. arms: {name: function(meter, seed)}, ours first; each makes
+        `made` units, or as many as it returns."""
+        found, missing = {arm: [] for arm in arms}, {}
+        for seed in range(self.rounds + 1):
+            for arm in [arm for arm in arms if arm not in missing]:
+                try:
+                    with Meter(self.device) as meter:
+                        units = arms[arm](meter, seed) or made
+                except (ImportError, torch.OutOfMemoryError) as error:
+                    missing[arm] = f"{type(error).__name__}: {error}"[:120]
+                    continue
+                if seed:  # the first one warms up
+                    found[arm].append((meter.seconds / units, meter.peak / 2**20))
+        entry, ours = {}, [time for time, _ in next(iter(found.values()))]
+        for arm, results in found.items():
+            times, peaks = zip(*results) if results else ((), ())
+            ratios = sorted(time / own for time, own in zip(times, ours))
+            entry[arm] = missing.get(arm) or {
+                "a_second": float(f"{1 / statistics.median(times):.4g}"),
+                "peak_mib": round(max(peaks)),
+                "ours_is_faster": [round(one, 3) for one in (
+                    statistics.median(ratios), ratios[0], ratios[-1])]}
+        self.entries[name] = {"unit": unit, "rounds": self.rounds, "device": self.device,
+                              "arms": entry}
+
+    def load(self, meter, folder, dtype):
+        """A peer's model, its loading left out."""
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        return meter.untimed(lambda: load(folder, dtype=dtype).to(self.device).eval())()
+
+
+# ---- Models and rows -----------------------------------------------------------------------------
+def make_folder(bench, size):
+    """A model folder, its tokenizer and a prompt file of this size."""
+    folder = EMBEDDED
+    if size.config:
+        folder = bench.fresh("model")
+        torch.manual_seed(0)
+        with torch.device(bench.device):
+            # Wider than 0.02, so that random weights prefer some tokens over others.
+            config = transformers.Qwen2Config(**size.config, initializer_range=0.05)
+            transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+        make_tiny.make_tokenizer().save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    return folder, tokenizer, write_prompts(bench, size.prompts, size.repeat)
+
+
+def write_prompts(bench, count, repeat=1):
+    made, path = bench.fresh("problems.jsonl"), bench.fresh("prompts.jsonl")
+    countdown.main(countdown.parse_args(["--out", made, "--n", str(count)]))
+    write_rows(path, ({**row, "prompt": row["prompt"] * repeat} for row in read_rows(made)))
+    return path
+
+
+def sample_row(problem, sample, prompt_ids, ids, correct, **more):
+    return {"id": f"{problem}", "sample": sample, "prompt_ids": prompt_ids, "completion_ids": ids,
+            "logprobs": [-1.0] * len(ids), "finish_reason": "stop",
+            "correct": correct, "reward": float(correct), **more}
+
+
+def write_rows(path, rows):
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# ---- generate ------------------------------------------------------------------------------------
 def bench_generate(bench, name):
-    samplers = Samplers(bench, name)
-    size, model, prompts = samplers.size, samplers.model, samplers.prompts
-    # 1. Warm-up, in which the batch size is chosen at which model.generate is fastest.
-    warm = max(1, size.new_tokens // 4)
-    timed(bench, samplers.ours, warm, 0)
-    batch = max(size.batches, key=lambda batch: bench.speed(
-        timed(bench, samplers.huggingface, warm, 0, batch)[1]))
-    peer = functools.partial(samplers.huggingface, batch=batch)
-    arms = {"generate.py": samplers.ours, f"model.generate, batch {batch}": peer,
-            "generate_batch": samplers.continuous}
-    if generate.attention_of(model) == "shared":
-        arms["generate.py --attention model"] = functools.partial(samplers.ours,
-                                                                 model=samplers.other)
-    if bench.device == "cpu" and bench.threads > 1:
-        arms[f"generate.py, {bench.threads} processes"] = samplers.processes
-    found = {arm: [] for arm in arms}
-    try:
-        timed(bench, samplers.continuous, warm, 0)
-    except Exception as error:  # it is made for GPUs; whatever it raises belongs into the table
-        found["generate_batch"] = f"{type(error).__name__}: {error}"[:200]
-    # 2. The rounds.
-    work, machine, pooled = [], [], {"generate.py": [], f"model.generate, batch {batch}": []}
-    for seed in range(1, bench.rounds + 1):
-        machine.append(rates(bench))
-        for arm, sampler in arms.items():
-            if isinstance(found[arm], str):
-                continue
-            completions, result = timed(bench, sampler, size.new_tokens, seed)
-            found[arm].append(result)
-            if arm == "generate.py":
-                lengths = [(len(ids), [len(own) for problem, own in completions if problem == i])
-                           for i, ids in enumerate(prompts)]
-                work.append(needed(model.config, lengths, model.dtype.itemsize, False))
-            if arm in pooled:
-                pooled[arm] += completions
-    bench.add("generate", name, found, work, machine,
-              same_tokens_p=same_tokens(*pooled.values(), len(prompts)))
+    size = SIZES[name]
+    folder, tokenizer, prompts = make_folder(bench, size)
+    texts = [row["prompt"] for row in read_rows(prompts) for _ in range(size.n)]
+    end = None if size.config else tokenizer.eos_token_id
+    dtype = torch.bfloat16 if bench.device == "cuda" else torch.float32
+    settings = transformers.GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=size.new_tokens,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=end)
+
+    def ours(meter, seed):
+        out = bench.fresh("rollouts.jsonl")
+        call(meter, generate, "--model", folder, "--prompts", prompts, "--out", out,
+             "--n", size.n, "--max-new-tokens", size.new_tokens, "--seed", seed,
+             "--device", bench.device, *["--ignore-eos"] * bool(size.config))
+        return meter.untimed(lambda: sum(len(row["completion_ids"]) for row in read_rows(out)))()
+
+    def padded(batch_size, meter, seed):
+        torch.manual_seed(seed)
+        model, made = bench.load(meter, folder, dtype), 0
+        for start in range(0, len(texts), batch_size):
+            batch = tokenizer(texts[start:start + batch_size], padding=True,
+                              return_tensors="pt").to(bench.device)
+            ids = model.generate(input_ids=batch["input_ids"], generation_config=settings,
+                                 attention_mask=batch["attention_mask"])
+            new = ids[:, batch["input_ids"].shape[1]:].tolist()
+            tokenizer.batch_decode(new, skip_special_tokens=True)
+            made += sum(one.index(end) + 1 if end in one else len(one) for one in new)
+        return made
+
+    def speed(batch_size):
+        with Meter(bench.device) as meter:
+            made = padded(batch_size, meter, 0)
+        return made / meter.seconds
+
+    best = max(size.batches, key=speed)
+    bench.measure(f"generate/{name}", "tokens", {
+        "generate.py": ours,
+        f"model.generate, batch {best}": lambda meter, seed: padded(best, meter, seed)})
 
 
-# ---- update: against a plain one -----------------------------------------------------------------
+# ---- score ---------------------------------------------------------------------------------------
+def bench_score(bench, rows):
+    """Answers of tests/maths_pairs.jsonl, each with its gold, over and over."""
+    pairs = itertools.cycle([pair for pair in read_rows(f"{ROOT}/tests/maths_pairs.jsonl")
+                             if isinstance(pair["gold"], str)])
+    path = bench.fresh("rollouts.jsonl")
+    write_rows(path, (sample_row(k, 0, [3], [4], False, task="math", prompt="?",
+                                 answer=pair["gold"], completion=f"\\boxed{{{pair['answer']}}}")
+                      for k, pair in enumerate(itertools.islice(pairs, rows))))
+
+    def plain(meter, seed):
+        from math_verify import parse, verify
+        write_rows(bench.fresh("scored.jsonl"), [
+            {**row, "correct": verify(parse(f"${row['answer']}$"), parse(row["completion"]))}
+            for row in read_rows(path)])
+
+    bench.measure(f"score/{rows}", "rows", {
+        "score.py": lambda meter, seed: call(meter, score, path, "--out",
+                                             bench.fresh("scored.jsonl"), "--workers", 1),
+        "a loop over Math-Verify": plain}, rows)
+
+
+# ---- update --------------------------------------------------------------------------------------
 def plain_update(model, optimizer, rows, budget):
     """A GRPO update as one writes it first.
 
@@ -254,212 +310,140 @@ def plain_update(model, optimizer, rows, budget):
     Micro-batches of at most `budget` tokens, padding included, as in train.py.
     """
     device, tokens = model.device, sum(len(row["completion_ids"]) for row in rows)
-    texts = [row["prompt_ids"] + row["completion_ids"] for row in rows]
+    texts = [torch.tensor(row["prompt_ids"] + row["completion_ids"]) for row in rows]
     per = max(1, budget // max(map(len, texts)))
     for start in range(0, len(rows), per):
-        part, longest = rows[start:start + per], max(map(len, texts[start:start + per]))
-        ids, mask, wanted = (torch.zeros(len(part), longest, dtype=torch.long) for _ in range(3))
-        for i, (row, text) in enumerate(zip(part, texts[start:])):
-            ids[i, :len(text)], mask[i, :len(text)] = torch.tensor(text), 1
-            wanted[i, len(row["prompt_ids"]):len(text)] = 1
-        ids, mask, wanted = ids.to(device), mask.to(device), wanted[:, 1:].to(device)
+        part, own = rows[start:start + per], texts[start:start + per]
+        ids = pad_sequence(own, batch_first=True).to(device)  # (rows, longest)
+        mask = pad_sequence([torch.ones_like(text) for text in own], batch_first=True).to(device)
+        kept = mask[:, 1:].clone()
+        for keep, row in zip(kept, part):
+            keep[:len(row["prompt_ids"]) - 1] = 0
         advantage = torch.tensor([2 * row["reward"] - 1 for row in part], device=device)[:, None]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         logp = logits[:, :-1].float().log_softmax(-1)  # (rows, longest - 1, vocab)
-        with torch.no_grad():
+        with torch.no_grad():  # train.py reports it
             entropy = -(logp.exp() * logp).sum(-1)
         chosen = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)
         ratio = (chosen - chosen.detach()).exp()
         loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.25) * advantage)
-        ((loss * wanted).sum() / tokens).backward()
+        ((loss * kept).sum() / tokens).backward()
         del logits, logp, entropy, chosen
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
 
-def at_rest(optimizer, gradients):
-    """The state between two updates: moments of a first step and, if wanted, gradients of zero."""
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            weight.grad = torch.zeros_like(weight) if gradients else None
-            optimizer.state[weight] = {
-                "step": torch.ones((), device=weight.device),
-                "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-
-
-def run_train(bench, meter, folder, model, tokenizer, rollouts, gradients, **more):
-    """train.py on a model that is loaded already and is not saved.
-
-    The running `meter` leaves out what is replaced.
-    """
-    def begin(optimizer, policy, folder):
-        at_rest(optimizer, gradients)
-        meter.base, meter.extra = None, 0
-        return 1
-
-    replaced = {"load_tokenizer": lambda *_: tokenizer,
-                "load_optimizer": begin, "save_round": lambda *_: None,
-                "publish": lambda *_: None, "describe": train.describe, **more}
-    replaced = {name: meter.outside(function) for name, function in replaced.items()}
-    unchecked = mock.patch.object(train.Policy, "check", meter.outside(lambda *_: None))
-    loaded = mock.patch.object(policies, "load_model", meter.outside(lambda *_: model))
-    flags = ["--model", folder, "--rollouts", rollouts, "--out", bench.fresh("round"),
-             "--temperature", "1", "--device", bench.device.split(":")[0]]
-    with mock.patch.multiple(train, **replaced), unchecked, loaded:
-        with contextlib.redirect_stderr(io.StringIO()):
-            train.main(train.parse_args(flags))
-    model.zero_grad(set_to_none=True)
-
-
-def load_learner(bench, folder):
-    """The policy as train.py starts from it, and its tokenizer."""
-    options = train.check_model(folder)
-    model = policies.load_model(folder, torch.float32, bench.device, options)
-    return model, train.load_tokenizer(folder, options)
-
-
 def bench_update(bench, name):
-    size, (folder, path) = SIZES[name], make_folder(bench, name)
-    model, tokenizer = load_learner(bench, folder)
-    prompts = [tokenizer(row["prompt"])["input_ids"] for *_, row in read_rows(path)]
-    rollouts, n = bench.fresh("scored.jsonl"), size.update_n or size.n
+    size, rng = SIZES[name], random.Random(0)
+    folder, tokenizer, prompts = make_folder(bench, size)
     # The embedded model's answers have 7 to 19 tokens; a random model's fill all room.
-    lengths = (size.new_tokens, size.new_tokens) if size.config else (7, 19)
-    rows = write_scored(rollouts, prompts, n, model.config.vocab_size, lengths)
-    tokens = sum(len(row["completion_ids"]) for row in rows)
-    work = needed(model.config, groups_of(rows, n), 4, True)
-    flags = ["--model", folder, "--rollouts", rollouts, "--out", "-"]
-    budget = train.parse_args(flags).micro_batch_tokens  # the same for both
-    arms, machine = {"train.py": [], "plain PyTorch": []}, []
-    for _ in range(bench.rounds + 1):
-        machine.append(rates(bench))
-        meter = Meter(bench.device).start()
-        run_train(bench, meter, folder, model, tokenizer, rollouts, True,
-                  load_rollouts=train.load_rollouts)
-        meter.stop()
-        arms["train.py"].append(meter.result(tokens))
+    least, most = (size.new_tokens, size.new_tokens) if size.config else (7, 19)
+    rows = [sample_row(problem, k, tokenizer(row["prompt"])["input_ids"],
+                       rng.choices(range(len(tokenizer)), k=rng.randint(least, most)), k % 2 == 0)
+            for problem, row in enumerate(read_rows(prompts)) for k in range(size.n)]
+    rollouts, tokens = bench.fresh("scored.jsonl"), sum(len(row["logprobs"]) for row in rows)
+    write_rows(rollouts, rows)
+    flags = ["--model", folder, "--rollouts", rollouts, "--temperature", "1", "--method", "grpo",
+             "--device", bench.device]
+    budget = train.parse_args([*flags, "--out", "-"]).micro_batch_tokens
 
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-        at_rest(optimizer, gradients=True)
-        meter = Meter(bench.device).start()
+    def plain(meter, seed):
+        model = bench.load(meter, folder, torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
         plain_update(model, optimizer, rows, budget)
-        meter.stop()
-        model.zero_grad(set_to_none=True)
-        del optimizer
-        arms["plain PyTorch"].append(meter.result(tokens))
-    arms = {arm: results[1:] for arm, results in arms.items()}
-    bench.add("update", name, arms, [work] * bench.rounds, machine[1:])
+
+    bench.measure(f"update/{name}", "tokens", {
+        "train.py": lambda meter, seed: call(meter, train, *flags, "--out", bench.fresh("round")),
+        "plain PyTorch": plain}, tokens)
 
 
-# ---- step: against TRL ---------------------------------------------------------------------------
-def our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed):
-    """generate.py, score.py and train.py with their files, on loaded models. The rollouts."""
+# ---- evaluate ------------------------------------------------------------------------------------
+def plain_pass_at_k(path, resamples=10_000):
+    """{k: (Pass@k, low, high)} for k = 1, 2, 4, ... n, as one writes it first."""
+    groups, found, rng = {}, {}, np.random.default_rng(0)
+    for row in read_rows(path):
+        groups.setdefault(row["id"], []).append(row["correct"])
+    n = len(next(iter(groups.values())))
+    for k in itertools.takewhile(lambda k: k <= n, (2**i for i in itertools.count())):
+        values = np.array([1 - np.prod(1 - k / np.arange(n - sum(own) + 1, n + 1))
+                           if n - sum(own) >= k else 1.0 for own in groups.values()])
+        means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
+        found[k] = values.mean(), *np.quantile(means, (0.025, 0.975))
+    return found
+
+
+def bench_evaluate(bench, rows, n=64):
+    path, rng = bench.fresh("scored.jsonl"), random.Random(0)
+    write_rows(path, (sample_row(k // n, k % n, [3] * 12, [4] * 12, rng.random() < 0.3, pred="7",
+                                 task="math", prompt="?", answer="7", completion="7", reason="ok")
+                      for k in range(-(-rows // n) * n)))
+
+    bench.measure(f"evaluate/{rows}", "rows", {
+        "evaluate.py": lambda meter, seed: call(meter, evaluate, path, "--out",
+                                                bench.fresh("eval.json")),
+        "plain NumPy": lambda meter, seed: plain_pass_at_k(path) and None}, rows)
+
+
+# ---- growth --------------------------------------------------------------------------------------
+# A process inherits the peak memory of the one that starts it: hence a small one in between.
+STARTER = """import json, resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps({"cpu_s": round(used.ru_utime + used.ru_stime, 2),
+                  "peak_mib": used.ru_maxrss // 1024}))
+sys.exit(done.stderr[-500:] if done.returncode else 0)"""
+
+
+def bench_growth(bench, rows, n=16):
+    """CPU seconds and peak MiB of every stage's process, its start included."""
+    prompts = write_prompts(bench, -(-rows // n))
     rollouts, scored = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        with mock.patch.multiple(generate, load_model=meter.outside(lambda *_: sampler),
-                                 load_tokenizer=meter.outside(lambda *_: tokenizer),
-                                 describe=meter.outside(generate.describe)):
-            meter.start()
-            flags = generate_flags(size, folder, path, rollouts, seed=seed)
-            generate.main(generate.parse_args(flags))
-        with mock.patch.object(score, "describe", meter.outside(score.describe)):
-            score.main(score.parse_args([rollouts, "--out", scored]))
-    run_train(bench, meter, folder, learner, tokenizer, scored, False)
-    meter.stop()
-    return [row for *_, row in read_rows(rollouts)]
-
-
-def bench_step(bench, name):
-    size, (folder, path) = SIZES[name], make_folder(bench, name)
-    learner, tokenizer = load_learner(bench, folder)
-    sampler = generate.load_model(folder, bench.dtype, bench.device, generate.check_model(folder))
-    results, machine, work = [], [], []
-
-    def ours(seed):
-        meter = Meter(bench.device)
-        rows = our_step(bench, meter, size, folder, path, sampler, learner, tokenizer, seed)
-        tokens = sum(len(row["completion_ids"]) for row in rows)
-        results.append(meter.result(tokens))
-        sizes = learner.config, groups_of(rows, size.n), sampler.dtype.itemsize
-        (flop, read), (trained, _) = needed(*sizes, False), needed(*sizes, True)
-        rate = machine[-1]
-        # As products, the reading that the sampling waits for included.
-        work.append((trained + max(flop, read * rate["flop_per_s"] / rate["bytes_per_s"]), 0))
-
-    try:
-        import datasets
-        import trl
-    except ImportError as error:
-        for seed in range(bench.rounds + 1):
-            machine.append(rates(bench))
-            ours(seed)
-        theirs = f"not installed ({error})"
-    else:
-        problems = [row for *_, row in read_rows(path)]
-        data = datasets.Dataset.from_list(
-            [{key: row[key] for key in ("prompt", "numbers", "target")} for row in problems])
-        theirs = trl_rounds(bench, size, data, learner, tokenizer, machine, ours, trl)[1:]
-    arms = {"generate.py + score.py + train.py": results[1:], "TRL": theirs}
-    bench.add("step", name, arms, work[1:], machine[1:])
-
-
-def trl_rounds(bench, size, data, learner, tokenizer, machine, ours, trl):
-    """The results of GRPOTrainer's steps on a copy of the model, each followed by one of ours."""
-    results, tokens = [], []
-
-    def reward(completions, completion_ids, numbers, target, **_):
-        tokens.append(sum(map(len, completion_ids)))
-        rows = (countdown.Row("a", 0, text, "stop", tuple(one), goal)
-                for text, one, goal in zip(completions, numbers, target))
-        return [float(countdown.verify(row.completion, row).reason == "ok") for row in rows]
-
-    class InTurns(transformers.TrainerCallback):
-        def on_step_begin(self, *args, **flags):
-            machine.append(rates(bench))
-            self.meter = Meter(bench.device).start()
-
-        def on_step_end(self, args, state, control, **flags):
-            self.meter.stop()
-            results.append(self.meter.result(tokens.pop()))
-            ours(state.global_step)
-
-    config = trl.GRPOConfig(
-        # the algorithm, as in train.py --method grpo
-        learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.01, num_iterations=1,
-        beta=0.0, epsilon=0.2, epsilon_high=0.25, loss_type="dapo", scale_rewards="group",
-        temperature=1.0, top_p=1.0, top_k=0,
-        # the work, all rows of a step at once
-        per_device_train_batch_size=size.prompts * size.n, gradient_accumulation_steps=1,
-        num_generations=size.n, max_completion_length=size.new_tokens,
-        max_steps=bench.rounds + 1, gradient_checkpointing=False,
-        # the machine
-        bf16=bench.device != "cpu", use_cpu=bench.device == "cpu", dataloader_pin_memory=False,
-        output_dir=bench.fresh("trl"), report_to="none", logging_strategy="no",
-        save_strategy="no", disable_tqdm=True)
-    trainer = trl.GRPOTrainer(model=copy.deepcopy(learner), reward_funcs=reward, args=config,
-                              processing_class=tokenizer, callbacks=[InTurns()],
-                              train_dataset=data)
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer.train()
-    return results
+    model, stages = ["--model", EMBEDDED, "--device", bench.device], {}
+    for command in (
+            ["generate.py", *model, "--prompts", prompts, "--out", rollouts, "--n", str(n),
+             "--max-new-tokens", "24"],
+            ["score.py", rollouts, "--out", scored],
+            ["train.py", *model, "--rollouts", scored, "--out", bench.fresh("round")],
+            ["evaluate.py", scored, "--out", bench.fresh("eval.json")]):
+        done = subprocess.run([sys.executable, "-c", STARTER, sys.executable, *command], cwd=ROOT,
+                              stdout=subprocess.PIPE)
+        if done.returncode:
+            sys.exit(f"bench.py: error: {command[0]} failed")
+        stages[command[0]] = json.loads(done.stdout)
+    bench.entries[f"growth/{rows}"] = {"device": bench.device, "stages": stages}
 
 
 # ---- Main ----------------------------------------------------------------------------------------
-MEASURES = {"generate": bench_generate, "update": bench_update, "step": bench_step}
+def table(entries):
+    """Lines of Markdown."""
+    yield "| | | a second | peak MiB | ours is faster by |\n|---|---|---|---|---|"
+    for name, entry in entries.items():
+        for arm, one in entry.get("arms", {}).items():
+            if isinstance(one, str):
+                yield f"| {name} | {arm} | {one} | | |"
+                continue
+            middle, least, most = one["ours_is_faster"]
+            yield (f"| {name} | {arm} | {one['a_second']:,.0f} {entry['unit']} | "
+                   f"{one['peak_mib']:,} | {middle:.2f} [{least:.2f}, {most:.2f}] |")
+        for stage, one in entry.get("stages", {}).items():
+            yield f"| {name} | {stage} | {one['cpu_s']} s CPU in all | {one['peak_mib']:,} | |"
 
 
 def main(args):
-    torch.set_num_threads(args.threads)
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+    torch.set_num_threads(1)
+    report = {"cores": os.cpu_count(), "torch": torch.__version__,
+              "transformers": transformers.__version__,
+              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(folder, args.device, args.rounds, args.threads, args.embedded)
+        bench = Bench(folder, args)
         for part in args.only:
-            for size in args.sizes:
-                MEASURES[part](bench, size)
-                report = save(args.out, bench.entries)  # it is long: what is measured is kept
-    print_arms(bench.entries)
-    return report
+            for size in args.sizes if part in ("generate", "update") else args.rows:
+                globals()[f"bench_{part}"](bench, size)
+                if args.out:  # it is long: what is measured is kept
+                    with open(args.out, "w", encoding="utf-8") as file:
+                        print(json.dumps({**report, "entries": bench.entries}, indent=1), file=file)
+    print(*table(bench.entries), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""What measures speed and memory, at toy size: its arms run, its counts of work are right, its reports hold what the READMEs quote.
+"""The benches at toy size: their arms run and do equal work, their reports hold what they should.
 No test looks at a time."""
-import csv
 import json
 import os
 import subprocess
-import sys
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
-from experiments import bench, bench_files, roofline
+from experiments import bench, bench_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -19,178 +19,138 @@ def keep_threads():
     torch.set_num_threads(threads)
 
 
-def measure(tmp_path, model, *flags):
-    out = str(tmp_path / "bench.json")
-    args = bench.parse_args(["--sizes", "toy", "--rounds", "2", "--embedded", model, "--out", out, *flags])
-    return bench.main(args), out
+def test_every_part_at_toy_size(tmp_path, capsys, monkeypatch):
+    def absent(meter, seed):
+        raise ImportError("No module named 'peer'")
 
-
-def test_generate_and_update_at_toy_size(tmp_path, tiny_model, monkeypatch, capsys):
-    def unable(*args, **flags):
-        raise RuntimeError("made for GPUs")
-
-    monkeypatch.setattr(bench.transformers.Qwen2ForCausalLM, "generate_batch", unable)
-    report, out = measure(tmp_path, tiny_model, "--only", "generate", "update")
-    entry = report["entries"]["generate/toy"]
-    ours, theirs, continuous, copies = entry["arms"].values()
-    size = bench.SIZES["toy"]
-    for arm in (ours, theirs, copies):  # nothing ends early
-        assert [one["tokens"] for one in arm["rounds"]] == 2 * [size.prompts * size.n * size.new_tokens]
-    assert continuous == {"missing": "RuntimeError: made for GPUs"}
-    assert entry["same_tokens_p"] > 0.001
-    assert 0 < ours["roofline"] < 1 and ours["ours_is_faster"] == pytest.approx([1, 1, 1])
-    ratios = [a["cpu_s"] / b["cpu_s"] for a, b in zip(theirs["rounds"], ours["rounds"])]  # equally many tokens
-    assert theirs["ours_is_faster"] == pytest.approx([sum(ratios) / 2, min(ratios), max(ratios)], rel=0.2)
-    assert theirs["ours_is_faster"][1] <= theirs["ours_is_faster"][0] <= theirs["ours_is_faster"][2]
-    with open(out) as file:
-        assert json.load(file) == report
-    assert "made for GPUs" in capsys.readouterr().out
-
-
-def test_two_threads_are_also_two_processes(tmp_path, tiny_model):
-    report, _ = measure(tmp_path, tiny_model, "--only", "generate", "--threads", "2")
-    assert torch.get_num_threads() == 2
-    arms, size = report["entries"]["generate/toy"]["arms"], bench.SIZES["toy"]
-    rows = size.prompts * size.n
-    assert [one["tokens"] for one in arms["generate.py, 2 processes"]["rounds"]] == 2 * [rows * size.new_tokens]
-
-
-def test_the_sizes_that_help_names_are_those_there_are():
-    assert sorted(bench.NAMES) == sorted(roofline.SIZES)
-
-
-def test_step_without_trl_and_kept_entries(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.setitem(sys.modules, "trl", None)
-    (tmp_path / "bench.json").write_text('{"entries": {"fixed": {"commands": {}}}}')
-    report, _ = measure(tmp_path, tiny_model, "--only", "step")
-    ours, trl = report["entries"]["step/toy"]["arms"].values()
-    assert ours["rounds"][0]["tokens"] == 32 and trl["missing"].startswith("not installed")
-    assert "fixed" in report["entries"]
+    monkeypatch.setattr(bench, "bench_score", lambda own, rows: own.measure(
+        f"score/{rows}", "rows", {"score.py": lambda meter, seed: sum(range(10**5)),
+                                  "peer": absent}))
+    monkeypatch.setattr(bench, "bench_growth", lambda own, rows: own.entries.update(
+        {f"growth/{rows}": {"stages": {"score.py": {"cpu_s": 0.1, "peak_mib": 20}}}}))
+    out = tmp_path / "bench.json"
+    bench.main(bench.parse_args(["--sizes", "toy", "--rows", "65", "--rounds", "2",
+                                 "--out", str(out)]))
+    entries = json.loads(out.read_text())["entries"]
+    assert list(entries) == ["generate/toy", "score/65", "update/toy", "evaluate/65", "growth/65"]
+    for name, entry in entries.items():
+        ours, *others = entry.get("arms", {}).values() or [None]
+        assert ours is None or ours["ours_is_faster"] == [1, 1, 1] and ours["a_second"] > 0
+        for one in others:
+            if name == "score/65":
+                assert one == "ImportError: No module named 'peer'"
+            else:
+                middle, least, most = one["ours_is_faster"]
+                assert 0 < least <= middle <= most and one["peak_mib"] >= 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 2 + 2 * 4 + 1 and "| growth/65 | score.py | 0.1 s CPU" in said
 
 
 def test_plain_update_is_the_update_of_train(tmp_path, tiny_model):
-    """The two arms of `update` do the same work: without smoothing they move the weights alike."""
-    rows = [{"id": f"{k // 2}", "sample": k % 2, "prompt_ids": [5, 6, 7][:1 + k // 2],
-             "completion_ids": [8, 9, 4, 10][k % 2:], "logprobs": [-1.0] * (4 - k % 2), "finish_reason": "stop",
-             "correct": k % 2 == 0, "reward": float(k % 2 == 0)} for k in range(4)]
+    """The arms of `update` do the same work: without smoothing they move the weights alike."""
+    rows = [bench.sample_row(k // 2, k % 2, [5, 6, 7][:1 + k // 2], [8, 9, 4, 10][k % 2:],
+                             k % 2 == 0) for k in range(4)]
     rollouts, moved = str(tmp_path / "scored.jsonl"), []
-    with open(rollouts, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    bench.write_rows(rollouts, rows)
     bench.train.main(bench.train.parse_args([
-        "--model", tiny_model, "--rollouts", rollouts, "--out", str(tmp_path / "round"), "--method", "grpo",
-        "--temperature", "1", "--lr", "1e-3"]))
+        "--model", tiny_model, "--rollouts", rollouts, "--out", str(tmp_path / "round"),
+        "--method", "grpo", "--temperature", "1", "--lr", "1e-3"]))
     for folder in (str(tmp_path / "round"), tiny_model):
-        model = bench.policies.load_model(folder, torch.float32, "cpu", bench.train.check_model(folder))
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         if folder == tiny_model:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
             bench.plain_update(model, optimizer, rows, 16384)
-        moved.append(torch.cat([weight.flatten() for weight in model.parameters()]))
+        moved.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
     assert torch.nn.functional.cosine_similarity(*(one.double() for one in moved), dim=0) > 1 - 1e-9
     # AdamW's first step is lr * sign of the gradient: 2e-3 wherever the signs differ
     assert (moved[0] - moved[1]).abs().mean() < 1e-5
 
 
-def test_needed_work_counts_each_prompt_once():
-    """Against a count in loops: every product of every token that must be computed."""
-    config = bench.transformers.Qwen2Config(**roofline.SIZES["toy"].config)
-    width, kv, middle, layers, vocab = 32, 16, 64, 2, 64
-    flop = read = 0
-    for prompt, lengths in (shape := [(5, [3, 1]), (2, [4, 4])]):
-        ends = [(1, prompt)] + [(prompt + 1, prompt + length - 1) for length in lengths]
-        for first, last in ends:
-            for context in range(first, last + 1):
-                projections = width * width * 2 + width * kv * 2 + 3 * width * middle
-                flop += layers * (2 * projections + 2 * 2 * width * context)
-                read += layers * 2 * kv * context
-        flop += sum(lengths) * 2 * width * vocab
-    read += 4 * (layers * (width * width * 2 + width * kv * 2 + 3 * width * middle) + vocab * width)
-    assert roofline.needed(config, shape, 4, training=False) == (flop, 4 * read)
-    assert roofline.needed(config, shape, 4, training=True) == (3 * flop, 0)
+def test_plain_pass_at_k_is_that_of_evaluate(tmp_path):
+    path, out = str(tmp_path / "scored.jsonl"), tmp_path / "eval.json"
+    rng = np.random.default_rng(0)
+    bench.write_rows(path, [bench.sample_row(k // 8, k % 8, [3], [4], bool(rng.random() < 0.3),
+                                             task="math", prompt="?", answer="7", completion="7",
+                                             pred="7", reason="ok") for k in range(96)])
+    bench.evaluate.main(bench.evaluate.parse_args([path, "--out", str(out)]))
+    theirs = json.loads(out.read_text())["runs"][0]["pass_at_k"]
+    ours = bench.plain_pass_at_k(path)
+    assert {str(k): value for k, (value, *_) in ours.items()} == pytest.approx(
+        {k: one["value"] for k, one in theirs.items()}, abs=1e-12)
+    assert all(low <= value <= high for value, low, high in ours.values())
 
 
-def test_same_tokens_tells_samplers_apart():
-    generator = torch.Generator().manual_seed(0)
-
-    def rows(probs):
-        drawn = torch.multinomial(torch.tensor(probs), 90 * 8, True, generator=generator).view(90, 8).tolist()
-        return [(i % 3, ids) for i, ids in enumerate(drawn)]
-
-    assert bench.same_tokens(rows([.5, .3, .2]), rows([.5, .3, .2]), 3) > 0.01
-    assert bench.same_tokens(rows([.5, .3, .2]), rows([.4, .3, .3]), 3) < 0.01
+def test_meter_sees_the_peak_and_leaves_out_what_is_untimed(monkeypatch):
+    now = iter([0, 10, 14, 20])  # begin; an untimed call of 4; end
+    monkeypatch.setattr(bench.Meter, "now", lambda self: next(now))
+    with bench.Meter("cpu") as meter:
+        torch.ones(2**23).sum()
+        assert meter.untimed(sum)([1, 2]) == 3
+    assert meter.seconds == 16 and 2**25 * 0.9 < meter.peak < 2**27
 
 
-def test_meter_sees_the_peak_and_not_what_is_outside():
-    meter = roofline.Meter("cpu").start()
-    torch.ones(2**22).sum()
-    meter.outside(lambda: torch.ones(2**25).sum())()
-    meter.stop()
-    assert 2**24 * 0.9 < meter.extra < 2**26
+def test_what_takes_no_time_is_replaced_wherever_it_is_imported(tmp_path, monkeypatch):
+    """Otherwise loading would count on one side only."""
+    left = []
+    monkeypatch.setattr(bench.Meter, "untimed", lambda self, function: (
+        lambda *args, **flags: left.append(function.__name__) or function(*args, **flags)))
+    flags = bench.parse_args(["--sizes", "toy"])
+    own = bench.Bench(str(tmp_path), flags)
+    monkeypatch.setattr(own, "measure", lambda name, unit, arms, made=None: [
+        arm(bench.Meter("cpu"), 0) for arm in list(arms.values())[:1]])
+    bench.bench_update(own, "toy")
+    assert {"describe", "load_model", "load_tokenizer", "save_round"} <= set(left)
 
 
-def test_random_rollouts_are_judged(tmp_path):
-    path, out = str(tmp_path / "rollouts.jsonl"), str(tmp_path / "scored.jsonl")
-    bench_files.write_rollouts(path, 100, repeat=False)
-    bench.score.main(bench.score.parse_args([path, "--out", out]))
-    with open(out) as file:
-        rows = [json.loads(line) for line in file]
-    assert len(rows) == 100 and {row["reason"] for row in rows} <= {"ok", "value"}
+def test_kernels_beside_eager_pytorch(tmp_path, capsys):
+    out = tmp_path / "kernel.json"
+    bench_kernel.main(bench_kernel.parse_args([
+        "--logits", "8x32", "4x16", "--linear", "8x16x32", "--no-compile", "--rounds", "2",
+        "--out", str(out)]))
+    report = json.loads(out.read_text())
+    forms = [name for name in report if name.startswith("l")]
+    assert forms == ["logits 8x32", "logits 4x16", "linear 8x16x32"]
+    for form in forms:
+        ours = [one for name, one in report[form].items() if name.startswith("fused_")]
+        assert ours and all(max(one["error"]) < 1e-5 for one in ours)
+        assert report[form]["torch.compile"] == "left out"
+        assert report[form]["torch eager"]["x_eager"] == [1, 1, 1]
+    assert torch.cuda.is_available() or report["logits 4x16"]["TRL"] == "needs a GPU"
+    assert capsys.readouterr().out.count("| fused_entropy, in place |") == 2
 
 
-def script(name, *flags, code=0):
-    """What a script of experiments/ prints, or says where it ends with `code`."""
-    done = subprocess.run([sys.executable, os.path.join(bench.ROOT, "experiments", name), *map(str, flags)], capture_output=True,
-                          text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == code, done.stderr
-    return done.stderr if code else done.stdout
+def test_gpu_sh_runs_parts_and_says_which_failed(tmp_path):
+    """With a stand-in for Python that fails at the second part."""
+    (tmp_path / "python").write_text(
+        '#!/bin/bash\necho "$@"\n[[ "$*" != *bench_kernel.py* ]]\n')
+    (tmp_path / "python").chmod(0o755)
+    folder = tmp_path / "out"
+    script = os.path.join(bench.ROOT, "experiments", "gpu.sh")
 
+    def run(*parts):
+        return subprocess.run(["bash", script, str(folder), *parts], capture_output=True, text=True,
+                              env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
 
-@pytest.mark.parametrize("repeat", [(), ("--repeat",)])
-def test_rows_a_second_beside_another_checkout(repeat):
-    said = script("bench_files.py", "--against", bench.ROOT, "--rows", "100", "--rounds", "2", *repeat)
-    lines = [line.split() for line in said.splitlines()[1:]]
-    assert [line[:3] for line in lines] == [[stage, "100", what] for stage in ("score.py", "evaluate.py")
-                                            for what in ("before", "now", "ratio")]
-    for *_, middle, least, most in (line[:6] for line in lines):
-        assert 0 < float(least) <= float(middle) <= float(most)
-    assert "differ" not in said
-
-
-def test_kernels_beside_eager_pytorch(tmp_path):
-    table, picture = tmp_path / "kernel.csv", tmp_path / "kernel.png"
-    said = script("bench_kernel.py", "--device", "cpu", "--logits", "8x32", "4x16", "--linear", "8x16x32", "--no-compile",
-                  "--rounds", "2", "--threads", "1", "--dtype", "float32", "--csv", table, "--plot", picture)
-    assert "1 thread," in said and "2 rounds" in said and picture.stat().st_size > 0
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["shape"] for row in rows if row["provider"] == "torch eager"] == ["8x32", "4x16", "8x16x32"]
-    ours = [row for row in rows if row["provider"].startswith("fused_")]
-    assert len(ours) == 5 and all(float(row["error"]) < 1e-6 and float(row["gradient_error"]) < 1e-5 for row in ours)
-    assert {row["forward_ms"] for row in rows if row["provider"] == "torch.compile"} == {"left out"}
-    for flags in (["--sweep"], ["--device", "cuda"]):
-        assert script("bench_kernel.py", *flags, code=1) == (
-            "bench_kernel.py: error: no GPU here, which --device cuda and --sweep need\n")
+    done = run()
+    assert done.returncode == 1 and done.stderr == "gpu.sh: error: failed: kernel-bench\n"
+    names = ["bench", "kernel", "kernel-bench", "stages"]
+    assert sorted(path.stem for path in folder.iterdir()) == names
+    for path in (path.read_text() for path in folder.iterdir()):
+        for file in (word for word in path.split() if word.endswith(".py")):
+            assert os.path.exists(os.path.join(bench.ROOT, file)), file
+    assert run("stages").returncode == 0
+    assert run("stage").stderr == "gpu.sh: error: no part named stage\n"
 
 
 @pytest.mark.slow
-def test_shards(tmp_path):
-    out = tmp_path / "shards.json"
-    script("bench_shards.py", "--ranks", "1", "2", "--layers", "1", "--out", out)
-    rows = json.loads(out.read_text())
-    assert [(row["files"], row["ranks"], len(row["peak_bytes"])) for row in rows] == [
-        (files, ranks, ranks) for files in ("one file", "several files") for ranks in (1, 2)]
-    assert all(row["floor_bytes"] == 16 * row["weights"] // row["ranks"] for row in rows)
-
-
-
-@pytest.mark.slow
-def test_scale_and_fixed(tmp_path, tiny_model):
-    out, picture = tmp_path / "bench.json", tmp_path / "scale.png"
-    out.write_text('{"entries": {"update/toy": {}}}')
-    script("bench_scale.py", "--rows", "20", "--rollouts", "16", "--rounds", "1", "--embedded", tiny_model, "--out", out, "--plot", picture)
-    entries = json.loads(out.read_text())["entries"]
-    rows = {name: [one["rows"] for one in results] for name, results in entries["scale"]["stages"].items()}
-    assert rows == {"generate.py": [16], "score.py": [20], "train.py": [16], "evaluate.py": [20]}
-    commands = entries["fixed"]["commands"]  # the peak is the process's own, not that of the script, which holds torch
-    assert commands["python -c pass"]["peak_bytes"] < commands["import torch"]["peak_bytes"] / 5
-    assert "update/toy" in entries and picture.stat().st_size > 0
+def test_score_and_growth(tmp_path):
+    pytest.importorskip("math_verify")
+    own = bench.Bench(str(tmp_path), bench.parse_args(["--rounds", "1"]))
+    bench.bench_score(own, 10)
+    ours, loop = own.entries["score/10"]["arms"].values()
+    assert ours["a_second"] > 0 and loop["a_second"] > 0
+    bench.bench_growth(own, 16)
+    stages = own.entries["growth/16"]["stages"]
+    assert list(stages) == ["generate.py", "score.py", "train.py", "evaluate.py"]
+    # the peak is the process's own, not that of this one, which holds torch
+    assert stages["score.py"]["peak_mib"] < stages["train.py"]["peak_mib"] / 3

@@ -1,5 +1,5 @@
-"""The stages on a GPU beside the same stages on the CPU: the same rows and updates in fp32, most rows
-in bf16. Skipped where there is no GPU."""
+"""The stages on a GPU beside the same stages on the CPU: the same rows and updates in fp32, most
+rows in bf16. Skipped where there is no GPU."""
 import json
 import os
 import subprocess
@@ -15,10 +15,9 @@ FP32 = ["--dtype", "float32"]
 MODEL = os.path.join(ROOT, "data", "tiny-countdown")
 
 
-def call(stage, *flags):
-    module = stage.removesuffix(".py").replace("/", ".")
-    done = subprocess.run([sys.executable, "-m", module, *map(str, flags)], cwd=ROOT,
-                          capture_output=True, text=True)
+def call(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -29,10 +28,11 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def rollouts(tmp_path_factory):
-    """rollouts(name, device, *flags): 32 problems x 8 samples from the embedded model; the same draws."""
+    """rollouts(name, device, *flags): 32 problems x 8 samples from the embedded model, with the
+    same draws."""
     folder = tmp_path_factory.mktemp("cuda")
     prompts = folder / "prompts.jsonl"
-    call("data/countdown.py", "--out", prompts, "--n", 32, "--seed", 3)
+    call("-m", "data.countdown", "--out", prompts, "--n", 32, "--seed", 3)
 
     def sample(name, device, *flags):
         out = folder / f"{name}.jsonl"

@@ -135,7 +135,8 @@ def test_what_is_rehearsed(loop):
     fewer = {"1500": "8", "32": "16", "124": "6"}
     commands = re.sub(r"(?<=--n )\d+", lambda found: fewer[found[0]], recipes()[5][1])
     run(loop, commands, os.path.dirname(sys.executable))
-    once, more, both = (rows(loop.folder / f"{name}.jsonl") for name in ("once.scored", "more.scored", "rehearse"))
+    once, more, both = (rows(loop.folder / f"{name}.jsonl")
+                        for name in ("once.scored", "more.scored", "rehearse"))
     hard = {row["id"] for row in rows(loop.folder / "few.jsonl")}
     assert both == once + more and hard == {row["id"] for row in more} and 0 < len(hard) < 8
     metrics = rows(loop.folder / "rehearsed" / "metrics.jsonl")
