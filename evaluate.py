@@ -478,9 +478,8 @@ def read_metrics(path):
     """{field of Update: (updates,)}, NaN for null, of a metrics.jsonl, of a model folder, or of the
     newest round in a run's folder."""
     if os.path.isdir(path):
-        rounds = sorted((name for name in os.listdir(path) if name.isdecimal()), key=int)
-        files = [f"{path}/metrics.jsonl", *(f"{path}/{name}/policy/metrics.jsonl"
-                                            for name in rounds)]
+        rounds = sorted(filter(str.isdecimal, os.listdir(path)), key=int)
+        files = [f"{path}/metrics.jsonl", *(f"{path}/{one}/policy/metrics.jsonl" for one in rounds)]
         files = [file for file in files if os.path.exists(file)]
         # TODO: goes with the folders of run.sh as they were
         files += sorted(glob.glob(f"{glob.escape(path)}/round-[0-9]*[0-9]/metrics.jsonl"))
@@ -525,7 +524,6 @@ def main(args):
     start = time.monotonic()
     if args.training:
         return plot_training(args.training, args.plot)
-
     meta = describe(args, args.files, seed=args.seed, device="cpu", world_size=1)
     partial = claim(args.out, meta, ignore=("files", "out", "plot")) if args.out else None
     if args.out and not partial:  # complete already

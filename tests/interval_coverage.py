@@ -11,7 +11,11 @@ other weights of the unseen problem (1 is Gaffke's, which evaluate.py uses); the
 
 With 1,000 data sets the standard error of a coverage of 0.95 is 0.007, and the worst of thousands
 of cells lies some three of them below its truth: the worst cells are simulated anew, 8 times as
-often.
+often. With 200 data sets and 1,000 resamples (8 minutes of a CPU) these had at least 0.958; the
+plain bootstrap reaches 0.93 in 1,074 of 1,764 cells of values and in 2,670 of 6,048 of differences.
+There evaluate.py's intervals are wider, by 11, 7 and 5 % for values of 30, 100 and 300 problems, of
+differences 3.1, 1.7 and 1.3 times as wide: whatever covers losses that no problem seen shows must
+reach at least 2.7 / P. A weight of 0.5 falls to 0.91 where 2.6 of P problems are hopeless or lost.
 """
 import argparse
 import itertools
