@@ -234,11 +234,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.models import (OF_TRAINING, autocast, check_model, device_and_dtype, earlier_metrics,
-                         load_model, load_optimizer, load_tokenizer, loading_told, positions_of,
-                         save_round, source_of, steps_done)
+                         empty_model, fill, folder_of, load_errors, load_model, load_optimizer,
+                         load_tokenizer, positions_of, save_round, source_of, steps_done)
 from data.rollouts import (check_ids, draw_answers, load_answers, load_rollouts, sampling_of,
                            write_rollouts)
-from data.shards import fill, model_without_weights
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
@@ -493,8 +492,8 @@ def forward(module, rows, micro, device, dtype):
 class Policy(torch.nn.Module):
     """What DDP wraps: ids in, log-prob and entropy of every completion token out.
 
-    The head runs inside, under DDP's hooks. by_rows: whether it was filled by rows
-    (data/shards.py), and is to be saved by tensors.
+    The head runs inside, under DDP's hooks. by_rows: whether each rank read its own rows of the
+    weights, and is to write them.
     """
 
     def __init__(self, model, temperature, share_prompts, by_rows=False):
@@ -534,8 +533,8 @@ class Policy(torch.nn.Module):
         hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
         if hidden is None:
             fail(f"{name}: unsupported architecture: its decoder returns no hidden states")
-        logits = self.head(hidden[0]).float() * self.scale
-        logits = self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+        logits = self.head(hidden[0]).float()  # in the kernel's order: the cap, then the scale
+        logits = self.scale * (self.cap * torch.tanh(logits / self.cap) if self.cap else logits)
         if not torch.allclose(logits, expected, atol=1e-3, rtol=1e-3):
             fail(f"{name}: unsupported head: its logits are not a (soft-capped, scaled) linear map "
                  f"of the last hidden states")
@@ -552,7 +551,9 @@ def checkpoint_activations(model):
     transformers wants training mode for the layers that do; dropout and noise stay off, so that
     rho starts at 1.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable  # the name before transformers 5.24
+    enable({"use_reentrant": False})
     for module in model.modules():
         module.training = hasattr(module, "gradient_checkpointing")
         for name in ("p", "dropout", "attention_dropout"):
@@ -818,14 +819,14 @@ def load_policy(name, options, temperature, rows, args, device, world, trained=T
     """
     files, shard = {}, args.shard and world > 1
     if shard:
-        with loading_told(name):
-            model, files = model_without_weights(name, options)
+        with load_errors(name):
+            model, files = empty_model(name, options)
     if not files:
         model = load_model(name, torch.float32, device, options)
     policy = Policy(model, temperature, args.share_prompts, by_rows=bool(files))
     module, no_sync = over_ranks(policy, device, world if trained or shard else 1, shard)
     if files:
-        with loading_told(name):
+        with load_errors(name):
             fill(model, files)
         model.to(device)  # its buffers
     policy.check(name, rows)
@@ -941,7 +942,8 @@ def train(args):
 
     # 2. The policy, its optimizer, and the processes that share the work.
     start_ranks(device, world, args.rank_timeout)
-    tokenizer, temperature = load_tokenizer(args.model, options), sampling["temperature"]
+    load_tokenizer(args.model, options)  # it must be there: a round takes over its files
+    temperature = sampling["temperature"]
     load = functools.partial(load_policy, temperature=temperature, rows=rows + sum(answers, []),
                              args=args, device=device, world=world)
     policy, module, no_sync = load(args.model, options)
@@ -978,7 +980,8 @@ def train(args):
 
     # 4. The folder.
     state = {"step": step, "optimizer_step": optimizer_step, "flags": vars(args)}
-    save_round(args.out + ".partial", policy, tokenizer, optimizer, state, lines, args.model)
+    save_round(args.out + ".partial", policy, optimizer, state, lines,
+               folder_of(args.model, options))
     if rank == 0:
         publish(args.out, {**meta, "wall_s": time.monotonic() - began})
         print_round(args.out, done, n)

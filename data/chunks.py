@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from data.files import claim, digest, fail, publish, stamp
+from data.files import claim, digest, fail, publish, rank_and_world, stamp
 
 
 def chunks_of(lengths, n, max_new_tokens, budget):
@@ -120,7 +120,7 @@ def wait_for_folder(out, flags, dtype, inputs, work, ignore, unread, timeout):
         if os.path.exists(out):
             return None
         if time.monotonic() - began > timeout:
-            rank = os.environ.get("RANK", 0)
+            rank = rank_and_world()[0]
             fail(f"rank {rank}: rank 0 did not begin {folder} in {timeout:.0f} s: no shared file "
                  f"system?", 4)
         time.sleep(0.1)

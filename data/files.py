@@ -15,6 +15,7 @@ stages as the bytes it came in.
 """
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -34,6 +35,8 @@ import msgspec
 
 STAGE = os.path.basename(sys.argv[0])  # who speaks in messages and metas; a Parser sets it
 LONGEST_LINE = 2**24  # bytes; a longer one is refused unread
+LFS_POINTER = b"version https://git-lfs"  # a file that begins so stands for one that git left out
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that has none
 
 # ---- Rows ----------------------------------------------------------------------------------------
 Sample = Annotated[int, msgspec.Meta(ge=0, lt=2**20)]
@@ -126,11 +129,11 @@ def say(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def tell_signals():
-    """From here on Ctrl-C and SIGTERM end the process with one line.
+def end_on_signals():
+    """Make Ctrl-C and SIGTERM end the process with one line.
 
-    Called before the flags are read: importing torch alone takes seconds, in which Ctrl-C would
-    show a traceback."""
+    A stage calls this before it reads its flags: importing torch takes seconds, in which Ctrl-C
+    would show a traceback."""
     def end(what, code):
         return lambda *_: fail(f"{what}; the same command carries on from here", code)
 
@@ -149,7 +152,7 @@ class Parser(argparse.ArgumentParser):
         if file:
             STAGE = os.path.basename(file)
             if os.path.basename(sys.argv[0]) == STAGE:  # started by itself, not called by a program
-                tell_signals()
+                end_on_signals()
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                          **options)
         # Python 3.11 takes -0.5 for a number but -1e-3 for a flag.
@@ -194,8 +197,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main, args):
-    """main(args), with a full disk, a missing file, Ctrl-C or SIGTERM told in one line."""
-    tell_signals()
+    """Call main(args); a full disk, a missing file, Ctrl-C and SIGTERM end it with one line."""
+    end_on_signals()
     try:
         main(args)
     except OSError as error:
@@ -241,8 +244,10 @@ def read_rows(path, kind=dict):
                     line.decode()  # msgspec skips unasked fields without looking at their UTF-8
                 row = decode(line)
             except msgspec.ValidationError as error:
-                fail(f"{where}: {in_our_words(error, kind)}")
+                fail(f"{where}: {explain(error, kind)}")
             except (ValueError, RecursionError) as error:
+                if line.startswith(LFS_POINTER):
+                    fail(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull`")
                 fail(f"{where}: not a valid JSON row ({error}); mend or delete this line")
             empty = False
             yield where, line, row
@@ -257,8 +262,8 @@ HINTS = {"id": 'write a text, such as "id": "17"',
 FIRST = {"sample": "generate.py", "correct": "score.py", "reward": "score.py"}  # who adds a field
 
 
-def in_our_words(error, kind):
-    """msgspec's message as a stage tells it: the field first, as the row spells it."""
+def explain(error, kind):
+    """msgspec's message with the field first, as the row spells it."""
     text = str(error)
     if text.startswith("field '"):  # by a row's own __post_init__
         return text.removesuffix(" - at `$`")
@@ -340,9 +345,15 @@ def claim(out, meta, ignore=(), folder=False):
     """Lock and return the path `out`.partial; None if `out` is complete; refuse one made otherwise.
 
     ignore: flags that change no byte of the output, and those that name inputs, whose digests are
-    compared; folder: whether `out` is one."""
+    compared; folder: whether `out`.partial is one. Its lock is then a file beside it, as NFS locks
+    only what is open for writing. The lock is held until the process ends."""
     out = out.rstrip("/")
+    partial = out + ".partial"
+    lock = partial + ".lock" if folder else partial
     if os.path.exists(out):
+        if folder:
+            with contextlib.suppress(OSError):
+                os.remove(lock)  # of a run that was killed before it could
         with contextlib.suppress(Exception), open(out + ".meta.json", encoding="utf-8") as file:
             old, new = ({**one["flags"], "inputs": list(one["inputs"].values())}
                         for one in (json.load(file), json.loads(json.dumps(meta))))
@@ -353,18 +364,13 @@ def claim(out, meta, ignore=(), folder=False):
             fail(f"{out}: made with other {', '.join(differ)}; delete it or choose another --out")
         fail(f"{out}: exists, and no {out}.meta.json says how it was made; delete it or choose "
              "another --out")
-    partial = out + ".partial"
     if folder:
         os.makedirs(partial, exist_ok=True)
-    # The lock is held until the process ends.
-    claim.lock = os.open(partial, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(claim.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = os.path.samestat(os.fstat(claim.lock), os.stat(partial))
-        if ours and not os.path.exists(out):
-            return partial
-    except (BlockingIOError, FileNotFoundError):
-        pass
+    claim.lock = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    with contextlib.suppress(FileNotFoundError):
+        if lock_file(claim.lock, out) and os.path.samestat(os.fstat(claim.lock), os.stat(lock)):
+            if not os.path.exists(out):
+                return partial
     fail(f"{out}: another run is writing it; wait for it or choose another --out")
 
 
@@ -392,6 +398,20 @@ def wait_for_rank_0(out, timeout):
     return True
 
 
+def lock_file(handle, out):
+    """Is the lock of `handle` ours? Where the file system has none, say so and go on."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"{STAGE}: this file system has no locks ({error.strerror}): nothing keeps a second "
+              f"run from writing {out}", file=sys.stderr)
+    return True
+
+
 def publish(out, meta, partial=None):
     """Give `partial` (`out`.partial) its name: contents to disk, the meta, the rename."""
     def sync(path):
@@ -411,6 +431,8 @@ def publish(out, meta, partial=None):
     os.replace(file.name, out + ".meta.json")
     os.replace(partial, out)
     sync(os.path.dirname(os.path.abspath(out)))
+    with contextlib.suppress(OSError):
+        os.remove(out + ".partial.lock")  # of a folder
 
 
 def sampling_of(path):

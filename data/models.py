@@ -2,26 +2,42 @@
 
 Whatever a hostile, damaged or half-copied folder makes a library raise is bad input here: one line
 on stderr, exit 2. Weights come from safetensors files alone; other formats can run code.
+
+Under `train.py --shard` no rank holds a whole model: `empty_model` takes no memory, fully_shard
+gives each rank rows of every weight, `fill` reads them, `save_round` writes them.
 """
 import contextlib
 import json
 import os
 import re
 import shutil
+import sys
+import warnings
 
+import huggingface_hub
 import tokenizers
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
-from data.files import fail
-from data.shards import all_finite, read_shard, tensor_files, write
+from data.files import LFS_POINTER, fail, files_of, rank_and_world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each weight
 # Beginnings of the names of what only train.py reads in the folder of a round.
 OF_TRAINING = ("optimizer", "trainer_state.json", "metrics.jsonl")
+# Files that a round copies from the model that it started from: its tokenizer, its code.
+COPIED = re.compile(r"generation_config\.json|(tokenizer|special_tokens|added_tokens|vocab|merges|"
+                    r"chat_template).*|.*\.(model|tiktoken|jinja|py)")
+ADAPTER = re.compile(r"(^|[._])(lora|adapter|ia3|prompt_encoder|modules_to_save)", re.I)
+LARGEST_FILE = 2 * 10**9  # bytes; more than this is written as several files with an index
 
 
-# ---- Checking and loading ------------------------------------------------------------------------
+# ---- Checking ------------------------------------------------------------------------------------
 def check_model(name, trust_remote_code=False):
     """Refuse what can be seen to be no model before anything is loaded.
 
@@ -30,29 +46,52 @@ def check_model(name, trust_remote_code=False):
     """
     folder = os.path.isdir(name)
     if folder:
-        if not os.path.exists(os.path.join(name, "config.json")):
-            fail(f"{name}: no config.json in this folder: not a Hugging Face model")
-        if not any(file.endswith(".safetensors") for file in os.listdir(name)):
-            fail(f"{name}: no *.safetensors in this folder; "
-                 f"other weight formats can run code and are refused")
+        check_folder(name)
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
         fail(f"{name}: no such model folder (a Hub id is written owner/name)")
     options = {"trust_remote_code": trust_remote_code, "local_files_only": folder}
     return options if folder else {**options, "revision": commit_of(name)}
 
 
+def check_folder(folder):
+    """Refuse adapters, git-lfs pointers and torn weights, each by the name of its file."""
+    if os.path.exists(f"{folder}/adapter_config.json"):
+        fail(f"{folder}: an adapter (adapter_config.json); merge it into its model first")
+    if not os.path.exists(f"{folder}/config.json"):
+        fail(f"{folder}: no config.json in this folder: not a Hugging Face model")
+    if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+        fail(f"{folder}: no *.safetensors in this folder; "
+             f"other weight formats can run code and are refused")
+    with load_errors(folder):
+        weights = weight_files(folder, "model")
+    texts = [path for _, path in files_of(folder) if path.endswith((".json", ".model", ".txt"))]
+    for path in [*weights, *texts]:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                fail(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull`")
+    for path in weights:
+        with load_errors(path), safe_open(path, "pt"):
+            pass
+
+
 def commit_of(name):
     """The commit of a Hub id: the newest, or without a network the one in the local cache."""
-    try:
+    with load_errors(name):
         path = transformers.utils.cached_file(name, "config.json")
-    except Exception as error:
-        fail(f"{name}: cannot be loaded: {type(error).__name__}: {error}")
     return os.path.basename(os.path.dirname(path))  # .../snapshots/COMMIT/config.json
 
 
 def source_of(name, options):
     """What `describe` calls a model: its folder, or OWNER/NAME@COMMIT. options: check_model's."""
     return f"{name}@{options['revision']}" if "revision" in options else name
+
+
+def folder_of(name, options):
+    """The folder of a model: its own, or of a Hub id that of its commit in the local cache."""
+    if os.path.isdir(name):
+        return name
+    return os.path.dirname(transformers.utils.cached_file(
+        name, "config.json", revision=options["revision"], local_files_only=True))
 
 
 def device_and_dtype(args):
@@ -85,19 +124,29 @@ def positions_of(config):
     return getattr(config, "max_position_embeddings", None)
 
 
+# ---- Loading -------------------------------------------------------------------------------------
 def load(kind, name, options, **more):
     """kind.from_pretrained(name) from a folder or a Hub id."""
-    with loading_told(name):
+    with load_errors(name):
         return kind.from_pretrained(name, **options, **more)
 
 
 @contextlib.contextmanager
-def loading_told(name):
-    """Whatever a damaged folder makes a library raise in here is told in one line."""
+def load_errors(name):
+    """End the stage with one line, whatever a damaged folder makes a library raise in here."""
     try:
         yield
-    except Exception as error:
-        fail(f"{name}: cannot be loaded: {type(error).__name__}: {error}")
+    except (Exception, CheckpointException) as error:
+        if isinstance(error, CheckpointException) and rank_and_world()[0]:
+            sys.exit(2)  # all ranks have it: rank 0 says it
+        fail(f"{name}: cannot be loaded: {explain(error)}")
+
+
+def explain(error):
+    """The kind and text of an error; of torch's about several ranks, those of the first one."""
+    while isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}"
 
 
 def load_tokenizer(name, options):
@@ -125,76 +174,225 @@ def reference_tokenizer(name, options):
 
 
 def load_model(name, dtype, device, options):
-    """A causal language model in eval mode; every weight must be there and finite."""
+    """A causal language model in eval mode; every weight must be there, fit and be finite."""
     model, info = load(transformers.AutoModelForCausalLM, name, options, dtype=dtype,
-                       use_safetensors=True, output_loading_info=True)
+                       use_safetensors=True, output_loading_info=True,
+                       ignore_mismatched_sizes=True)
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        fail(f"{name}: weight {key} has the shape {list(found)} in its file and {list(expected)} "
+             f"by config.json")
     missing = info["missing_keys"]
     if missing:
         fail(f"{name}: {len(missing)} weights are missing, {min(missing)} among them")
+    report_unused(name, info["unexpected_keys"])
     for key, weight in model.state_dict().items():
         if not all_finite(weight):
             fail(f"{name}: weight {key} is not finite")
     return model.to(device).eval()
 
 
+def report_unused(name, keys):
+    """Say which tensors of a model's files no module takes; refuse those of an adapter."""
+    adapters = sorted(filter(ADAPTER.search, keys))
+    if adapters:
+        fail(f"{name}: holds an adapter ({adapters[0]}); merge it into the weights first")
+    if keys and not rank_and_world()[0]:
+        print(f"{name}: {len(keys)} tensors of its files are not used, as config.json has no place "
+              f"for them, {min(keys)} among them", file=sys.stderr)
+
+
+def all_finite(weight):
+    """Is every value finite? One that is not makes the sum so, which is far quicker to see; a sum
+    that overflows is looked at again."""
+    return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
+
+
+# ---- Files of tensors ----------------------------------------------------------------------------
+def weight_files(folder, stem):
+    """The paths of STEM.safetensors, or of the files in its index; [] of neither."""
+    single = os.path.join(folder, f"{stem}.safetensors")
+    if os.path.exists(single):
+        return [single]
+    if not os.path.exists(f"{single}.index.json"):
+        return []
+    with open(f"{single}.index.json", encoding="utf-8") as file:
+        names = json.load(file)["weight_map"].values()
+    return sorted({os.path.join(folder, os.path.basename(name)) for name in names})
+
+
+def tensor_files(folder, stem):
+    """{tensor: the path of its file} of all tensors in these files."""
+    found = {}
+    for path in weight_files(folder, stem):
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def read_tensors(files, tensors):
+    """Fill `tensors`, {name: tensor or DTensor}, from safetensors files; of a DTensor a rank reads
+    its own rows. files: {name: path}.
+
+    ValueError or CheckpointException if one is missing, has another shape or is not finite."""
+    reader = dcp.HuggingFaceStorageReader("")
+    reader.fs.ls = lambda _: sorted(set(files.values()))  # not all files of a folder
+    with warnings.catch_warnings(action="ignore"):  # that there is one process
+        dcp.load(tensors, storage_reader=reader)
+    for name, tensor in tensors.items():
+        if not all_finite(tensor.to_local() if isinstance(tensor, DTensor) else tensor):
+            raise ValueError(f"{name} is not finite")
+
+
+def write_tensors(folder, stem, tensors):
+    """Write STEM.safetensors; above LARGEST_FILE, STEM-00001-of-0000N.safetensors and an index.
+
+    tensors: {name: tensor, or on all ranks DTensor}. Of DTensors every rank writes its rows, a file
+    at a time, which rank 0 joins; of others rank 0 writes all."""
+    split = huggingface_hub.split_torch_state_dict_into_shards(
+        {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+         for name, tensor in sorted(tensors.items())},
+        filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=LARGEST_FILE)
+    for file, names in split.filename_to_tensors.items():
+        write_file(f"{folder}/{file}", {name: tensors[name].detach() for name in names})
+    if split.is_sharded and rank_and_world()[0] == 0:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        with open(f"{folder}/{stem}.safetensors.index.json", "w", encoding="utf-8") as file:
+            json.dump(index, file, indent=1)
+
+
+def write_file(path, tensors):
+    """One safetensors file of write_tensors."""
+    rank, parts = rank_and_world()[0], f"{path}.parts"
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(
+            parts, save_distributed=True, enable_consolidation=True))
+        if rank == 0:
+            os.replace(f"{parts}/model-00001-of-00001.safetensors", path)
+            shutil.rmtree(parts)
+    elif rank == 0:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+# ---- Models that no rank could hold --------------------------------------------------------------
+@contextlib.contextmanager
+def weights_on_meta():
+    """Modules made in here have parameters on the meta device; buffers, which no file holds, are
+    real."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        if parameter is not None and not parameter.is_meta:
+            parameter = torch.nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
+
+
+def empty_model(name, options, dtype=torch.float32):
+    """(a causal language model whose parameters take no memory, {weight: path of its file}).
+
+    The second is {} where from_pretrained alone loads the files right: they spell the weights
+    otherwise, hold two weights that config.json ties, or quantised ones."""
+    config = transformers.AutoConfig.from_pretrained(name, **options)
+    with weights_on_meta():
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=options["trust_remote_code"]).eval()
+    if not os.path.isdir(name):
+        huggingface_hub.snapshot_download(
+            name, revision=options["revision"], allow_patterns=["*.safetensors", "*.json"])
+    files, names = tensor_files(folder_of(name, options), "model"), {}
+    for key, weight in model.state_dict(keep_vars=True).items():
+        names.setdefault(weight, []).extend([key] if key in files else [])  # tied: several
+
+    def tensor(key):
+        with safe_open(files[key], "pt") as file:
+            return file.get_tensor(key)
+
+    if hasattr(config, "quantization_config") or not all(
+            found and weight.dim()  # torch would write a scalar as 0
+            and all(torch.equal(tensor(found[0]), tensor(key)) for key in found[1:])
+            for weight, found in names.items()):
+        return model, {}
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    report_unused(name, [key for key in files.keys() - set(sum(names.values(), []))
+                         if not any(re.search(pattern, key) for pattern in ignored)])
+    return model, files
+
+
+def fill(model, files):
+    """Give the parameters of an empty model this rank's rows from `files`, {name: path}."""
+    weights, filled = model.state_dict(keep_vars=True), {}
+    for name, weight in weights.items():
+        if name in files and weight not in filled:  # tied ones are one, under either name
+            device = weight.device_mesh.device_type if isinstance(weight, DTensor) else "cpu"
+            filled[weight] = name, torch.empty_like(weight, device=device, requires_grad=False)
+    read_tensors(files, dict(filled.values()))
+    filled = {weight: torch.nn.Parameter(tensor, weight.requires_grad)
+              if isinstance(weight, torch.nn.Parameter) else tensor
+              for weight, (_, tensor) in filled.items()}
+    model.load_state_dict({name: filled[weight] for name, weight in weights.items()}, assign=True)
+
+
 # ---- A round of training -------------------------------------------------------------------------
-def save_round(out, policy, tokenizer, optimizer, state, lines, source):
+def save_round(out, policy, optimizer, state, lines, source):
     """Fill the folder `out` with a round: an ordinary model folder and what the next round needs.
 
     policy: holds the `model`; state: of trainer_state.json; lines: of metrics.jsonl; source: the
-    folder or Hub id that the round started from, whose generation_config.json is copied.
-    Under FSDP2 every rank takes part in gathering the shards, a tensor at a time; rank 0 writes.
+    folder that the round started from, whose config and tokenizer it takes over as they came.
+    Under FSDP2 all ranks take part.
     """
-    rank, model = int(os.environ.get("RANK", 0)), policy.model
+    rank, model = rank_and_world()[0], policy.model
     moments = {f"{name}.{key}": optimizer.state[weight][key]
                for name, weight in model.named_parameters() for key in MOMENTS}
-    weights = untied(model) if policy.by_rows else gathered(model, rank)
     try:
-        if rank == 0:
-            # A model's own generation config may fail the library's checks: it is copied below.
-            model.generation_config = transformers.GenerationConfig()
-            model.save_pretrained(out, state_dict={} if policy.by_rows else weights)
-            tokenizer.save_pretrained(out)
         if policy.by_rows:
-            write(out, "model", weights, {"format": "pt"})
-        write(out, "optimizer", moments)
-    except Exception as error:  # a full disk: where Rust writes, it is no OSError
-        fail(f"{out}: cannot be written: {type(error).__name__}: {error}")
+            tied = reversed(model.state_dict(keep_vars=True).items())  # under several names
+            first = {weight: name for name, weight in tied}
+            write_tensors(out, "model", {name: weight for weight, name in first.items()})
+        else:
+            whole = get_model_state_dict(model, options=StateDictOptions(
+                full_state_dict=True, cpu_offload=True))  # on rank 0
+            if rank == 0:
+                # A model's own generation config may fail the library's checks: it is copied.
+                model.generation_config = transformers.GenerationConfig()
+                model.save_pretrained(out, state_dict=whole)
+                os.remove(f"{out}/generation_config.json")
+        write_tensors(out, "optimizer", moments)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        fail(f"{out}: cannot be written: {explain(error)}") if rank == 0 else sys.exit(2)
     if rank:
         return
-    os.remove(f"{out}/generation_config.json")
-    try:  # what loading has left in the cache of a Hub id: no network now
-        original = transformers.utils.cached_file(source, "generation_config.json",
-                                                  local_files_only=True)
-    except OSError:
-        original = None  # it has none
-    if original:
-        shutil.copyfile(original, f"{out}/generation_config.json")
-    with open(f"{out}/trainer_state.json", "w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
-    with open(f"{out}/metrics.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(lines)
+    for name, path in files_of(source):
+        if COPIED.fullmatch(name):
+            shutil.copyfile(path, f"{out}/{name}")
+    texts = {"config.json": json.dumps(config_of(source, model), indent=2) + "\n",
+             "trainer_state.json": json.dumps(state, indent=1), "metrics.jsonl": "".join(lines)}
+    for name, text in texts.items():
+        with open(f"{out}/{name}", "w", encoding="utf-8") as file:
+            file.write(text)
 
 
-def untied(model):
-    """{name: weight} of the state dict, tied weights under the first of their names alone."""
-    first = {}
-    for name, weight in model.state_dict(keep_vars=True).items():
-        first.setdefault(id(weight), (name, weight))
-    return dict(first.values())
+def config_of(source, model):
+    """The config.json of a round: its source's, in fp32, with what other readers look for.
 
-
-def gathered(model, rank):
-    """{name: whole tensor} on rank 0, where save_pretrained needs all; tied ones are one."""
-    kept = {}
-
-    def whole(tensor):
-        if id(tensor) not in kept:
-            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            kept[id(tensor)] = None if rank else full.detach().cpu().contiguous()
-        return kept[id(tensor)]
-
-    return {name: whole(weight) for name, weight in model.state_dict(keep_vars=True).items()}
+    Weights that the files did not tie are not tied. transformers 4 reads rope_theta and
+    rope_scaling, where 5 writes rope_parameters and reads both."""
+    with open(f"{source}/config.json", encoding="utf-8") as file:
+        config = json.load(file)
+    config |= dict.fromkeys({"dtype", *config.keys() & {"torch_dtype"}}, "float32")
+    if (model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+            and model.config.get_text_config().tie_word_embeddings):
+        config["tie_word_embeddings"] = False
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope.pop("rope_theta"))
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", rope)
+    return config
 
 
 def steps_done(folder):
@@ -221,18 +419,17 @@ def load_optimizer(optimizer, policy, folder, step):
     if not os.path.exists(f"{folder}/trainer_state.json"):
         return
     try:
-        files = tensor_files(folder, "optimizer")
+        moments = {f"{name}.{key}": torch.empty_like(weight, requires_grad=False)
+                   for name, weight in policy.model.named_parameters() for key in MOMENTS}
+        read_tensors(tensor_files(folder, "optimizer"), moments)
         for name, weight in policy.model.named_parameters():
-            state = {}
-            for key in MOMENTS:
-                moment = read_shard(weight, files[f"{name}.{key}"], f"{name}.{key}")
-                state[key] = moment.to(weight.device)
             # The fused optimizer of a GPU counts its steps there.
             where = weight.device if weight.device.type == "cuda" else "cpu"
-            optimizer.state[weight] = {"step": torch.tensor(float(step), device=where), **state}
-    except Exception as error:
-        fail(f"{folder}: the optimizer cannot be carried on ({type(error).__name__}: {error}); "
-             f"mend it or give --reset-optimizer")
+            optimizer.state[weight] = {"step": torch.tensor(float(step), device=where),
+                                       **{key: moments[f"{name}.{key}"] for key in MOMENTS}}
+    except (Exception, CheckpointException) as error:
+        fail(f"{folder}: the optimizer cannot be carried on ({explain(error)}); mend it or give "
+             f"--reset-optimizer")
 
 
 def earlier_metrics(folder):

@@ -1,27 +1,33 @@
-"""The fault campaign: disturb every stage, start it again with the same command, compare with an undisturbed run.
+"""The fault campaign: disturb every stage, start it again with the same command, compare with an
+undisturbed run.
 
-    python tests/crash.py                       the whole campaign; prints the table that stands in the README
+    python tests/crash.py                  the whole campaign; prints the table of tests/README.md
     python tests/crash.py --stages score train --kills 20
-    python tests/crash.py --endurance 60        instead: rounds of run.sh for so many minutes; memory, handles, disk
+    python tests/crash.py --endurance 60   instead: rounds of run.sh for so many minutes, with their
+                                           memory, handles and disk
 
-One warm process imports torch, transformers and the stages once and forks a child for each start of a stage, so that
-hundreds of starts take minutes. A child may carry a fault; its *steps* are what it does to the disk below its folder:
-an open for writing, a write (half of it is done first), an fsync, a rename, a removal, a new folder.
+One warm process imports torch, transformers and the stages once and forks a child for each start of
+a stage, so that hundreds of starts take minutes. A child may carry a fault; its *steps* are what it
+does to the disk below its folder: an open for writing, a write (half of it is done first), an
+fsync, a rename, a removal, a new folder.
 
     kill      SIGKILL at the i-th step, for every i
     power     the same, and every file that was not yet fsynced loses its second half
-    full      the i-th step alone fails with "No space left on device", for every i: exit 2, one line, nothing goes on
+    full      the i-th step alone fails with "No space left on device", for every i: exit 2, one
+              line, nothing goes on
     instant   SIGKILL, SIGTERM or SIGINT at a random instant
     process   the same, with a process of its own instead of a forked child
     disk      a file system of too few bytes (tmpfs; without root, a limit on the size of files)
     read-only the folder cannot be written
-    twice     a second start on the same output while the first is stopped at a random step, and two starts at once
+    twice     a second start on the same output while the first is stopped at a random step, and two
+              starts at once
     torn      the last line of the input is cut in half
     clock     time.time() jumps by months, both ways, at each call
 
-After each fault, whatever bears a final name is compared with the undisturbed run's, and the same command must then end
-with exit 0 and the same bytes: JSONL, JSON, PNG and weights as they are, a meta without argv, git commit and wall time,
-metrics.jsonl without tokens_per_s and peak_mem_bytes. Anything else is a loss. Exit status 1 if there was one.
+After each fault, whatever bears a final name is compared with the undisturbed run's, and the same
+command must then end with exit 0 and the same bytes: JSONL, JSON, PNG and weights as they are, a
+meta without argv, git commit and wall time, metrics.jsonl without tokens_per_s and peak_mem_bytes.
+Anything else is a loss. Exit status 1 if there was one.
 """
 import argparse
 import atexit
@@ -48,23 +54,28 @@ import traceback
 
 REACHED = b"(here the fault)\n"  # on stderr
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-KINDS = ("kill", "power", "full", "instant", "process", "disk", "read-only", "twice", "torn", "clock")
+KINDS = ("kill", "power", "full", "instant", "process", "disk", "read-only", "twice", "torn",
+         "clock")
 STAGES = {  # name: (command, what it writes, its input that is torn)
-    "countdown": ("data/countdown.py --out prompts.jsonl --n 6 --numbers 3", ["prompts.jsonl"], None),
-    "generate": ("generate.py --model base --prompts prompts.jsonl --out rollouts.jsonl --n 4 --max-new-tokens 8 "
-                 "--max-batch-tokens 200 --device cpu", ["rollouts.jsonl"], "prompts.jsonl"),
+    "countdown": ("data/countdown.py --out prompts.jsonl --n 6 --numbers 3",
+                  ["prompts.jsonl"], None),
+    "generate": ("generate.py --model base --prompts prompts.jsonl --out rollouts.jsonl --n 4 "
+                 "--max-new-tokens 8 --max-batch-tokens 200 --device cpu",
+                 ["rollouts.jsonl"], "prompts.jsonl"),
     "score": ("score.py rollouts.jsonl --out scored.jsonl", ["scored.jsonl"], "rollouts.jsonl"),
-    "train": ("train.py --model first --rollouts scored.jsonl --out second --updates 2 --lr 1e-3 --gamma-p 0.1 --device cpu",
-              ["second"], "scored.jsonl"),
-    "evaluate": ("evaluate.py scored.jsonl --out eval.json --plot passk.png --resamples 50", ["eval.json", "passk.png"],
-                 "scored.jsonl"),
+    "train": ("train.py --model first --rollouts scored.jsonl --out second --updates 2 --lr 1e-3 "
+              "--gamma-p 0.1 --device cpu", ["second"], "scored.jsonl"),
+    "evaluate": ("evaluate.py scored.jsonl --out eval.json --plot passk.png --resamples 50",
+                 ["eval.json", "passk.png"], "scored.jsonl"),
 }
 
 
-# ---- The warm process ------------------------------------------------------------------------------------------------
+# ---- The warm process ----------------------------------------------------------------------------
 def serve(path, base):
-    """Save a tiny random model to `base`, then run stages until stdin is closed. A request on the socket `path` is JSON
-    {"argv", "cwd", "fault"} with the three standard files; the answer is the child's process id, then its exit code and CPU time."""
+    """Save a tiny random model to `base`, then run stages until stdin is closed.
+
+    A request on the socket `path` is JSON {"argv", "cwd", "fault"} with the three standard files;
+    the answer is the child's process id, then its exit code and CPU time."""
     sys.path[:0] = [ROOT, os.path.join(ROOT, "data")]
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -77,9 +88,9 @@ def serve(path, base):
     torch.manual_seed(0)
     tokenizer = importlib.import_module("make_tiny").make_tokenizer()
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=32, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=0, pad_token_id=1,
-        bos_token_id=None))
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=32, max_position_embeddings=64,
+        tie_word_embeddings=True, eos_token_id=0, pad_token_id=1, bos_token_id=None))
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
 
@@ -108,7 +119,8 @@ def answer(connection, modules):
             os.setsid()
             for number, handle in enumerate(handles):
                 os.dup2(handle, number)
-            os.closerange(3, connection.fileno() + 4)  # a lock of this process must not outlive it in another
+            # a lock of this process must not outlive it in another
+            os.closerange(3, connection.fileno() + 4)
             os.chdir(request["cwd"])
             sys.argv = request["argv"]
             stage = modules[os.path.basename(sys.argv[0]).removesuffix(".py")]
@@ -117,8 +129,9 @@ def answer(connection, modules):
                 inject(**request["fault"])
             files = importlib.import_module("data.files")
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python starts: the stage replaces it
-            files.tell_signals()
+            # as Python starts: the stage replaces it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            files.end_on_signals()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             files.run(stage.main, args)
             code = 0
@@ -134,13 +147,15 @@ def answer(connection, modules):
     connection.sendall(f"{pid}\n".encode())
     _, status, usage = os.wait4(pid, 0)
     with contextlib.suppress(BrokenPipeError):
-        connection.sendall(f"{os.waitstatus_to_exitcode(status)} {usage.ru_utime + usage.ru_stime}\n".encode())
+        connection.sendall(
+            f"{os.waitstatus_to_exitcode(status)} {usage.ru_utime + usage.ru_stime}\n".encode())
     os._exit(0)
 
 
 def inject(kind, at=0, bytes=0):
     """Give this process a fault; `at` is the number of the step that fails."""
-    root, steps, dirty = os.getcwd() + os.sep, iter(range(10**9)), set()  # dirty: inodes written since their last fsync
+    # dirty: inodes written since their last fsync
+    root, steps, dirty = os.getcwd() + os.sep, iter(range(10**9)), set()
 
     def step(half=None, error=None):
         if next(steps) != at:
@@ -188,13 +203,15 @@ def inject(kind, at=0, bytes=0):
 
     def change(name, plain):  # of a folder's entries; only what takes room can find the disk full
         def changed(path, *more, **also):
-            takes_room = name in ("rename", "replace") or name == "mkdir" and not os.path.exists(path)
+            takes_room = (name in ("rename", "replace")
+                          or name == "mkdir" and not os.path.exists(path))
             if (below(path) or "dir_fd" in also) and (takes_room or kind != "full"):
                 step()
             return plain(path, *more, **also)
         return changed
 
-    def foreign(plain, place, error):  # a function of a Rust library that writes the file arguments[place]
+    # a function of a Rust library that writes the file arguments[place]
+    def foreign(plain, place, error):
         def write(*arguments, **also):
             path = arguments[place]
 
@@ -219,7 +236,8 @@ def inject(kind, at=0, bytes=0):
     elif kind == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, bytes))
     else:
-        plain_open, plain_sync, plain_handle, plain_send = builtins.open, os.fsync, os.open, os.sendfile
+        plain_open, plain_sync = builtins.open, os.fsync
+        plain_handle, plain_send = os.open, os.sendfile
         builtins.open = io.open = open_file
         os.fsync, os.open, os.sendfile = sync, open_handle, send
         for name in ("mkdir", "rmdir", "unlink", "remove", "rename", "replace"):
@@ -228,7 +246,8 @@ def inject(kind, at=0, bytes=0):
         import tokenizers
         full = "No space left on device (os error 28)"
         safetensors.torch.serialize_file = foreign(
-            safetensors.torch.serialize_file, 1, safetensors.SafetensorError(f"Error while serializing: I/O error: {full}"))
+            safetensors.torch.serialize_file, 1,
+            safetensors.SafetensorError(f"Error while serializing: I/O error: {full}"))
         tokenizers.Tokenizer.save = foreign(tokenizers.Tokenizer.save, 1, Exception(full))
 
 
@@ -237,11 +256,13 @@ class Warm:
 
     def __init__(self):
         self.folder = tempfile.mkdtemp(prefix="crash-")
-        self.path, self.base = os.path.join(self.folder, "socket"), os.path.join(self.folder, "base")
+        self.path, self.base = f"{self.folder}/socket", f"{self.folder}/base"
         atexit.register(self.close)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                       "MPLBACKEND": "agg"}
         self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "--serve", self.path, self.base], env=environment,
+            [sys.executable, os.path.abspath(__file__), "--serve", self.path, self.base],
+            env=environment,
             start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if self.process.stdout.readline() != "ready\n":
             sys.exit("crash.py: the warm process did not start")
@@ -256,7 +277,8 @@ class Warm:
 
 
 class Child:
-    """A stage at work: .pid; .wait() gives its exit code (minus the signal that ended it); .err is its stderr then."""
+    """A stage at work: .pid; .wait() gives its exit code (minus the signal that ended it); .err is
+    its stderr then."""
     seconds = 0.0  # CPU time of all
 
     def __init__(self, path, argv, cwd, fault=None):
@@ -265,7 +287,8 @@ class Child:
         request = json.dumps({"argv": argv, "cwd": cwd, "fault": fault}).encode()
         self.file = tempfile.TemporaryFile()
         with open(os.devnull, "r+b") as null:
-            socket.send_fds(self.connection, [request], [null.fileno(), null.fileno(), self.file.fileno()])
+            socket.send_fds(self.connection, [request],
+                            [null.fileno(), null.fileno(), self.file.fileno()])
         self.lines = self.connection.makefile()
         self.pid = int(self.lines.readline())
 
@@ -285,18 +308,21 @@ def warm():
     return Warm()
 
 
-# ---- The undisturbed run, and comparing with it ----------------------------------------------------------------------
+# ---- The undisturbed run, and comparing with it --------------------------------------------------
 def content(path):
-    """What must not differ, of a file or folder. {relative path: bytes}, timings and argv taken out."""
+    """What must not differ, of a file or folder. {relative path: bytes}, timings and argv taken
+    out."""
     if os.path.isdir(path):
         return {f"{name}/{deeper}": data for name in sorted(os.listdir(path))
                 for deeper, data in content(os.path.join(path, name)).items()}
     with open(path, "rb") as file:
         data = file.read()
     if path.endswith(".meta.json"):
-        data = {key: value for key, value in json.loads(data).items() if key not in ("argv", "git", "wall_s", "wall_time")}
+        data = {key: value for key, value in json.loads(data).items()
+                if key not in ("argv", "git", "wall_s", "wall_time")}
     elif path.endswith("metrics.jsonl"):
-        data = [{key: value for key, value in json.loads(line).items() if key not in ("tokens_per_s", "peak_mem_bytes")}
+        data = [{key: value for key, value in json.loads(line).items()
+                 if key not in ("tokens_per_s", "peak_mem_bytes")}
                 for line in data.splitlines()]
     return {"": data}
 
@@ -310,10 +336,13 @@ class Campaign:
         os.symlink(warm().base, os.path.join(self.reference, "base"))
         for name in STAGES:
             if name == "train":  # an earlier round, whose optimizer and metrics are carried on
-                self.undisturbed(STAGES[name][0].replace("first", "base").replace("second", "first"))
+                command = STAGES[name][0].replace("first", "base")
+                self.undisturbed(command.replace("second", "first"))
             self.seconds[name] = self.undisturbed(STAGES[name][0])
-        self.outputs = {name: {out + end: content(os.path.join(self.reference, out + end)) for out in STAGES[name][1]
-                               for end in ("", ".meta.json") if os.path.exists(os.path.join(self.reference, out + end))}
+        self.outputs = {name: {out + end: content(os.path.join(self.reference, out + end))
+                               for out in STAGES[name][1]
+                               for end in ("", ".meta.json")
+                               if os.path.exists(os.path.join(self.reference, out + end))}
                         for name in STAGES}
 
     def undisturbed(self, command):
@@ -337,7 +366,8 @@ class Campaign:
         return warm().start(STAGES[name][0].split(), folder, fault or None)
 
     def differing(self, name, folder, whole):
-        """What bears a final name and is not as it should be; with `whole`, also what is missing or left over."""
+        """What bears a final name and is not as it should be; with `whole`, also what is missing or
+        left over."""
         wrong = []
         for entry, expected in self.outputs[name].items():
             path = os.path.join(folder, entry)
@@ -352,24 +382,28 @@ class Campaign:
         return wrong
 
     def check(self, name, kind, folder, told, problems=(), litter=False):
-        """Count a fault; look at what it left, start the stage again, compare. `litter`: an empty .partial may stay."""
-        problems = [*problems, *(f"{entry} is half" for entry in self.differing(name, folder, whole=False))]
+        """Count a fault; look at what it left, start the stage again, compare. `litter`: an empty
+        .partial may stay."""
+        problems = [*problems, *(f"{entry} is half"
+                                 for entry in self.differing(name, folder, whole=False))]
         again = self.start(name, folder)
         began = time.monotonic()
         code = again.wait()
         self.seconds[name] = 0.8 * self.seconds[name] + 0.2 * (time.monotonic() - began)
         if code:
             problems.append(f"started again it ends with {code}: {again.err.strip()}")
-        problems += [f"{entry} differs in the end" for entry in self.differing(name, folder, whole=True)
+        problems += [f"{entry} differs in the end"
+                     for entry in self.differing(name, folder, whole=True)
                      if not (litter and entry.endswith(".partial"))]
         self.faults[name, kind] += 1
         if problems:
             self.losses.append((name, kind, f"{told}: {'; '.join(problems)}"))
-            print(f"LOSS: {name}, {kind}, {told}: {'; '.join(problems)} (see {folder})", file=sys.stderr)
+            print(f"LOSS: {name}, {kind}, {told}: {'; '.join(problems)} (see {folder})",
+                  file=sys.stderr)
         else:
             shutil.rmtree(folder)
 
-    # ---- The kinds of faults -----------------------------------------------------------------------------------------
+    # ---- The kinds of faults ---------------------------------------------------------------------
     def steps(self, name, kind, stride=1, first=0):
         """Every stride-th step, until a start has fewer."""
         for at in range(first, 10**6, stride):
@@ -387,19 +421,22 @@ class Campaign:
 
     def instants(self, name, count, process=False):
         """`count` starts that were really ended by a signal at a random instant."""
-        kind, numbers = "process" if process else "instant", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+        kind = "process" if process else "instant"
+        numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
         took, tries = 8.0 if process else self.seconds[name], 0
         while self.faults[name, kind] < count and tries < 4 * count:
             tries += 1
             number = numbers[(self.faults[name, kind] + tries // (3 * count)) % 3]
-            folder, wait = self.fresh(name), self.rng.uniform(0, took if process else self.seconds[name])
+            folder = self.fresh(name)
+            wait = self.rng.uniform(0, took if process else self.seconds[name])
             if process:
                 command = STAGES[name][0].split()
                 began = time.monotonic()
                 module = command[0].removesuffix(".py").replace("/", ".")
                 child = subprocess.Popen(
                     [sys.executable, "-P", "-m", module, *command[1:]], cwd=folder, text=True,
-                    env={**os.environ, "PYTHONPATH": ROOT}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                    env={**os.environ, "PYTHONPATH": ROOT}, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(wait)
                     took = time.monotonic() - began
@@ -417,13 +454,16 @@ class Campaign:
             problems = []
             if code not in (-number, 128 + number):
                 problems = [f"ended with {code}: {err.strip()}"]
-            elif "Traceback" in err and not process:  # a process that is still importing may show one at Ctrl-C
+            # a process that is still importing may show one at Ctrl-C
+            elif "Traceback" in err and not process:
                 problems = [f"a traceback: {err.strip()}"]
-            self.check(name, kind, folder, f"{signal.Signals(number).name} after {wait:.3f} s", problems)
+            self.check(name, kind, folder, f"{signal.Signals(number).name} after {wait:.3f} s",
+                       problems)
 
     def disk(self, name, parts):
         """A disk of too few bytes, then a larger one."""
-        paths = [os.path.join(self.reference, out, inner) for out, found in self.outputs[name].items() for inner in found]
+        paths = [os.path.join(self.reference, out, inner)
+                 for out, found in self.outputs[name].items() for inner in found]
         pages = [-(-os.path.getsize(path.rstrip("/")) // 4096) for path in paths]
         for room in sorted({max(1, sum(pages) * part // parts) for part in range(parts)}):
             folder = os.path.join(self.folder, f"{name}-disk-{room}")
@@ -431,7 +471,8 @@ class Campaign:
             if mounted := os.geteuid() == 0 and mount_tmpfs(folder, 4096 * room):
                 child = self.start(name, self.fresh(name, folder))
             else:
-                child = self.start(name, self.fresh(name, folder), kind="limit", bytes=4096 * max(pages) * room // sum(pages))
+                child = self.start(name, self.fresh(name, folder), kind="limit",
+                                   bytes=4096 * max(pages) * room // sum(pages))
             code = child.wait()
             if mounted:  # the restart has room
                 shutil.copytree(folder, folder + "-larger", symlinks=True)
@@ -439,7 +480,8 @@ class Campaign:
                 os.rmdir(folder)
                 folder += "-larger"
             if code:
-                self.check(name, "disk", folder, f"{room} of {sum(pages)} pages", one_line(name, code, child.err))
+                self.check(name, "disk", folder, f"{room} of {sum(pages)} pages",
+                           one_line(name, code, child.err))
             else:
                 shutil.rmtree(folder)
 
@@ -451,7 +493,10 @@ class Campaign:
             os.rmdir(folder)
             return
         self.fresh(name, folder)
-        subprocess.run(["mount", "-o", "remount,ro", folder], check=True) if root else os.chmod(folder, 0o555)
+        if root:
+            subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        else:
+            os.chmod(folder, 0o555)
         child = self.start(name, folder)
         problems = one_line(name, child.wait(), child.err)
         subprocess.run(["umount", folder], check=True) if root else os.chmod(folder, 0o755)
@@ -470,14 +515,18 @@ class Campaign:
             if stopped:
                 os.kill(first.pid, signal.SIGCONT)
             done = first.wait()
-            if not (refused == 2 and done == 0 and "another run is writing it" in second.err or refused == 0 and done in (0, 2)):
-                problems.append(f"the stopped one ended with {done}, the second with {refused}: {first.err} {second.err}")
+            if not (refused == 2 and done == 0 and "another run is writing it" in second.err
+                    or refused == 0 and done in (0, 2)):
+                problems.append(f"the stopped one ended with {done}, the second with {refused}: "
+                                f"{first.err} {second.err}")
             self.check(name, "twice", folder, f"stopped at step {at}", problems, litter=True)
         for _ in range(count):
             folder = self.fresh(name)
             both = [self.start(name, folder) for _ in "ab"]
             codes = sorted(child.wait() for child in both)
-            problems = [] if codes in ([0, 0], [0, 2]) else [f"ended with {codes}: {both[0].err} {both[1].err}"]
+            problems = []
+            if codes not in ([0, 0], [0, 2]):
+                problems = [f"ended with {codes}: {both[0].err} {both[1].err}"]
             self.check(name, "twice", folder, "at once", problems, litter=True)
 
     def torn(self, name):
@@ -502,15 +551,19 @@ class Campaign:
         folder = self.fresh(name)
         child = self.start(name, folder, kind="clock", at=seed)
         code = child.wait()
-        problems = [f"ended with {code}: {child.err}"] if code else self.differing(name, folder, whole=True)
+        problems = self.differing(name, folder, whole=True)
+        if code:
+            problems = [f"ended with {code}: {child.err}"]
         self.check(name, "clock", folder, "jumps", problems)
 
 
 def one_line(name, code, err):
-    """What is wrong with the end of a stage that must fail with exit 2 and one line of its own as the last on stderr."""
+    """What is wrong with the end of a stage that must fail with exit 2 and one line of its own as
+    the last on stderr."""
     stage = os.path.basename(STAGES[name][0].split()[0])
-    fine = code == 2 and err.count(f"{stage}: error: ") == 1 and err.splitlines()[-1].startswith(f"{stage}: error: ") and "Traceback" not in err \
-        and "ignored" not in err
+    start = f"{stage}: error: "
+    fine = (code == 2 and err.count(start) == 1 and err.splitlines()[-1].startswith(start)
+            and "Traceback" not in err and "ignored" not in err)
     return [] if fine else [f"not one line and exit 2, but {code}: {err.strip()}"]
 
 
@@ -524,30 +577,38 @@ def state(pid):
 
 
 def mount_tmpfs(folder, bytes):
-    return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={bytes}", "tmpfs", folder], capture_output=True).returncode == 0
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={bytes}", "tmpfs", folder],
+                          capture_output=True).returncode == 0
 
 
-# ---- Endurance -------------------------------------------------------------------------------------------------------
+# ---- Endurance -----------------------------------------------------------------------------------
 def endurance(minutes, keep=2):
-    """Rounds of run.sh with a tiny random model, each a continuation of the run before; a line a round."""
+    """Rounds of run.sh with a tiny random model, each a continuation of the run before; a line a
+    round."""
     folder = tempfile.mkdtemp(prefix="endurance-")
     base = warm().base
-    for name in ("run.sh", "generate.py", "score.py", "train.py", "evaluate.py", "data", "kernels", "experiments"):
+    for name in ("run.sh", "generate.py", "score.py", "train.py", "evaluate.py", "data", "kernels",
+                 "experiments"):
         os.symlink(os.path.join(ROOT, name), os.path.join(folder, name))
     os.mkdir(temporary := os.path.join(folder, "tmp"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": temporary}
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
     began, rows = time.monotonic(), []
-    print("round  seconds  peak RSS MiB  most handles  processes  files  disk KiB  metrics KiB  temporary files")
+    print("round  seconds  peak RSS MiB  most handles  processes  files  disk KiB  metrics KiB  "
+          "temporary files")
     while time.monotonic() - began < 60 * minutes:
         start, handles, most = time.monotonic(), 0, 0
-        command = ["bash", "run.sh", "--name", "endless", "--model", base, "--rounds", str(len(rows) + 1), "--keep", str(keep), "--eval-problems", "0",
-                   "--prompts-per-round", "16", "--n", "8", "--max-new-tokens", "12", "--updates", "2"]
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        command = ["bash", "run.sh", "--name", "endless", "--model", base, "--rounds",
+                   str(len(rows) + 1), "--keep", str(keep), "--eval-problems", "0",
+                   "--prompts-per-round", "16", "--n", "8", "--max-new-tokens", "12", "--updates",
+                   "2"]
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE)
         os.set_blocking(process.stderr.fileno(), False)
         err = b""
         while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)  # usage: of bash and all that it waited for
+            # usage: of bash and all that it waited for
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             err += process.stderr.read() or b""
             if pid:
                 break
@@ -556,17 +617,24 @@ def endurance(minutes, keep=2):
             handles = max([handles, *(count_handles(one) for one in found)])
             time.sleep(0.1)
         if status:
-            sys.exit(f"crash.py: round {len(rows) + 1} ended with {os.waitstatus_to_exitcode(status)}: {err.decode()}")
-        files = [os.path.join(where, name) for where, _, names in os.walk(os.path.join(folder, "runs")) for name in names]
+            code = os.waitstatus_to_exitcode(status)
+            sys.exit(f"crash.py: round {len(rows) + 1} ended with {code}: {err.decode()}")
+        files = [os.path.join(where, name) for where, _, names in os.walk(f"{folder}/runs")
+                 for name in names]
         sizes = {path: os.path.getsize(path) for path in files}
         metrics = sum(size for path, size in sizes.items() if path.endswith("metrics.jsonl"))
-        rows.append((len(rows) + 1, time.monotonic() - start, usage.ru_maxrss / 1024, handles, most, len(files),
-                     (sum(sizes.values()) - metrics) / 1024, metrics / 1024, len(os.listdir(temporary))))
-        print("{:5d}  {:7.1f}  {:12.1f}  {:12d}  {:9d}  {:5d}  {:8.1f}  {:11.1f}  {:15d}".format(*rows[-1]), flush=True)
+        rows.append((len(rows) + 1, time.monotonic() - start, usage.ru_maxrss / 1024, handles, most,
+                     len(files), (sum(sizes.values()) - metrics) / 1024, metrics / 1024,
+                     len(os.listdir(temporary))))
+        print("{:5d}  {:7.1f}  {:12.1f}  {:12d}  {:9d}  {:5d}  {:8.1f}  {:11.1f}  {:15d}".format(
+            *rows[-1]), flush=True)
     rows, third = rows[keep:], max(1, (len(rows) - keep) // 3)
-    print(f"{len(rows) + keep} rounds in {(time.monotonic() - began) / 60:.1f} minutes; first and last third, mean (the first {keep} rounds aside):")
-    for column, name in ((2, "peak RSS MiB"), (3, "most handles"), (5, "files"), (6, "disk KiB without metrics.jsonl"), (8, "temporary files")):
-        first, last = (sum(row[column] for row in part) / third for part in (rows[:third], rows[-third:]))
+    print(f"{len(rows) + keep} rounds in {(time.monotonic() - began) / 60:.1f} minutes; first and "
+          f"last third, mean (the first {keep} rounds aside):")
+    for column, name in ((2, "peak RSS MiB"), (3, "most handles"), (5, "files"),
+                         (6, "disk KiB without metrics.jsonl"), (8, "temporary files")):
+        first, last = (sum(row[column] for row in part) / third
+                       for part in (rows[:third], rows[-third:]))
         print(f"  {name:32} {first:10.1f} {last:10.1f}")
     shutil.rmtree(folder)
 
@@ -587,15 +655,22 @@ def count_handles(pid):
         return 0
 
 
-# ---- The campaign ----------------------------------------------------------------------------------------------------
+# ---- The campaign --------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, help="which stages (default: all)")
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="which faults (default: all)")
-    parser.add_argument("--kills", type=int, default=200, help="random instants, over all stages (default %(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="kills of true processes, a stage (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the instants (default %(default)s)")
-    parser.add_argument("--endurance", type=float, metavar="MINUTES", help="rounds of run.sh instead")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES,
+                        help="which stages (default: all)")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS,
+                        help="which faults (default: all)")
+    parser.add_argument("--kills", type=int, default=200,
+                        help="random instants, over all stages (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=1,
+                        help="kills of true processes, a stage (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="seed of the instants (default %(default)s)")
+    parser.add_argument("--endurance", type=float, metavar="MINUTES",
+                        help="rounds of run.sh instead")
     return parser.parse_args(argv)
 
 
@@ -605,23 +680,32 @@ def main(args):
     began, folder = time.monotonic(), tempfile.mkdtemp(prefix="campaign-")
     campaign = Campaign(folder, args.seed)
     kinds = {
-        "kill": lambda name: campaign.steps(name, "kill"), "power": lambda name: campaign.steps(name, "power"),
-        "full": lambda name: campaign.steps(name, "full"), "instant": lambda name: campaign.instants(name, -(-args.kills // len(args.stages))),
-        "process": lambda name: campaign.instants(name, args.processes, process=True), "disk": lambda name: campaign.disk(name, 8),
+        "kill": lambda name: campaign.steps(name, "kill"),
+        "power": lambda name: campaign.steps(name, "power"),
+        "full": lambda name: campaign.steps(name, "full"),
+        "instant": lambda name: campaign.instants(name, -(-args.kills // len(args.stages))),
+        "process": lambda name: campaign.instants(name, args.processes, process=True),
+        "disk": lambda name: campaign.disk(name, 8),
         "read-only": campaign.read_only, "twice": lambda name: campaign.twice(name, 5),
-        "torn": lambda name: STAGES[name][2] and campaign.torn(name), "clock": lambda name: [campaign.clock(name, seed) for seed in range(3)]}
+        "torn": lambda name: STAGES[name][2] and campaign.torn(name),
+        "clock": lambda name: [campaign.clock(name, seed) for seed in range(3)]}
     for name in args.stages:
         for kind in args.kinds:
             kinds[kind](name)
-            print(f"{name}, {kind}: {campaign.faults[name, kind]} faults, {sum(loss[:2] == (name, kind) for loss in campaign.losses)} losses "
-                  f"({time.monotonic() - began:.0f} s, {Child.seconds:.0f} s of CPU)", file=sys.stderr)
+            losses = sum(loss[:2] == (name, kind) for loss in campaign.losses)
+            print(f"{name}, {kind}: {campaign.faults[name, kind]} faults, {losses} losses "
+                  f"({time.monotonic() - began:.0f} s, {Child.seconds:.0f} s of CPU)",
+                  file=sys.stderr)
     shown = [kind for kind in KINDS if kind in args.kinds]
-    print("| stage | " + " | ".join(shown) + " | faults | losses |\n|---|" + "---|" * (len(shown) + 2))
+    print("| stage | " + " | ".join(shown) + " | faults | losses |\n|---|"
+          + "---|" * (len(shown) + 2))
     for name in [*args.stages, "all"]:
-        counts = [sum(campaign.faults[stage, kind] for stage in args.stages if name in (stage, "all")) for kind in shown]
+        counts = [sum(campaign.faults[stage, kind] for stage in args.stages
+                      if name in (stage, "all")) for kind in shown]
         losses = sum(name in (loss[0], "all") for loss in campaign.losses)
         print(f"| {name} | {' | '.join(map(str, counts))} | {sum(counts)} | {losses} |")
-    print(f"{time.monotonic() - began:.0f} s, of which the forked stages worked {Child.seconds:.0f} s")
+    print(f"{time.monotonic() - began:.0f} s, of which the forked stages worked "
+          f"{Child.seconds:.0f} s")
     if campaign.losses:
         sys.exit(1)
     shutil.rmtree(folder)

@@ -1,6 +1,8 @@
-"""A small slice of the fault campaign (crash.py; the whole of it: python tests/crash.py), and hostile rows and metas.
+"""A small slice of the fault campaign (crash.py; the whole of it: python tests/crash.py), and
+hostile rows and metas.
 
-The kinds of faults are described in crash.py. A loss is an output that is half, missing, doubled or different in the end.
+The kinds of faults are described in crash.py. A loss is an output that is half, missing, doubled or
+different in the end.
 """
 import json
 import os
@@ -17,7 +19,7 @@ import train
 from data import files
 
 
-# ---- Faults ----------------------------------------------------------------------------------------------------------
+# ---- Faults --------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def whole_campaign():
     folder = tempfile.mkdtemp(prefix="campaign-")
@@ -37,7 +39,8 @@ ALL, TORCH = list(crash.STAGES), ("generate", "train")
 @pytest.mark.parametrize("kind", ["kill", "power", "full"])
 @pytest.mark.parametrize("name", ALL)
 def test_at_every_step_towards_the_disk(campaign, name, kind):
-    """Killed, cut off from power or out of room there, nothing is lost. Here every step of score.py, every ninth elsewhere."""
+    """Killed, cut off from power or out of room there, nothing is lost. Here every step of
+    score.py, every ninth elsewhere."""
     stride = 1 if name == "score" else 9
     campaign.steps(name, kind, stride=stride, first=0 if stride == 1 else ALL.index(name))
     assert not campaign.losses and campaign.faults[name, kind] >= (10 if stride == 1 else 1)
@@ -91,15 +94,20 @@ def test_the_campaign_sees_a_loss(campaign, monkeypatch):
     assert campaign.differing("score", folder, whole=False) == ["scored.jsonl"]
     child = campaign.start("score", campaign.fresh("score"), kind="kill", at=0)
     assert child.wait() == -signal.SIGKILL
-    assert crash.one_line("score", 1, "Traceback") and crash.one_line("score", 2, "score.py: error: a\nscore.py: error: b\n")
+    assert crash.one_line("score", 1, "Traceback")
+    assert crash.one_line("score", 2, "score.py: error: a\nscore.py: error: b\n")
 
 
-# ---- Hostile rows ----------------------------------------------------------------------------------------------------
-ROW = {"id": "a", "sample": 0, "task": "countdown", "numbers": [1, 2], "target": 3, "n_solutions": 1, "completion": "1+2",
-       "prompt_ids": [3, 4], "completion_ids": [5, 6], "logprobs": [-1.0, -0.5], "finish_reason": "stop", "correct": True, "reward": 1.0,
+# ---- Hostile rows --------------------------------------------------------------------------------
+ROW = {"id": "a", "sample": 0, "task": "countdown", "numbers": [1, 2], "target": 3,
+       "n_solutions": 1, "completion": "1+2",
+       "prompt_ids": [3, 4], "completion_ids": [5, 6], "logprobs": [-1.0, -0.5],
+       "finish_reason": "stop", "correct": True, "reward": 1.0,
        "solution": "1+2", "pred": "1+2", "reason": "ok", "source": "s"}
-ROWS = [{**ROW, "id": name, "sample": sample} for name in ("../../etc/passwd", "test/807.json\x1b[2J") for sample in (0, 1)]
-ODD = [None, True, 0.5, -1, 10**30, 1e300, "x", "", [], {}, [None], ["x"], [0.5], [True], [[1]], [-1], [2**40], [1e300, 1e300], {"a": 1}]
+ROWS = [{**ROW, "id": name, "sample": sample}
+        for name in ("../../etc/passwd", "test/807.json\x1b[2J") for sample in (0, 1)]
+ODD = [None, True, 0.5, -1, 10**30, 1e300, "x", "", [], {}, [None], ["x"], [0.5], [True], [[1]],
+       [-1], [2**40], [1e300, 1e300], {"a": 1}]
 
 
 class Read(Exception):
@@ -108,14 +116,16 @@ class Read(Exception):
 
 def written(tmp_path, rows):
     path = tmp_path / "scored.jsonl"
-    path.write_bytes(rows if isinstance(rows, bytes) else "".join(json.dumps(row) + "\n" for row in rows).encode())
+    path.write_bytes(rows if isinstance(rows, bytes)
+                     else "".join(json.dumps(row) + "\n" for row in rows).encode())
     (tmp_path / "scored.jsonl.meta.json").write_text('{"sampling": {"temperature": 1.0}}')
     return str(path)
 
 
 @pytest.fixture
 def read(tmp_path, monkeypatch, capfd):
-    """read(stage, rows): the one line with which the stage refuses them; None if it takes them all."""
+    """read(stage, rows): the one line with which the stage refuses them; None if it takes them
+    all."""
     def reached(*args, **flags):
         raise Read
     monkeypatch.setattr(train, "check_model", lambda *args: {})
@@ -125,7 +135,8 @@ def read(tmp_path, monkeypatch, capfd):
 
     def call(stage, rows):
         path = written(tmp_path, rows)
-        argv = [path] if stage is evaluate else ["--model", "m", "--rollouts", path, "--out", str(tmp_path / "out")]
+        argv = [path] if stage is evaluate else ["--model", "m", "--rollouts", path, "--out",
+                                                 str(tmp_path / "out")]
         capfd.readouterr()
         try:
             files.run(stage.main, stage.parse_args(argv))
@@ -133,18 +144,25 @@ def read(tmp_path, monkeypatch, capfd):
             return None
         except SystemExit as end:
             err = capfd.readouterr().err
-            assert end.code == 2 and err.count("\n") == 1 and err.startswith(f"{stage.__name__}.py: error: {path}") and err[:-1].isprintable()
+            assert end.code == 2
+            assert err.count("\n") == 1
+            assert err.startswith(f"{stage.__name__}.py: error: {path}")
+            assert err[:-1].isprintable()
             return err.removeprefix(f"{stage.__name__}.py: error: {path}").strip()
     yield call
     signal.signal(signal.SIGTERM, handler)
-    assert sorted(os.listdir(tmp_path)) == ["scored.jsonl", "scored.jsonl.meta.json"]  # an id is no file name
+    # an id is no file name
+    assert sorted(os.listdir(tmp_path)) == ["scored.jsonl", "scored.jsonl.meta.json"]
 
 
 FINE = {  # what of ODD a field may hold; the fields that a stage does not read may hold anything
-    train: {"id": ["x", ""], "sample": [], "prompt_ids": [], "completion_ids": [], "logprobs": [], "finish_reason": [],
+    train: {"id": ["x", ""], "sample": [], "prompt_ids": [], "completion_ids": [], "logprobs": [],
+            "finish_reason": [],
             "correct": [True], "reward": [0.5, -1]},
-    evaluate: {"id": ["x", ""], "sample": [], "task": ["x", ""], "completion_ids": [[], [-1], [2**40]],
-               "finish_reason": [], "correct": [True], "source": ["x", ""], "n_solutions": [None, -1, 10**30], "solution": ["x", ""]},
+    evaluate: {"id": ["x", ""], "sample": [], "task": ["x", ""],
+               "completion_ids": [[], [-1], [2**40]],
+               "finish_reason": [], "correct": [True], "source": ["x", ""],
+               "n_solutions": [None, -1, 10**30], "solution": ["x", ""]},
 }
 
 
@@ -152,22 +170,31 @@ FINE = {  # what of ODD a field may hold; the fields that a stage does not read 
 def test_wrong_types_in_every_field(stage, read):
     for field in ROW:
         for value in ODD:
-            said = read(stage, [{**ROW, "id": "b"}, {**ROW, "id": "b", "sample": 1}, {**ROW, field: value}, {**ROW, "sample": 1}])
-            if stage is evaluate and said and (said.startswith(":4: 'a' is another problem") or "more than its n_solutions" in said):
+            said = read(stage, [{**ROW, "id": "b"}, {**ROW, "id": "b", "sample": 1},
+                                {**ROW, field: value}, {**ROW, "sample": 1}])
+            if stage is evaluate and said and (said.startswith(":4: 'a' is another problem")
+                                               or "more than its n_solutions" in said):
                 said = None  # the field was taken; what it says does not go with the other rows
             fine = FINE[stage].get(field, ODD)
             taken = any(value is one or value == one and type(value) is type(one) for one in fine)
-            known = ("samples", "logprobs for", "another", "prompt_ids differ") if field in ("id", "completion_ids", "logprobs", "prompt_ids") else ()
-            assert (said is None) == taken or known and any(word in said for word in known), (field, value, said)
-            assert said is None or known or said.startswith(":3: "), (field, value, said)
+            others = ()  # what the other rows may make of it
+            if field in ("id", "completion_ids", "logprobs", "prompt_ids"):
+                others = ("samples", "logprobs for", "another", "prompt_ids differ")
+            case = field, value, said
+            assert (said is None) == taken or any(word in said for word in others), case
+            assert said is None or others or said.startswith(":3: "), case
 
 
 @pytest.mark.parametrize("stage", [train, evaluate])
 @pytest.mark.parametrize("line, told", [
-    (b"[" * 10**6, ":5: not a valid JSON row"), (b'{"a":' * 10**6, ":5: not a valid JSON row"), (b'{"id": "a", "id": "b"}', ":5: missing field 'sample'"),
-    (b'{"id": "a", "sample": 1e999}', ":5: field 'sample'"), (b'{"id": "a", "reward": NaN}', ":5: not a valid JSON row"),
-    (b'{"id": "a", "x": ' + b"9" * 5000 + b"}", ":5: missing field 'sample'"), (b'{"id": "\xff"}', ":5: not a valid JSON row"),
-    (b'{"id": "\\udc80"}', ":5: not a valid JSON row"), (b'{"id": "a', ":5: not a valid JSON row"), (b"17", ":5: not a valid JSON row (Expected object, got int)"),
+    (b"[" * 10**6, ":5: not a valid JSON row"), (b'{"a":' * 10**6, ":5: not a valid JSON row"),
+    (b'{"id": "a", "id": "b"}', ":5: missing field 'sample'"),
+    (b'{"id": "a", "sample": 1e999}', ":5: field 'sample'"),
+    (b'{"id": "a", "reward": NaN}', ":5: not a valid JSON row"),
+    (b'{"id": "a", "x": ' + b"9" * 5000 + b"}", ":5: missing field 'sample'"),
+    (b'{"id": "\xff"}', ":5: not a valid JSON row"),
+    (b'{"id": "\\udc80"}', ":5: not a valid JSON row"), (b'{"id": "a', ":5: not a valid JSON row"),
+    (b"17", ":5: not a valid JSON row (Expected object, got int)"),
     (json.dumps(ROWS[0]).encode(), ":5: "),
 ], ids=lambda value: None if isinstance(value, str) else "row")
 def test_hostile_lines(stage, read, line, told):
@@ -188,7 +215,8 @@ def test_a_line_of_100_mb_is_refused_unread(stage, read, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage", [train, evaluate])
 def test_crlf_a_bom_and_odd_ids_are_read_as_what_they_are(stage, read):
-    text = "\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in ROWS) + "\r\n \r\n"
+    text = "\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\r\n"
+                              for row in ROWS) + "\r\n \r\n"
     assert read(stage, text.encode()) is None
 
 
@@ -198,12 +226,15 @@ def test_a_hostile_id_does_not_command_the_terminal(stage, read):
     assert "\\x1b[2J" in said and ":5: " in said
 
 
-@pytest.mark.parametrize("meta", ["", "{", "[]", "5", "null", "{}", "[" * 10**5, '{"sampling": 5}', '{"sampling": [1]}', '{"sampling": "x"}', "\udc80"])
-def test_a_hostile_meta_is_refused_by_train_and_no_news_to_evaluate(meta, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("meta", ["", "{", "[]", "5", "null", "{}", "[" * 10**5, '{"sampling": 5}',
+                                  '{"sampling": [1]}', '{"sampling": "x"}', "\udc80"])
+def test_a_hostile_meta_is_refused_by_train_and_no_news_to_evaluate(meta, tmp_path, capfd,
+                                                                    monkeypatch):
     path = written(tmp_path, ROWS)
     (tmp_path / "scored.jsonl.meta.json").write_bytes(meta.encode(errors="surrogateescape"))
     with pytest.raises(SystemExit) as end:
-        train.sampling_of(types.SimpleNamespace(rollouts=path, temperature=None, allow_off_policy=False))
+        train.sampling_of(types.SimpleNamespace(rollouts=path, temperature=None,
+                                                allow_off_policy=False))
     assert end.value.code == 2 and capfd.readouterr().err.count("\n") == 1
     evaluate.main(evaluate.parse_args([path, "--resamples", "10"]))
     assert "4 problems" not in capfd.readouterr().out

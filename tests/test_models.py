@@ -1,8 +1,11 @@
-"""Every architecture that the README names, at toy size with random weights: the three ways to compute a log-prob (sampling with a
-cache, training with shared prompts, training with repeated ones) agree with a plain pass, and the whole pipeline runs on it."""
+"""Every architecture that the README names, at toy size with random weights: the three ways to
+compute a log-prob (sampling with a cache, training with shared prompts, training with repeated
+ones) agree with a plain pass, and the whole pipeline runs on it. And data/models.py: what folders
+it refuses, what a round takes over."""
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,58 +14,75 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import evaluate
 import generate
 import score
 import train
+from data import models
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
 ENDS = [0, *range(5, 15)]  # several end-of-text ids; the first is the padding too
-ROPE3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-         "original_max_position_embeddings": 32}
-# Sliding windows are 8 tokens, shorter than the prompts; two key-value heads serve four query heads.
+ROPE3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+         "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+# Sliding windows are 8 tokens, shorter than prompts; two key-value heads serve four query heads.
 ARCHITECTURES = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-window": ("Qwen2", {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen2-window": ("Qwen2", {"num_hidden_layers": 3, "use_sliding_window": True,
+                               "sliding_window": 8, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "llama": ("Llama", {"rope_parameters": ROPE3}),
     "mistral": ("Mistral", {"head_dim": 8, "sliding_window": 8}),
-    "ministral": ("Ministral", {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
-    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0,
+    "ministral": ("Ministral", {"head_dim": 8, "sliding_window": 8,
+                                "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0,
+                          "attn_logit_softcapping": 2.0,
                           "query_pre_attn_scalar": 8}),
-    "gemma3": ("Gemma3Text", {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+    "gemma3": ("Gemma3Text", {"head_dim": 8, "sliding_window": 8,
+                              "layer_types": ["sliding_attention", "full_attention"],
                               "query_pre_attn_scalar": 8}),
     "phi": ("Phi", {}),  # a bias in the head
     "phi3": ("Phi3", {"sliding_window": 8}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2-moe": ("Qwen2Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "qwen2-moe": ("Qwen2Moe", {"num_experts": 4, "num_experts_per_tok": 2,
+                               "moe_intermediate_size": 16,
                                "shared_expert_intermediate_size": 16}),
-    "qwen3-moe": ("Qwen3Moe", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "qwen3-moe": ("Qwen3Moe", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                               "moe_intermediate_size": 16}),
     "cohere2": ("Cohere2", {"sliding_window": 8, "logit_scale": 0.25}),
     "granite": ("Granite", {"logits_scaling": 4.0}),
     "olmo2": ("Olmo2", {}),
     "gpt2": ("GPT2", {}),  # learned positions, where all others see distances alone
     "gpt-oss": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "sliding_window": 8}),
-    "deepseek": ("DeepseekV3", {"num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
-                                "num_experts_per_tok": 2, "moe_intermediate_size": 16, "q_lora_rank": 16, "kv_lora_rank": 16,
-                                "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1}),
+    "deepseek": ("DeepseekV3", {"num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4,
+                                "n_group": 1, "topk_group": 1,
+                                "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                                "q_lora_rank": 16, "kv_lora_rank": 16,
+                                "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+                                "first_k_dense_replace": 1}),
 }
-NOT_SHARED = ("qwen2-window", "mistral", "ministral", "gemma2", "gemma3", "phi3", "cohere2", "gpt-oss",  # windows, soft caps, sinks
+# windows, soft caps, sinks
+NOT_SHARED = ("qwen2-window", "mistral", "ministral", "gemma2", "gemma3", "phi3", "cohere2",
+              "gpt-oss",
               "deepseek")  # what it caches is not yet its keys and values
-ORDINARY = ("qwen2", "gemma2")  # these run the pipeline in the ordinary tests, the others in the slow ones
+# these run the pipeline in the ordinary tests, the others in the slow ones
+ORDINARY = ("qwen2", "gemma2")
 
 
-# ---- Helpers ------------------------------------------------------------------------------------------------------------
+# ---- Helpers -------------------------------------------------------------------------------------
 def build(name, vocab_size=64, seed=0, **more):
     """A random model of an architecture, its weights large enough that its logits differ."""
     kind, flags = ARCHITECTURES.get(name, (name, {}))
     config = getattr(transformers, kind + "Config")(**{
-        "vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 48, "max_position_embeddings": 256, "eos_token_id": ENDS, "pad_token_id": ENDS[0], "bos_token_id": None,
+        "vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "max_position_embeddings": 256, "eos_token_id": ENDS,
+        "pad_token_id": ENDS[0], "bos_token_id": None,
         **flags, **more})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -76,24 +96,32 @@ def build(name, vocab_size=64, seed=0, **more):
 
 
 def make_tokenizer():
-    """A byte-level BPE with a chat template; some tokens are whole boxed answers, so that a random model is right now and then."""
-    tokenizer = Tokenizer(models.BPE())
+    """A byte-level BPE with a chat template; some tokens are whole boxed answers, so that a random
+    model is right now and then."""
+    tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(["What is 12 + 30? Please reason step by step"] * 3, trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", unk_token="<|end|>")
-    tokenizer.add_tokens(["\\boxed{" + "0" * zeros + digit + "}" for digit in "12" for zeros in range(8)])
-    tokenizer.chat_template = "{% for turn in messages %}<{{ turn['role'] }}> {{ turn['content'] }}\n{% endfor %}<assistant> "
+    tokenizer.train_from_iterator(["What is 12 + 30? Please reason step by step"] * 3,
+                                  trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>",
+                                        pad_token="<|end|>", unk_token="<|end|>")
+    tokenizer.add_tokens(["\\boxed{" + "0" * zeros + digit + "}" for digit in "12"
+                          for zeros in range(8)])
+    tokenizer.chat_template = ("{% for turn in messages %}<{{ turn['role'] }}> "
+                               "{{ turn['content'] }}\n{% endfor %}<assistant> ")
     return tokenizer
 
 
-GENERATION = {"eos_token_id": ENDS, "pad_token_id": ENDS[0], "do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.7,
+GENERATION = {"eos_token_id": ENDS, "pad_token_id": ENDS[0], "do_sample": True, "top_k": 20,
+              "top_p": 0.8, "temperature": 0.7,
               "repetition_penalty": 1.05, "transformers_version": "4.37.0", "of_its_own": [1, 2]}
 
 
 def make_folder(name, folder, **more):
-    """What somebody downloads: config, safetensors, tokenizer and a generation_config.json with sampling settings of its own."""
+    """What somebody downloads: config, safetensors, tokenizer and a generation_config.json with
+    sampling settings of its own."""
     tokenizer = make_tokenizer()
     build(name, len(tokenizer), **more).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -111,10 +139,13 @@ def read(path):
 
 
 def forced(model, prompt, completion, temperature):
-    """log pi of each completion token and the entropy there, by a plain pass over one row and autograd's own softmax."""
-    logits = model(input_ids=torch.tensor([list(prompt) + list(completion)]), use_cache=False).logits[0, len(prompt) - 1:-1].float()
+    """log pi of each completion token and the entropy there, by a plain pass over one row and
+    autograd's own softmax."""
+    logits = model(input_ids=torch.tensor([list(prompt) + list(completion)]),
+                   use_cache=False).logits[0, len(prompt) - 1:-1].float()
     logp = torch.log_softmax(logits / temperature, -1)
-    return logp.gather(1, torch.tensor(np.asarray(completion))[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+    targets = torch.tensor(np.asarray(completion))[:, None]
+    return logp.gather(1, targets).squeeze(1), -(logp.exp() * logp).sum(-1)
 
 
 def refusal(capfd, call, *args):
@@ -126,11 +157,12 @@ def refusal(capfd, call, *args):
     return lines[0]
 
 
-# ---- The sampler ----------------------------------------------------------------------------------------------------------
+# ---- The sampler ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("attention", ["model", "shared"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sampled_logprobs_equal_a_plain_pass(name, attention):
-    """To 1e-5, with padded prompts longer and shorter than the sliding window, several ends, and rows dropped when they end."""
+    """To 1e-5, with padded prompts longer and shorter than the sliding window, several ends, and
+    rows dropped when they end."""
     model, rng = build(name), np.random.default_rng(1)
     if attention == "shared" and name in NOT_SHARED:
         with pytest.raises(ValueError, match="--attention shared needs SDPA over plain keys"):
@@ -142,7 +174,8 @@ def test_sampled_logprobs_equal_a_plain_pass(name, attention):
     prompts = [rng.integers(6, 64, length).tolist() for length in (3, 20, 9, 8)]
     owner = [0, 0, 1, 1, 1, 2, 3, 3]
     args = argparse.Namespace(max_new_tokens=20, temperature=0.7, top_p=1.0, top_k=0, stop=[])
-    tokens, logprobs, lengths, stops = generate.sample(model, prompts, owner, rng.random((8, 20)), [0, 5], None, args)
+    tokens, logprobs, lengths, stops = generate.sample(model, prompts, owner, rng.random((8, 20)),
+                                                       [0, 5], None, args)
     assert any(stops) and max(lengths) == 20  # some were dropped, some went on
     model.set_attn_implementation(build(name).config._attn_implementation)
     for row, length in enumerate(lengths):
@@ -151,34 +184,40 @@ def test_sampled_logprobs_equal_a_plain_pass(name, attention):
         assert (logp - logprobs[row, :length]).abs().max() < 1e-5
 
 
-LOCAL = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 8}
+LOCAL = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4,
+         "window_size": 8}
 
 
 def prepared(model, lengths=(9, 3, 20), rows=4):
     """What generate.prepare makes of a model: the name of its attention."""
-    flags = ["--model", "m", "--prompts", "p", "--out", "o", "--max-new-tokens", "16", "--temperature", "0"]
+    flags = ["--model", "m", "--prompts", "p", "--out", "o", "--max-new-tokens", "16",
+             "--temperature", "0"]
     rng = np.random.default_rng(1)
-    encoded = [rng.integers(15, 64, length).tolist() for length in lengths] + [[]]  # the last one is skipped
+    # the last one is skipped
+    encoded = [rng.integers(15, 64, length).tolist() for length in lengths] + [[]]
     generate.prepare(model, "cpu", rows, encoded, generate.parse_args(flags))
     return model.config._attn_implementation
 
 
 def test_what_a_batch_samples_otherwise_than_alone_is_refused():
-    with pytest.raises(ValueError, match="unsupported architecture: log-probs of a batch differ by"):
+    with pytest.raises(ValueError,
+                       match="unsupported architecture: log-probs of a batch differ by"):
         prepared(build("Roberta", is_decoder=True, pad_token_id=1))  # its positions begin at 2
 
 
 def test_the_trial_lets_others_pass():
     assert prepared(build("qwen2")) == "shared" and prepared(build("gemma2")) == "eager"
     assert prepared(build("GPTNeo", **LOCAL)) == "eager"  # plain sampling has the window right
-    assert prepared(build("Doge")) == "sdpa"  # its layers make masks of their own, which `shared` would not see
+    # its layers make masks of their own, which `shared` would not see
+    assert prepared(build("Doge")) == "sdpa"
     assert prepared(build("qwen2"), rows=1) == prepared(build("qwen2"), lengths=(5,)) == "shared"
 
 
-# ---- The policy -----------------------------------------------------------------------------------------------------------
+# ---- The policy ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_shared_and_repeated_prompts_equal_a_plain_pass(name):
-    """Log-probs to 1e-5 and gradients (through the prompt's cache) to 1e-5 relative; prompts longer and shorter than the window."""
+    """Log-probs to 1e-5 and gradients (through the prompt's cache) to 1e-5 relative; prompts longer
+    and shorter than the window."""
     model, rng = build(name), np.random.default_rng(0)
     policy = train.Policy(model, 0.7, True)
     policy.check(name)
@@ -191,9 +230,11 @@ def test_shared_and_repeated_prompts_equal_a_plain_pass(name):
         model.zero_grad()
         (logp * weight + 0.1 * entropy).sum().backward()
         assert all(weight.grad is not None for weight in model.parameters())
-        return logp.detach(), entropy.detach(), torch.cat([weight.grad.flatten() for weight in model.parameters()])
+        return logp.detach(), entropy.detach(), torch.cat([weight.grad.flatten()
+                                                           for weight in model.parameters()])
 
-    rows = [forced(model, prompt, completion, 0.7) for prompt, completion in zip(prompts, completions)]
+    rows = [forced(model, prompt, completion, 0.7)
+            for prompt, completion in zip(prompts, completions)]
     expected = outcome(*map(torch.cat, zip(*rows)))
     assert expected[0].std() > 0.1
     for policy.share in (True, False):
@@ -203,18 +244,24 @@ def test_shared_and_repeated_prompts_equal_a_plain_pass(name):
         assert (gradient - expected[2]).norm() < 1e-5 * expected[2].norm()
 
 
-LONGROPE = {"max_position_embeddings": 512, "original_max_position_embeddings": 64, "rope_parameters": {
-    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+LONGROPE = {"max_position_embeddings": 512, "original_max_position_embeddings": 64,
+            "rope_parameters": {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
     "original_max_position_embeddings": 64}}
 
 
-@pytest.mark.parametrize("kind, flags", [("gpt2", {"max_position_embeddings": 64}), ("Phi3", LONGROPE)])
+@pytest.mark.parametrize("kind, flags", [("gpt2", {"max_position_embeddings": 64}),
+                                         ("Phi3", LONGROPE)])
 def test_rows_up_to_the_last_position(kind, flags, capfd):
-    """Padding of a short completion after a long prompt lies past the last position: it may neither raise nor turn the others."""
+    """Padding of a short completion after a long prompt lies past the last position: it may neither
+    raise nor turn the others."""
     model = build(kind, **flags)
     policy = train.Policy(model, 1.0, True)
     rng = np.random.default_rng(0)
-    prompts, completions = [rng.integers(6, 64, length).tolist() for length in (60, 4)], [rng.integers(6, 64, length) for length in (4, 60)]
+    prompts, completions = [rng.integers(6, 64, length).tolist()
+                            for length in (60, 4)], [rng.integers(6, 64, length)
+                                                     for length in (4, 60)]
 
     def row(prompt, completion):
         return argparse.Namespace(prompt=prompt, completion=np.asarray(completion), where="rows:1")
@@ -223,20 +270,24 @@ def test_rows_up_to_the_last_position(kind, flags, capfd):
     for policy.share in (True, False):
         with torch.no_grad():
             logp, _ = policy(prompts, completions)
-            expected = torch.cat([forced(model, *both, 1.0)[0] for both in zip(prompts, completions)])
+            expected = torch.cat([forced(model, *both, 1.0)[0]
+                                  for both in zip(prompts, completions)])
         assert (logp - expected).abs().max() < 1e-5
     assert "rows:1: 65 tokens of prompt and completion exceed the 64 positions" in refusal(
         capfd, policy.check, kind, [row(prompts[0], [7] * 5)])
 
 
 def test_a_decoder_without_hidden_states_is_refused_aloud(capfd):
-    model = build("Llama4Text", head_dim=8, num_local_experts=2, attention_chunk_size=8, intermediate_size_mlp=48, no_rope_layers=[1, 0])
-    assert "its decoder returns no hidden states" in refusal(capfd, train.Policy(model, 1.0, False).check, "llama4")
+    model = build("Llama4Text", head_dim=8, num_local_experts=2, attention_chunk_size=8,
+                  intermediate_size_mlp=48, no_rope_layers=[1, 0])
+    policy = train.Policy(model, 1.0, False)
+    assert "its decoder returns no hidden states" in refusal(capfd, policy.check, "llama4")
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi", "cohere2", "granite"])
 def test_the_head_is_the_models_own(name):
-    """Soft-capping, bias and scaling of the logits are not left out: without them the outcome would be another one."""
+    """Soft-capping, bias and scaling of the logits are not left out: without them the outcome would
+    be another one."""
     policy = train.Policy(build(name), 1.0, False)
     prompt, completion = [7, 8, 9], np.arange(10, 20)
     with torch.no_grad():
@@ -252,7 +303,8 @@ def test_an_unsupported_head_is_refused_aloud(capfd):
     model = build("llama")
     head = model.lm_head
     model.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
-    assert "not a linear layer but Sequential" in refusal(capfd, train.Policy(model, 1.0, True).check, "sequential")
+    policy = train.Policy(model, 1.0, True)
+    assert "not a linear layer but Sequential" in refusal(capfd, policy.check, "sequential")
     model.lm_head = head
     plain = model.forward
 
@@ -262,23 +314,31 @@ def test_an_unsupported_head_is_refused_aloud(capfd):
         return output
 
     model.forward = shifted
-    assert "unsupported head: its logits" in refusal(capfd, train.Policy(model, 1.0, True).check, "shifted")
+    policy = train.Policy(model, 1.0, True)
+    assert "unsupported head: its logits" in refusal(capfd, policy.check, "shifted")
     multiplied = build("HyperCLOVAX", logits_scaling=4.0)  # where Granite divides
-    assert "unsupported head: its logits" in refusal(capfd, train.Policy(multiplied, 1.0, True).check, "multiplied")
+    policy = train.Policy(multiplied, 1.0, True)
+    assert "unsupported head: its logits" in refusal(capfd, policy.check, "multiplied")
 
 
 def test_pictures_are_refused_aloud(capfd):
     text = build("gemma3").config.to_dict()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    model = AutoModelForCausalLM.from_config(transformers.Gemma3Config(text_config=text, vision_config=vision), dtype=torch.float32)
-    assert "belongs neither to the text decoder nor to its head" in refusal(capfd, train.Policy(model, 1.0, True).check, "pictures")
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    line = refusal(capfd, train.Policy(model, 1.0, True).check, "pictures")
+    assert "belongs neither to the text decoder nor to its head" in line
 
 
-@pytest.mark.parametrize("kind, flags", [("Mamba", {}), ("Lfm2", {"layer_types": ["conv", "full_attention"]}), 
-                                         ("Qwen3_5Text", {"num_hidden_layers": 4, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-                                                          "linear_key_head_dim": 8, "linear_value_head_dim": 8})])
+@pytest.mark.parametrize("kind, flags", [
+    ("Mamba", {}), ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+    ("Qwen3_5Text", {"num_hidden_layers": 4, "head_dim": 8, "linear_num_key_heads": 2,
+                     "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+                     "linear_value_head_dim": 8})])
 def test_a_cache_that_cannot_be_repeated_is_refused_aloud(kind, flags, tmp_path, capfd):
-    """Recurrent states: generate.py refuses; train.py asks for --no-share-prompts, with which it is right."""
+    """Recurrent states: generate.py refuses; train.py asks for --no-share-prompts, with which it is
+    right."""
     model = build(kind, **flags)
     policy = train.Policy(model, 1.0, True)
     assert "give --no-share-prompts" in refusal(capfd, policy.check, kind)
@@ -294,33 +354,45 @@ def test_a_cache_that_cannot_be_repeated_is_refused_aloud(kind, flags, tmp_path,
         generate.choose_attention(sampler, "cpu")
 
 
-# ---- The pipeline -----------------------------------------------------------------------------------------------------------
-PROBLEMS = [{"id": f"maths/{i}.json", "task": "math", "source": "made-up", "answer": str(1 + i % 2), "note": {"of": ["no", "stage"]},
+# ---- The pipeline --------------------------------------------------------------------------------
+PROBLEMS = [{"id": f"maths/{i}.json", "task": "math", "source": "made-up", "answer": str(1 + i % 2),
+             "note": {"of": ["no", "stage"]},
              "messages": [{"role": "system", "content": "Put your final answer within \\boxed{}."},
-                          {"role": "user", "content": f"What is {'12 + ' * i}30?"}]} for i in range(4)]
+                          {"role": "user", "content": f"What is {'12 + ' * i}30?"}]}
+                          for i in range(4)]
 
 
-@pytest.mark.parametrize("name", [name if name in ORDINARY else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES])
+@pytest.mark.parametrize("name", [name if name in ORDINARY
+                                  else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in ARCHITECTURES])
 def test_the_whole_pipeline(name, tmp_path, monkeypatch):
     """Maths rows, chat template, generate, score, two updates, another round, evaluate."""
     folder = make_folder(name, tmp_path / "model")
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
-    paths = {stage: str(tmp_path / f"{stage}.jsonl") for stage in ("prompts", "rollouts", "scored", "after", "scored-after")}
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(problem) + "\n"
+                                                    for problem in PROBLEMS))
+    paths = {stage: str(tmp_path / f"{stage}.jsonl")
+             for stage in ("prompts", "rollouts", "scored", "after", "scored-after")}
 
     def sample(model, out):
-        generate.main(generate.parse_args(["--model", model, "--prompts", paths["prompts"], "--out", out, "--n", "6", "--temperature", "0.7",
-                                           "--max-new-tokens", "16", "--device", "cpu", "--max-batch-tokens", "700"]))
+        generate.main(generate.parse_args(["--model", model, "--prompts", paths["prompts"], "--out",
+                                           out, "--n", "6", "--temperature", "0.7",
+                                           "--max-new-tokens", "16", "--device", "cpu",
+                                           "--max-batch-tokens", "700"]))
 
     # 1. The sampler's log-probs are the model's.
     sample(folder, paths["rollouts"])
-    rows, model, tokenizer = read(paths["rollouts"]), load(folder), AutoTokenizer.from_pretrained(folder)
+    rows, model, tokenizer = read(paths["rollouts"]), load(folder), AutoTokenizer.from_pretrained(
+        folder)
     with torch.no_grad():
         for row in rows:
             logp, _ = forced(model, row["prompt_ids"], row["completion_ids"], 0.7)
             assert torch.allclose(logp, torch.tensor(row["logprobs"]), atol=1e-4)
-            assert tokenizer.decode(row["prompt_ids"]) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            assert tokenizer.decode(row["prompt_ids"]) == tokenizer.apply_chat_template(
+                row["messages"], tokenize=False)
     ends = {row["completion_ids"][-1] for row in rows if row["finish_reason"] == "stop"}
-    assert ends and ends <= set(ENDS) and not any(set(ENDS) & set(row["completion_ids"][:-1]) for row in rows)
+    assert ends
+    assert ends <= set(ENDS)
+    assert not any(set(ENDS) & set(row["completion_ids"][:-1]) for row in rows)
 
     # 2. Scores: right now and then.
     score.main(score.parse_args([paths["rollouts"], "--out", paths["scored"], "--workers", "1"]))
@@ -335,65 +407,90 @@ def test_the_whole_pipeline(name, tmp_path, monkeypatch):
         save_round(out, policy, *args, **kwargs)
 
     monkeypatch.setattr(train, "save_round", spy)
-    update = ["--rollouts", paths["scored"], "--lr", "1e-2", "--updates", "2", "--device", "cpu", "--micro-batch-tokens", "200"]
+    update = ["--rollouts", paths["scored"], "--lr", "1e-2", "--updates", "2", "--device", "cpu",
+              "--micro-batch-tokens", "200"]
     one, two = str(tmp_path / "round-1"), str(tmp_path / "round-2")
     train.main(train.parse_args(["--model", folder, "--out", one, *update]))
     first, second = read(f"{one}/metrics.jsonl")
-    assert first["logprob_gap_max"] < 1e-4 and second["logprob_gap_max"] < 1e-4  # pi_old of both comes before the first
-    assert abs(first["ratio_max"] - 1) < 1e-5 and first["clip_low_frac"] == first["clip_high_frac"] == 0 and abs(first["approx_kl"]) < 1e-9
+    # pi_old of both comes before the first
+    assert first["logprob_gap_max"] < 1e-4 and second["logprob_gap_max"] < 1e-4
+    assert abs(first["ratio_max"] - 1) < 1e-5
+    assert first["clip_low_frac"] == first["clip_high_frac"] == 0
+    assert abs(first["approx_kl"]) < 1e-9
     assert second["ratio_max"] > 1 + 1e-3 and first["grad_norm"] > 0
 
-    # 4. The folder: another model, that reloads with the same logits, tokenizer and generation config.
+    # 4. The folder: another model, that reloads with the same logits, tokenizer and generation
+    # config.
     after, ids = load(one), torch.tensor([rows[0]["prompt_ids"]])
     with torch.no_grad():
         logits = after(input_ids=ids).logits
-        assert torch.equal(logits, kept["model"](input_ids=ids).logits) and not torch.allclose(logits, model(input_ids=ids).logits, atol=1e-2)
+        assert torch.equal(logits, kept["model"](input_ids=ids).logits)
+        assert not torch.allclose(logits, model(input_ids=ids).logits, atol=1e-2)
     assert {weight.dtype for weight in after.parameters()} == {torch.float32}
-    assert (tmp_path / "round-1" / "generation_config.json").read_bytes() == (tmp_path / "model" / "generation_config.json").read_bytes()
-    config, original = (json.loads((tmp_path / which / "config.json").read_text()) for which in ("round-1", "model"))
-    assert config == original
+    assert (tmp_path / "round-1" / "generation_config.json").read_bytes() == (
+        tmp_path / "model" / "generation_config.json").read_bytes()
+    config, original = (json.loads((tmp_path / which / "config.json").read_text())
+                        for which in ("round-1", "model"))
+    assert {key: config[key] for key in original} == original
+    assert config.keys() - original.keys() <= {"rope_theta", "rope_scaling"}
     copied = AutoTokenizer.from_pretrained(one)
     text = "What is 12 + 30? \\boxed{01} naïve 数学\n"
-    assert copied(text)["input_ids"] == tokenizer(text)["input_ids"] and copied.decode(copied(text)["input_ids"]) == text
-    assert copied.chat_template == tokenizer.chat_template and copied.eos_token_id == copied.pad_token_id == 0
+    assert copied(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert copied.decode(copied(text)["input_ids"]) == text
+    assert copied.chat_template == tokenizer.chat_template
+    assert copied.eos_token_id == copied.pad_token_id == 0
 
     # 5. It can be sampled, goes on with its optimizer, and is evaluated beside the first.
     sample(one, paths["after"])
     score.main(score.parse_args([paths["after"], "--out", paths["scored-after"], "--workers", "1"]))
-    train.main(train.parse_args(["--model", one, "--out", two, *update, "--rollouts", paths["scored-after"]]))
+    train.main(train.parse_args(["--model", one, "--out", two, *update, "--rollouts",
+                                 paths["scored-after"]]))
     metrics = read(f"{two}/metrics.jsonl")
-    assert [line["step"] for line in metrics] == [1, 2, 3, 4] and metrics[2]["logprob_gap_max"] < 1e-4
-    evaluate.main(evaluate.parse_args([paths["scored"], paths["scored-after"], "--k", "1", "4", "--out", str(tmp_path / "eval.json")]))
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert metrics[2]["logprob_gap_max"] < 1e-4
+    evaluate.main(evaluate.parse_args([paths["scored"], paths["scored-after"], "--k", "1", "4",
+                                       "--out", str(tmp_path / "eval.json")]))
     runs = json.loads((tmp_path / "eval.json").read_text())["runs"]
     assert [run["n"] for run in runs] == [6, 6] and runs[0]["problems"] == 4
-    assert runs[0]["pass_at_k"]["1"]["value"] == pytest.approx(sum(row["correct"] for row in scored) / 24)
+    right = sum(row["correct"] for row in scored)
+    assert runs[0]["pass_at_k"]["1"]["value"] == pytest.approx(right / 24)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [
-    ("phi", {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attention_dropout": 0.3}), ("mixtral", {"attention_dropout": 0.3, "router_jitter_noise": 0.3}),
-    ("gemma2", {"attention_dropout": 0.3}), ("qwen2", {"attention_dropout": 0.3}), ("granite", {"attention_dropout": 0.3}), ("smollm3", {})])
+    ("phi", {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attention_dropout": 0.3}),
+    ("mixtral", {"attention_dropout": 0.3, "router_jitter_noise": 0.3}),
+    ("gemma2", {"attention_dropout": 0.3}), ("qwen2", {"attention_dropout": 0.3}),
+    ("granite", {"attention_dropout": 0.3}), ("smollm3", {})])
 def test_checkpointed_activations_change_nothing(name, flags, tmp_path, monkeypatch):
-    """Nor do dropout and the noise of a router, which checkpointing could switch on: it asks for the training mode."""
+    """Nor do dropout and the noise of a router, which checkpointing could switch on: it asks for
+    the training mode."""
     folder = make_folder(name, tmp_path / "model", **flags)
     rng = np.random.default_rng(0)
     with open(tmp_path / "scored.jsonl", "w") as file:
         for i in range(8):
             ids = rng.integers(6, 250, int(rng.integers(2, 12))).tolist()
-            file.write(json.dumps({"id": str(i // 4), "sample": i % 4, "prompt_ids": [7, 8, 9 + i // 4], "completion_ids": ids, "correct": i % 3 == 0,
-                                   "logprobs": [-1.0] * len(ids), "finish_reason": "stop", "reward": float(i % 3 == 0)}) + "\n")
+            file.write(json.dumps({"id": str(i // 4), "sample": i % 4,
+                                   "prompt_ids": [7, 8, 9 + i // 4], "completion_ids": ids,
+                                   "correct": i % 3 == 0,
+                                   "logprobs": [-1.0] * len(ids), "finish_reason": "stop",
+                                   "reward": float(i % 3 == 0)}) + "\n")
     passes, lines, load_model = [], [], train.load_model
 
     def counted(*args):
         model = load_model(*args)
         passes.append(0)
-        model.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: passes.append(passes.pop() + 1))
+        model.get_decoder().layers[0].self_attn.register_forward_hook(
+            lambda *_: passes.append(passes.pop() + 1))
         return model
 
     monkeypatch.setattr(train, "load_model", counted)
     for out, flag in ("plain", "--no-share-prompts"), ("checkpointed", "--checkpoint-activations"):
-        train.main(train.parse_args(["--model", folder, "--rollouts", str(tmp_path / "scored.jsonl"), "--out", str(tmp_path / out), "--updates", "2",
-                                     "--temperature", "1", "--lr", "1e-3", "--device", "cpu", flag]))
+        train.main(train.parse_args(["--model", folder, "--rollouts",
+                                     str(tmp_path / "scored.jsonl"), "--out", str(tmp_path / out),
+                                     "--updates", "2",
+                                     "--temperature", "1", "--lr", "1e-3", "--device", "cpu",
+                                     flag]))
         lines.append(read(tmp_path / out / "metrics.jsonl"))
     assert passes[1] > passes[0]  # so something was computed again
     assert abs(lines[1][0]["ratio_max"] - 1) < 1e-5
@@ -402,7 +499,226 @@ def test_checkpointed_activations_change_nothing(name, flags, tmp_path, monkeypa
             assert checkpointed[key] == pytest.approx(plain[key], rel=1e-4)
 
 
-# ---- The name `kernels` -----------------------------------------------------------------------------------------------------
+# ---- Folders -------------------------------------------------------------------------------------
+OPTIONS = {"trust_remote_code": False, "local_files_only": True}
+
+
+def llama(folder, change=None, index=False, **more):
+    """A toy Llama in `folder`; change: weights (name: tensor, or None to leave one out)."""
+    torch.manual_seed(0)
+    flags = {"vocab_size": 37, "hidden_size": 20, "intermediate_size": 50, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1, **more}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**flags)).eval()
+    model.save_pretrained(folder, max_shard_size=20_000 if index else "5GB")
+    if change:
+        weights = {**load_file(folder / "model.safetensors"), **change}
+        save_file({name: tensor for name, tensor in weights.items() if tensor is not None},
+                  folder / "model.safetensors", {"format": "pt"})
+    return model
+
+
+def both_ways(folder):
+    """The weights of a folder as one rank loads them, and as ranks that share it do."""
+    yield models.load_model(str(folder), torch.float32, "cpu", OPTIONS)
+    with models.load_errors(str(folder)):
+        model, files = models.empty_model(str(folder), OPTIONS)
+        models.fill(model, files)
+    yield model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("index", [False, True])
+def test_a_folder_is_loaded_equally_whole_and_by_rows(tied, index, tmp_path):
+    original = llama(tmp_path, index=index, tie_word_embeddings=tied)
+    for model in both_ways(tmp_path):
+        found, expected = model.state_dict(), original.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        assert torch.equal(model.model.rotary_emb.inv_freq, original.model.rotary_emb.inv_freq)
+    with models.weights_on_meta():
+        empty = transformers.LlamaForCausalLM(original.config)
+    assert all(weight.is_meta for weight in empty.parameters())
+    assert not any(weight.is_meta for weight in llama(tmp_path).parameters())  # it is over
+
+
+FAULTS = {
+    "lm_head.weight: shape": ({"lm_head.weight": torch.zeros(36, 20)}, "36.*37|size mismatch"),
+    "not finite": ({"lm_head.weight": torch.full((37, 20), float("nan"))},
+                   "lm_head.weight is not finite"),
+    "missing": ({"lm_head.weight": None, "model.norm.weight": None}, "lm_head.weight"),
+    "an adapter": ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 20)},
+                   r"holds an adapter \(model.layers.0.self_attn.q_proj.lora_A.weight\); merge"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_weights_that_do_not_fit_are_refused(name, tmp_path, capfd):
+    change, told = FAULTS[name]
+    llama(tmp_path, change)
+    for skip in (0, 1):
+        def load_one():
+            loads = both_ways(tmp_path)
+            if skip:  # by rows; from_pretrained takes over what it alone can load
+                model, files = models.empty_model(str(tmp_path), OPTIONS)
+                if not files:
+                    return next(loads)
+                with models.load_errors(str(tmp_path)):
+                    return models.fill(model, files)
+            return next(loads)
+        line = refusal(capfd, load_one)
+        assert re.search(told, line, re.I) and str(tmp_path) in line, line
+
+
+def test_weights_that_no_module_takes_are_counted(tmp_path, capfd):
+    """A bias that the config does not have changes the model: said, once, with its name."""
+    original = llama(tmp_path, {"model.layers.0.self_attn.q_proj.bias": torch.ones(20),
+                                "model.layers.1.self_attn.q_proj.bias": torch.ones(20)})
+    for model in both_ways(tmp_path):
+        assert capfd.readouterr().err.splitlines() == [
+            f"{tmp_path}: 2 tensors of its files are not used, as config.json has no place for "
+            f"them, model.layers.0.self_attn.q_proj.bias among them"]
+        assert torch.equal(model.lm_head.weight, original.lm_head.weight)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_tied_by_the_config_and_not_by_the_files(same, tmp_path):
+    """Both are loaded where they differ, as from_pretrained does, and the round says so in its
+    config; equal ones are tied."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    original = llama(source, tie_word_embeddings=True).model.embed_tokens.weight.detach()
+    head = original.clone() if same else torch.randn(37, 20)
+    llama(source, {"lm_head.weight": head}, tie_word_embeddings=True)
+    model = models.load_model(str(source), torch.float32, "cpu", OPTIONS)
+    assert torch.equal(model.lm_head.weight, head)
+    assert bool(models.empty_model(str(source), OPTIONS)[1]) == same  # else from_pretrained loads
+    save(out, model, source)
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] == same
+    assert torch.equal(load(out).lm_head.weight, head)
+    assert torch.equal(load(out).model.embed_tokens.weight, original)
+
+
+def save(out, model, source):
+    """A round after one step of AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    policy = argparse.Namespace(model=model, by_rows=False)
+    models.save_round(str(out), policy, optimizer, {"step": 1}, ["{}\n"], str(source))
+
+
+def test_a_round_takes_over_config_and_tokenizer_as_they_came(tmp_path):
+    """What transformers 4 or another program reads there stays: its fields, its rope_theta."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    make_tokenizer().save_pretrained(source)
+    llama(source)
+    old = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37,
+           "hidden_size": 20, "intermediate_size": 50, "num_hidden_layers": 2,
+           "num_attention_heads": 2, "num_key_value_heads": 1, "rope_theta": 1e6,
+           "rope_scaling": {**ROPE3, "rope_theta": None}, "torch_dtype": "bfloat16",
+           "transformers_version": "4.43.0", "of_its_own": {"a": [1]}}
+    del old["rope_scaling"]["rope_theta"]
+    kept = {"tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizer"}\n\n',
+            "special_tokens_map.json": b"{}", "vocab.json": b"{ }", "chat_template.jinja": b"x",
+            "modeling_own.py": b"pass", "generation_config.json": b'{"top_k": 7}'}
+    for name, content in kept.items():
+        (source / name).write_bytes(content)
+    (source / "config.json").write_text(json.dumps(old))
+    (source / "README.md").write_text("of the source")
+    model = models.load_model(str(source), torch.float32, "cpu", OPTIONS)
+    save(out, model, source)
+    assert sorted(os.listdir(out)) == sorted([
+        *kept, "config.json", "metrics.jsonl", "model.safetensors", "optimizer.safetensors",
+        "tokenizer.json", "trainer_state.json"])
+    for name in [*kept, "tokenizer.json"]:
+        assert (out / name).read_bytes() == (source / name).read_bytes(), name
+    config = json.loads((out / "config.json").read_text())
+    assert config == {**old, "torch_dtype": "float32", "dtype": "float32"}
+    assert torch.equal(load(out).model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+def test_a_config_of_transformers_5_says_what_transformers_4_looks_for(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    model = llama(tmp_path, rope_parameters=ROPE3)
+    save(out, model, tmp_path)
+    config = json.loads((out / "config.json").read_text())
+    assert config["rope_theta"] == ROPE3["rope_theta"]
+    assert {**config["rope_scaling"], "rope_theta": config["rope_theta"]} == ROPE3
+    again = load(out)
+    assert again.config.rope_parameters == model.config.rope_parameters
+    assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+
+
+@pytest.mark.parametrize("name, content, told", [
+    ("model.safetensors", POINTER, "model.safetensors: a git-lfs pointer"),
+    ("tokenizer.json", POINTER, "tokenizer.json: a git-lfs pointer"),
+    ("model.safetensors", "x" * 100, "model.safetensors: cannot be loaded"),
+    ("adapter_config.json", "{}", "an adapter (adapter_config.json); merge it"),
+])
+def test_files_that_are_no_model_say_what_they_are(name, content, told, tmp_path, capfd):
+    llama(tmp_path)
+    models.check_model(str(tmp_path))
+    (tmp_path / name).write_text(content)
+    assert told in refusal(capfd, models.check_model, str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_seen_and_a_large_sum_is_no_reason(dtype):
+    inf, nan, large = float("inf"), float("nan"), torch.finfo(dtype).max
+    for values, finite in (([], True), ([0, 1], True), ([large, large], True),
+                           ([-large] * 3, True), ([1, nan], False), ([inf, 1], False),
+                           ([inf, -inf], False), ([large, large, -inf], False)):
+        assert models.all_finite(torch.tensor(values, dtype=dtype)) == finite, values
+
+
+def test_moments_in_many_files_are_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "LARGEST_FILE", 500)
+    tensors = {name: torch.randn(7, 11) for name in "edcba"}
+    models.write_tensors(str(tmp_path), "optimizer", tensors)
+    assert len(os.listdir(tmp_path)) == 6
+    found = {name: torch.empty(7, 11) for name in tensors}
+    models.read_tensors(models.tensor_files(str(tmp_path), "optimizer"), found)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    with pytest.raises(BaseException, match="z"):
+        models.read_tensors(models.tensor_files(str(tmp_path), "optimizer"), {"z": found["a"]})
+
+
+def test_soft_caps_and_scales_are_checked_in_the_order_of_the_kernel(capfd):
+    """A model that scales after its cap is right, one that caps after its scale refused."""
+    prompt, completion = [7, 8, 9], np.arange(10, 20)
+    for scale_last in (True, False):
+        model = build("llama")
+        model.config.final_logit_softcapping, model.config.logits_scaling = 3.0, 0.25
+        plain = model.forward
+
+        def changed(*args, plain=plain, scale_last=scale_last, **options):
+            output = plain(*args, **options)
+            logits = output.logits * (1 if scale_last else 4)
+            output.logits = 3 * torch.tanh(logits / 3) * (4 if scale_last else 1)
+            return output
+
+        model.forward = changed
+        policy = train.Policy(model, 1.0, False)
+        if scale_last:
+            policy.check("both")
+            with torch.no_grad():
+                expected, _ = forced(model, prompt, completion, 1.0)
+                assert (policy([prompt], [completion])[0] - expected).abs().max() < 1e-5
+        else:
+            assert "unsupported head: its logits" in refusal(capfd, policy.check, "both")
+
+
+# ---- The name `kernels` --------------------------------------------------------------------------
 STUB = '''
 """Answers to every name that transformers imports from the distribution `kernels`."""
 __version__ = "0.18.5"
@@ -417,40 +733,51 @@ def __getattr__(name):
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_package_kernels_and_the_folder_kernels(installed, tiny_model, prompts, tmp_path):
-    """With that package in the environment every stage runs and finds both; without it transformers does not take our folder for it."""
+    """With that package in the environment every stage runs and finds both; without it transformers
+    does not take our folder for it."""
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     if installed:
         (tmp_path / "site" / "kernels").mkdir(parents=True)
         (tmp_path / "site" / "kernels" / "__init__.py").write_text(STUB)
         (tmp_path / "site" / "kernels-0.18.5.dist-info").mkdir()
-        (tmp_path / "site" / "kernels-0.18.5.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n")
+        (tmp_path / "site" / "kernels-0.18.5.dist-info" / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n")
 
     def python(*argv):
-        done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment,
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     # As in a stage: the repository's folder stands first on the path.
-    out = python("-c", "import sys; sys.argv = ['x', '--model', 'm', '--rollouts', 'r', '--out', 'o']; import train, transformers\n"
+    out = python("-c",
+                 "import sys; sys.argv = ['x', '--model', 'm', '--rollouts', 'r', '--out', 'o']\n"
+                 "import train, transformers\n"
                  "import fused_linear_entropy\n"
                  "print(transformers.utils.is_kernels_available(), fused_linear_entropy.__file__)\n"
                  "print(getattr(__import__('kernels'), '__version__', None))")
     available, ours, version = out.split()
     assert ours == os.path.join(ROOT, "kernels", "fused_linear_entropy.py")
     assert version == ("0.18.5" if installed else "None")
-    if not installed or tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):  # 5.17 takes other versions of it
+    # 5.17 takes other versions of it
+    if not installed or tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
         assert available == str(installed)
     if not installed:
         return
-    rollouts, scored, model, report = (str(tmp_path / name) for name in ("rollouts.jsonl", "scored.jsonl", "round", "eval.json"))
-    commands = {"generate": ["--model", tiny_model, "--prompts", prompts, "--out", rollouts, "--n", "2", "--max-new-tokens", "8",
+    rollouts, scored, model, report = (str(tmp_path / name)
+                                       for name in ("rollouts.jsonl", "scored.jsonl", "round",
+                                                    "eval.json"))
+    commands = {"generate": ["--model", tiny_model, "--prompts", prompts, "--out", rollouts, "--n",
+                             "2", "--max-new-tokens", "8",
                              "--device", "cpu"],
                 "score": [rollouts, "--out", scored],
-                "train": ["--model", tiny_model, "--rollouts", scored, "--out", model, "--device", "cpu"],
+                "train": ["--model", tiny_model, "--rollouts", scored, "--out", model, "--device",
+                          "cpu"],
                 "evaluate": [scored, "--k", "1", "2", "--out", report]}
     python("-c", "import importlib, json, sys\n"  # one process: its start is what takes the time
                  "for name, flags in json.loads(sys.argv[1]).items():\n"
                  "    stage = importlib.import_module(name)\n"
                  "    stage.main(stage.parse_args(flags))\n", json.dumps(commands))
-    assert set(os.listdir(model)) >= {"model.safetensors", "metrics.jsonl"} and os.path.exists(tmp_path / "eval.json")
+    assert set(os.listdir(model)) >= {"model.safetensors", "metrics.jsonl"}
+    assert os.path.exists(tmp_path / "eval.json")
     shutil.rmtree(model)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.qwen2 import modeling_qwen2
 
 import train
-from data import files, shards
+from data import files, models
 from data.rollouts import Trajectory, draw_answers, load_answers, load_rollouts
 from experiments import arms
 from fused_entropy import choose_backend
@@ -135,10 +135,10 @@ def use_fp64(setattr=setattr):
         return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64).eval()
 
     def shell_of_doubles(name, options):
-        return shards.model_without_weights(name, options, torch.float64)
+        return models.empty_model(name, options, torch.float64)
 
     setattr(train, "load_model", load_double)
-    setattr(train, "model_without_weights", shell_of_doubles)
+    setattr(train, "empty_model", shell_of_doubles)
     setattr(modeling_qwen2.Qwen2RMSNorm, "forward",
             lambda self, x: self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
     torch.set_default_dtype(torch.float64)
