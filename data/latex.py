@@ -175,9 +175,15 @@ STEPS = [  # in this order: LaTeX that asks for it, pattern, replacement
     (r"5,", r"^(?:\\[ ,;:!]|[ ~])+|(?:[ ~,;:]|(?<!\.)\.(?!.*\.)|\\\\|\\$)+$", ""),
     (r"2 \frac{1}{2}", r"(?<![\d}])(\d+) ?\\frac(?=\{|\d| )", r"\1\\frac"),
     (r"\frac12", r"\\frac ?(\d) ?(\d)(?!\d)", r"\\frac{\1}{\2}"),
+    (r"\cos 30^\circ", r"(\\(?:sin|cos|tan|cot|sec|csc)(?: ?\^ ?(?:\d|\{\d\}))?) ?"
+     r"\(?(\d+(?:\.\d+)?) ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))\)?",
+     r"\1(\\frac{\2\\pi}{180})"),
     (r"2^6 3^5", r"(\^(?:\{[^{}]*\}|\d)) (?=\d)", r"\1 \\cdot "),
     (r"1.6e-19", r"(?<![\w.^\\])(1(?=[eE]-\d\d)|\d\.\d+)[eE]([-+]?\d+)(?![\w.])",
      r"\1 \\cdot 10^{\2}"),
+    (r"2*pi", r"(?<![A-Za-z\\])(pi|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log|exp|sqrt)"
+              r"(?=$|[^A-Za-z ]| [^a-z])", r"\\\1"),
+    (r"\sqrt(2)", r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"x \in [1, 2]", r"^[A-Za-z] ?\\in(?![A-Za-z]) ?(?=[(\[])", ""),
     (r"(2)(3)", r"((?<![\w.^\\])\d+(?:\.\d+)?|\)) ?(?=\()", r"\1 \\cdot "),
 ]
@@ -229,15 +235,18 @@ def words(text):
 
 
 CHOICE = re.compile(r"(?:\\text\{ ?\((?P<a>[A-Z])\) ?[.:]? ?\}|\(\\text\{ ?(?P<b>[A-Z]) ?\}\)"
-                    r"|\((?P<c>[A-Z])\))[:.]? ?(?P<value>\S.*)", re.DOTALL)
+                    r"|\((?P<c>[A-Z])\)|(?P<d>[A-Z])\))[:.]? ?(?P<value>\S.*)", re.DOTALL)
+OPTION = re.compile(r"\\text\{ ?\(?([A-Z])\)?[:.)] ?([^{}]+)\}")  # \text{C: the option's words}
 
 
 def choice_of(text):
     """(letter, value) of a choice that is written with its value, (B) 2; ("", text) of others."""
+    if option := OPTION.fullmatch(text):
+        return option[1], rf"\text{{{option[2]}}}"
     match = CHOICE.fullmatch(text)
     if not match:
         return "", text
-    return match["a"] or match["b"] or match["c"], match["value"]
+    return match["a"] or match["b"] or match["c"] or match["d"], match["value"]
 
 
 # ---- Units ---------------------------------------------------------------------------------------

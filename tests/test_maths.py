@@ -243,7 +243,7 @@ def test_nan_of_a_parquet_column_is_null():
 # ---- Numbers -----------------------------------------------------------------------------------
 # Exact values: (sign, rational, factors of primes, factorials and powers with their exponents),
 # where the value is sign * product of base**exponent; a root is an exponent of 1/2 or 1/3.
-BASES = strategies.sampled_from([2, 3, 5, 7, 10, "12!", "30!", "365!"])
+BASES = strategies.sampled_from([2, 3, 5, 7, 10, "12!", "30!"])
 POWERS = strategies.lists(
     strategies.tuples(BASES, strategies.sampled_from([
         *map(Fraction, (1, 2, -1, -3, 23, -70, 99, -365, -2024)),
@@ -303,12 +303,12 @@ def changed(value, what):
     sign, up, down, powers = value
     (base, power), *rest = powers
     return {"sign": (-sign, up, down, powers), "digit": (sign, up + 1, down, powers),
-            "last": (sign, up, down + 10, powers), "exponent": (sign, up, down,
-                                                                [(base, power + 1), *rest]),
+            "last": (sign, up, down + 10, powers),
+            "exponent": (sign, up, down, [(base, power + 1), *rest]),
             "turned": (sign, up, down, [(base, -power), *rest])}[what]
 
 
-@settings(deadline=None, max_examples=20, phases=[Phase.explicit, Phase.generate])
+@settings(deadline=None, max_examples=12, phases=[Phase.explicit, Phase.generate])
 @given(SIGNED, strategies.sampled_from(["sign", "digit", "last", "exponent", "turned"]))
 @example((1, 1, 1, [(2, Fraction(-2024))]), "sign")
 @example((1, 1, 1, [("365!", Fraction(-99))]), "exponent")
@@ -322,7 +322,7 @@ def test_numbers_are_equal_exactly_where_exact_arithmetic_says_so(judge, value, 
     assert not judge(f"(0, {product_of_powers(value)}, 1)", f"(0, {one_fraction(other)}, 1)")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=12)
 @given(strategies.integers(1, 999), strategies.integers(-400, 400), strategies.integers(1, 9))
 def test_an_error_is_relative_to_nothing(judge, digits, exponent, error):
     """|answer - gold| <= error, whatever their size."""
@@ -357,11 +357,6 @@ def test_without_pyarrow_one_line_says_so(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 2 and "needs pyarrow" in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-def test_the_file_shadows_nothing():
-    """A file math.py in data/ would hide the standard library's from a script started there."""
-    assert not {path.stem for path in (ROOT / "data").glob("*.py")} & set(sys.stdlib_module_names)
 
 
 def test_system_goes_with_chat_alone(tmp_path, capsys):
