@@ -2,13 +2,15 @@
 
     python tests/fuzz.py --strings 1000000 --seed 0
 
-Strings are grown from right and wrong answers by mutation and splicing; a string that shows the verifier a new pair of
-neighbouring tokens under some verdict is kept and grown further. Every verdict is held against an independent oracle:
-it reads the string with Python's own parser and looks its tree up among all the trees that solve the problem, which
-were enumerated before. Where the string is right, the canonical text must be one of those that the solver finds.
+Strings are grown from right and wrong answers by mutation and splicing; a string that shows the
+verifier a new pair of neighbouring tokens under some verdict is kept and grown further. Every
+verdict is compared with an independent oracle: it reads the string with Python's own parser and
+looks its tree up among all the trees that solve the problem. Where the string is right, the
+canonical text must be one of those that the solver finds.
 
-Prints a table of figures; exit status 1 if there was a false accept, a false reject, a wrong canonical text or an
-exception. Time against length is measured on hostile families of up to 10^5 characters.
+Prints a table of figures; exit status 1 if there was a false accept, a false reject, a wrong
+canonical text or an exception. Measures time against length on hostile strings of up to 10^5
+characters.
 """
 import argparse
 import ast
@@ -30,10 +32,11 @@ warnings.simplefilter("ignore", SyntaxWarning)  # the oracle's parser warns of "
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
-# ---- The oracle: every solution, by enumeration ----------------------------------------------------------------------
+# ---- The oracle: every solution, by enumeration ------------------------------------------------
 @functools.lru_cache(maxsize=None)
 def trees(numbers):
-    """All (tree, value) over a sorted tuple of numbers, each used once; a tree is an int or (operator, left, right)."""
+    """All (tree, value) over a sorted tuple of numbers, each used once; a tree is an int or
+    (operator, left, right)."""
     if len(numbers) == 1:
         return ((numbers[0], Fraction(numbers[0])),)
     found = {}
@@ -49,7 +52,7 @@ def trees(numbers):
 
 
 def shape(node):
-    """The tree of Python's own syntax tree; None inside for anything but + - * / and whole numbers."""
+    """The tree of Python's own syntax tree; None inside for anything but + - * / and integers."""
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         return OPERATORS[type(node.op)], shape(node.left), shape(node.right)
     return node.value if isinstance(node, ast.Constant) and type(node.value) is int else None
@@ -58,7 +61,8 @@ def shape(node):
 def oracle(completion, solved):
     """Whether a completion answers the problem whose solving trees are `solved`."""
     if "<answer>" in completion:
-        completion = (re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", completion, re.DOTALL) or [""])[-1]
+        pairs = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", completion, re.DOTALL)
+        completion = pairs[-1] if pairs else ""
     answer = completion.strip(" \t\r\n")
     if not 0 < len(answer) <= 200 or set(answer) - set("0123456789+-*/() \t\r\n"):
         return False
@@ -70,10 +74,11 @@ def oracle(completion, solved):
         return False
 
 
-# ---- Strings ---------------------------------------------------------------------------------------------------------
-PIECES = [*"0123456789+-*/() \n\t\r", *"+-*/()" * 2, "**", "//", ".", ",", "_", "e", "=", " = 24", "0x", "<answer>",
-          "</answer>", "<think>", "\0", "\u2212", "\u00d7", "\u00f7", "\uff0b", "\uff11", "\u0663", "\u00b2", "\u00a0",
-          "\u2028", "\u200b", "\x1c", "\ufeff", "9" * 30, "(" * 40, "1+", "-(", "--", "\\frac", "__import__('os')"]
+# ---- Strings -----------------------------------------------------------------------------------
+PIECES = [*"0123456789+-*/() \n\t\r", *"+-*/()" * 2, "**", "//", ".", ",", "_", "e", "=", " = 24",
+          "0x", "<answer>", "</answer>", "<think>", "\0", "\u2212", "\u00d7", "\u00f7", "\uff0b",
+          "\uff11", "\u0663", "\u00b2", "\u00a0", "\u2028", "\u200b", "\x1c", "\ufeff", "9" * 30,
+          "(" * 40, "1+", "-(", "--", "\\frac", "__import__('os')"]
 
 
 def spell(tree, rng):
@@ -124,35 +129,40 @@ def mutate(text, corpus, rng):
 
 
 KINDS = re.compile(
-    r"(?P<open><answer>)|(?P<close></answer>)|(?P<digits>[0-9]+)|(?P<sign>[-+*/()])|(?P<blank>[ \t\r\n]+)|.", re.DOTALL)
+    r"(?P<open><answer>)|(?P<close></answer>)|(?P<digits>[0-9]+)|(?P<sign>[-+*/()])"
+    r"|(?P<blank>[ \t\r\n]+)|.", re.DOTALL)
 
 
 def states(text, reason):
     """What a string shows the verifier: neighbouring kinds of tokens, with the verdict."""
     matches = KINDS.finditer(text[:300])
-    kinds = ["start", *(match[0] if match.lastgroup == "sign" else match.lastgroup for match in matches), "end"]
-    return {(reason, *pair) for pair in zip(kinds, kinds[1:])}
+    kinds = [match[0] if match.lastgroup == "sign" else match.lastgroup for match in matches]
+    return {(reason, *pair) for pair in zip(["start", *kinds], [*kinds, "end"])}
 
 
-# ---- The campaign ----------------------------------------------------------------------------------------------------
+# ---- The campaign ------------------------------------------------------------------------------
 PROBLEMS = [  # some of them without a solution
-    ((1, 2), 3), ((5, 5), 1), ((3, 7), 21), ((0, 4), 0), ((3, 3, 8), 1), ((1, 2, 3), 6), ((2, 5, 10), 20),
-    ((25, 4, 100), 0), ((1, 1, 1), 1), ((0, 0, 7), 7), ((3, 3, 8, 8), 24), ((1, 2, 3, 4), 24), ((2, 2, 2, 2), 2),
-    ((10, 5, 15, 9), 41), ((1, 5, 5, 5), 24), ((6, 4, 6, 2), 2), ((0, 1, 2, 3), 6), ((12, 1, 21, 11), 11),
+    ((1, 2), 3), ((5, 5), 1), ((3, 7), 21), ((0, 4), 0), ((3, 3, 8), 1), ((1, 2, 3), 6),
+    ((2, 5, 10), 20), ((25, 4, 100), 0), ((1, 1, 1), 1), ((0, 0, 7), 7), ((3, 3, 8, 8), 24),
+    ((1, 2, 3, 4), 24), ((2, 2, 2, 2), 2), ((10, 5, 15, 9), 41), ((1, 5, 5, 5), 24),
+    ((6, 4, 6, 2), 2), ((0, 1, 2, 3), 6), ((12, 1, 21, 11), 11),
     ((1, 7, 8, 11), -8), ((1, 2, 3, 4), 77)]
 
 
 def campaign(strings, seed):
-    """Figures of `strings` verdicts: a dict; `failures` holds up to 20 of the strings that were judged wrongly."""
+    """Figures of `strings` verdicts: a dict; `failures` holds up to 20 of the strings that were
+    judged wrongly."""
     rng, seen, figures = random.Random(seed), set(), dict.fromkeys(
-        ("strings", "right", "false accepts", "false rejects", "wrong canonical texts", "exceptions"), 0)
+        ("strings", "right", "false accepts", "false rejects", "wrong canonical texts",
+         "exceptions"), 0)
     countdown.judge.cache_clear()
     failures, problems = [], []
     for numbers, target in PROBLEMS:
         solved = {tree for tree, value in trees(tuple(sorted(numbers))) if value == target}
         every = [tree for tree, _ in trees(tuple(sorted(numbers)))]
-        problems.append((countdown.Row("a", 0, "", "stop", numbers, target), solved, sorted(solved, key=repr) or every,
-                         countdown.solutions(numbers, target), [spell(rng.choice(every), rng) for _ in range(4)]))
+        problems.append((countdown.Row("a", 0, "", "stop", numbers, target), solved,
+                         sorted(solved, key=repr) or every, countdown.solutions(numbers, target),
+                         [spell(rng.choice(every), rng) for _ in range(4)]))
     for _ in range(strings):
         row, solved, ordered, texts, corpus = rng.choice(problems)
         text = rng.choice(corpus) if rng.random() < 0.5 else spell(rng.choice(ordered), rng)
@@ -210,8 +220,10 @@ def timings(lengths=(1000, 10_000, 100_000), repeats=20):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strings", type=int, default=100_000, help="strings to try (default %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strings", type=int, default=100_000,
+                        help="strings to try (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default %(default)s)")
     args = parser.parse_args()
     start = time.time()
