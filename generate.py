@@ -439,10 +439,10 @@ def hidden_ids(tokenizer, ends):
     ends: ids that end a completion.
     """
     special, chat = special_tokens(tokenizer), example_chat(tokenizer)
-    other = {token: token.replace("</", "<") if "</" in token else token.replace("<", "</", 1)
-             for token in special}
-    tags = {special[token] for token in special if re.fullmatch("<[^<|>]+>", token)
-            and other[token] in special}
+    names = {token: token.strip("</>") for token in special if re.fullmatch("<[^<|>]+>", token)}
+    tags = {special[token] for token, name in names.items()
+            if {f"<{name}>", f"</{name}>"} <= names.keys()
+            or len(name) > 1 and name.isalpha() and token not in chat}
     separators = {special[token] for token in special if not chat or token in chat}
     return ({*ends, *separators} - tags) | {
         tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,

@@ -629,7 +629,7 @@ def test_a_stop_text_may_be_a_special_token(bpe_model, tmp_path, capfd):
         assert hint not in capfd.readouterr().err
 
 
-TAGS = ["<answer>", "</answer>", "<think>", "</think>"]
+TAGS = ["<answer>", "</answer>", "<think>", "</think>", "<solution>"]
 CHATML = ("{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{% if turn['role'] == "
           "'assistant' %}<think></think>{% endif %}{{ turn['content'] }}<|im_end|>\n{% endfor %}")
 
