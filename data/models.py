@@ -146,6 +146,8 @@ def explain(error):
     """The kind and text of an error; of torch's about several ranks, those of the first one."""
     while isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, SystemExit):  # Ctrl-C or SIGTERM, which `fail` has said
+        raise error
     return f"{type(error).__name__}: {error}"
 
 

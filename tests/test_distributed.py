@@ -261,7 +261,8 @@ def test_the_largest_of_four_ranks_needs_at_most_two_fifths_of_the_memory_of_one
     """110M parameters, two updates; a key projection with fewer rows than there are ranks."""
     rows, out, source = tmp_path / "scored.jsonl", {}, tmp_path / "model"
     make_model(source, 0, vocab_size=32_000, hidden_size=768, num_hidden_layers=12,
-               num_attention_heads=12, num_key_value_heads=1, head_dim=2, intermediate_size=3072)
+               num_attention_heads=12, num_key_value_heads=1, head_dim=2, intermediate_size=3072,
+               max_position_embeddings=128)
     write(rows, [{"id": f"{group}", "sample": k, "prompt_ids": [3 + group] * 32,
                   "completion_ids": [2 + (group + k + i) % 11 for i in range(60)],
                   "logprobs": [-1.0] * 60, "finish_reason": "stop", "correct": k % 2 == 0,

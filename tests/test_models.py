@@ -693,6 +693,18 @@ def test_moments_in_many_files_are_read_again(tmp_path, monkeypatch):
         models.read_tensors(models.tensor_files(str(tmp_path), "optimizer"), {"z": found["a"]})
 
 
+def test_ctrl_c_in_the_middle_of_reading_is_its_own_line(tmp_path, monkeypatch, capfd):
+    """torch wraps whatever its steps raise, also the end of the process."""
+    models.write_tensors(str(tmp_path), "optimizer", {"a": torch.ones(3)})
+    files = models.tensor_files(str(tmp_path), "optimizer")
+    monkeypatch.setattr(models.dcp.HuggingFaceStorageReader, "read_data",
+                        lambda *_: models.fail("interrupted", 130))
+    with pytest.raises(SystemExit) as end, models.load_errors("m"):
+        models.read_tensors(files, {"a": torch.empty(3)})
+    assert end.value.code == 130
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
 def test_soft_caps_and_scales_are_checked_in_the_order_of_the_kernel(capfd):
     """A model that scales after its cap is right, one that caps after its scale refused."""
     prompt, completion = [7, 8, 9], np.arange(10, 20)

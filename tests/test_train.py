@@ -770,7 +770,7 @@ def test_a_step_that_is_not_finite_is_refused(model, rollouts, tmp_path, capsys)
         os.close(files.claim.lock)
         last = capsys.readouterr().err.splitlines()[-1]
         assert error.value.code == 3 and f"{out}.refused.jsonl" in last and "step 2" in last and last.startswith("train.py: error: ")
-        assert not out.exists() and sorted(os.listdir(tmp_path)) == ["out.partial", "out.refused.jsonl"]
+        assert not out.exists() and sorted(os.listdir(tmp_path)) == ["out.partial", "out.partial.lock", "out.refused.jsonl"]
     with open(f"{out}.refused.jsonl", encoding="utf-8") as file:
         refused = [json.loads(line) for line in file]
     assert len(refused) == 12 and {key: refused[0][key] for key in ("finish_reason", "correct", "reward", "prompt_ids", "logprobs")}
