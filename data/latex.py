@@ -11,7 +11,10 @@ import re
 BARE_BOX = r"(?![aAI] [a-z]{2})(?=[-−+(\[|.]*(?:\d|\\[A-Za-z]|[A-Za-z](?![A-Za-z'’])))"
 BOX = re.compile(rf"\\(?:boxed|fbox)(?:\s*\{{|\s+(?!\\boxed|\\fbox){BARE_BOX}"
                  r"(?P<bare>[^\s${}]+(?:\{[^\s${}]*\}[^\s${}]*)*))|\\.|[{}]", re.DOTALL)
-EMPTY = re.compile(r"(?:[\s.$~…?_]|\\[,;:! _]|\\(?:q?quad|[cl]?dots|text\s*\{\s*\})(?![A-Za-z]))*")
+# \boxed{}, \boxed{...} and \boxed{your answer} speak of a box
+EMPTY = re.compile(r"""(?:[\s.$~…?_] | \\[,;:!\ _] | \\(?:q?quad | [cl]?dots)(?![A-Za-z])
+    | (?:\\text\s*\{\s*)? (?:(?:your|the|final)\s)* answer (?:\shere)? \}? (?![A-Za-z])
+    | \\text\s*\{\s*\})*""", re.VERBOSE | re.IGNORECASE)
 
 
 def boxes(text):
@@ -112,7 +115,7 @@ def commas(text):
 NO_ANSWER = re.compile(r"""\W*(?:\\text\w*\{)?\W*(?:(?:the\s)?proof(?:\somitted)?
     |(?:answer\s)?not[\s_-]?(?:found|available|applicable|provided)|n/a|n\.a\.|null|nan|(?-i:None)
     |unknown|tb[ad]|todo|no[\s_]answer|error|see\s(?:the\s)?(?:solution|proof|above|below))\W*
-    |[\s.?!_*#-]+""", re.VERBOSE | re.IGNORECASE)
+    |[\s.?!_*#\[\]{}"'-]+""", re.VERBOSE | re.IGNORECASE)
 
 
 LISTED = re.compile(r"""\[\s*(?:("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*,?\s*)+\]""")
@@ -138,7 +141,8 @@ UNICODE = str.maketrans({
     **FULL_WIDTH, **dict.fromkeys("−–—‐‑﹣", "-"), "×": r"\times ", "·": r"\cdot ", "÷": "/",
     "±": r"\pm ", "≈": r"\approx ", "½": r"\frac{1}{2}", "’": "'",
     "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2", "³": "^3", "√": r"\sqrt ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
+    "≤": r"\le ", "≥": r"\ge ",
+    **dict.fromkeys("≦⩽", r"\le "), **dict.fromkeys("≧⩾", r"\ge "), "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
     "∅": r"\emptyset ", "\u00a0": " ", "\u2009": " ", "\u202f": " "})
 SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?")
 WORD = r"\\text\{[^{}]*\}"
@@ -178,6 +182,7 @@ STEPS = [  # in this order: LaTeX that asks for it, pattern, replacement
     (r"\cos 30^\circ", r"(\\(?:sin|cos|tan|cot|sec|csc)(?: ?\^ ?(?:\d|\{\d\}))?) ?"
      r"\(?(\d+(?:\.\d+)?) ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))\)?",
      r"\1(\\frac{\2\\pi}{180})"),
+    (r"10^-19", r"\^ ?(-\d+)", r"^{\1}"),
     (r"2^6 3^5", r"(\^(?:\{[^{}]*\}|\d)) (?=\d)", r"\1 \\cdot "),
     (r"1.6e-19", r"(?<![\w.^\\])(1(?=[eE]-\d\d)|\d\.\d+)[eE]([-+]?\d+)(?![\w.])",
      r"\1 \\cdot 10^{\2}"),

@@ -3,27 +3,27 @@
     python -m data.maths --input MATH-500/test.jsonl --out math500.jsonl
     python -m data.maths --input aime24.parquet --out aime24.jsonl --source aime24 --template chat
 
-Reads JSONL, or Parquet if `pyarrow` is installed. Of each row it takes the first of these fields
-that is there and not null:
+Reads JSONL, or Parquet if `pyarrow` is installed. Takes from each row the first of these fields
+that is neither null nor empty:
 
-    problem   problem | Problem | question | Question | prompt (text, or a chat list: its last user
-              turn); `context` goes before it
+    problem   problem | Problem | question | Question | prompt | messages (text, or the last user
+              turn of a chat; a content may be a list of text parts); `context` goes before it
     gold      final_answer | answer | Answer | reward_model.ground_truth | the last \\boxed{..} of
-              solution | Solution
+              solution | Solution; a list in a text, ["34"], is a list
     id        unique_id | id | ID | problem_idx | extra_info.index; a number n becomes SOURCE-n;
               without any, SOURCE- and a digest of the problem
 
 That is MATH, MATH-500, AIME24/25, AMC23, OlympiadBench, DAPO-17k (the wrapping around its problems
 is taken off) and GSM8K (whose gold stands after "####"). Writes one problem a line (and
 OUT.meta.json): id, task "math", prompt or messages, answer (text; a list where several parts are
-asked for), unit and error where the row has them, source. Two rows with one id, and a row without
-a gold, end it with the row's number.
+asked for), unit and error where the row has them, source. A repeated id and a row without a problem
+or an answer ("proof", "N/A") are errors with the row's number (see --keep-first, --skip-bad).
 
 The verdict (score.py calls `verify`, which hands it to a worker). The answer is the last
 \\boxed{..} with matched braces; where n parts are asked for and it holds fewer, the last n boxes.
-Gold and answer are brought into one spelling (`normal`), taken apart into the sides of an equation,
-value and unit, and the values are compared by math-verify. All parts must be met, in any order; a
-unit may be left out, another unit is wrong; with `error`, |answer - gold| <= error. Of an equation
+Gold and answer are brought into one spelling (`normal`) and split into the sides of an equation,
+value and unit; data/values.py compares the values. All parts must be met, in any order; a unit may
+be left out, another unit is wrong; with `error`, |answer - gold| <= error. Of an equation
 each side must be the gold or name what was asked for: x = 5, not 2x + 1 = 5. data/README.md has
 the rules and their limits.
 """

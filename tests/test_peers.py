@@ -1,10 +1,10 @@
-"""Peers as oracles: TRL's GRPOTrainer takes one step on the same rollouts, and the gradients are compared.
+"""Peers as oracles: one step of TRL's GRPOTrainer on the same rollouts has the same gradient.
 
     python -m venv /tmp/peers && echo "$(python -c 'import site; print(site.getsitepackages()[0])')" \
         > /tmp/peers/lib/python3.11/site-packages/project.pth
     /tmp/peers/bin/pip install trl && /tmp/peers/bin/python -m pytest -m slow tests/test_peers.py
 
-TRL is no dependency: it is installed into an environment of its own, and where it is missing the tests are skipped.
+TRL is no dependency: install it into an environment of its own; without it the tests are skipped.
 """
 import json
 import os
@@ -21,12 +21,15 @@ GAMMA_P, GAMMA_N = 0.3, 0.1
 DS = f"--method ds-grpo --gamma-p {GAMMA_P} --gamma-n {GAMMA_N}"
 NO_STD = "--adv-norm none"
 MASK = {"mask_truncated_completions": True}
-CASES = {  # flags of train.py, settings of TRL, and whose log-probs pi_old's are: the policy's own, or another's, so that rho is cut
+# Flags of train.py, settings of TRL, and whose log-probs pi_old's are: the policy's own, or
+# another's, so that rho is clipped.
+CASES = {
     "grpo": (f"--method grpo {NO_STD}", {}, "policy"),
     "clipped": (f"--method grpo {NO_STD}", {}, "other"),
     "masked": (f"--method grpo {NO_STD} --truncated mask", MASK, "policy"),
     # plain k3; its default multiplies it by rho
-    "kl": (f"--method grpo {NO_STD} --kl-coef 0.3", {"beta": 0.3, "use_bias_correction_kl": False}, "policy"),
+    "kl": (f"--method grpo {NO_STD} --kl-coef 0.3",
+           {"beta": 0.3, "use_bias_correction_kl": False}, "policy"),
     "entropy": (f"--method grpo {NO_STD} --entropy-coef 0.2", {"entropy_coef": 0.2}, "policy"),
     "ds-token": (f"{DS} {NO_STD}", {}, "policy"),
     "ds-token clipped": (f"{DS} {NO_STD}", {}, "other"),
@@ -39,7 +42,8 @@ CASES = {  # flags of train.py, settings of TRL, and whose log-probs pi_old's ar
 
 
 def make_rows(policy, eos):
-    """Rollouts of unequal lengths with prompts of unequal lengths, some cut, with the policy's log-probs; the last group is all right."""
+    """Rollouts and prompts of unequal lengths, some truncated, with the policy's log-probs; the
+    last group is all right."""
     generator, rows = torch.Generator().manual_seed(0), []
 
     def ids(low, high):
@@ -49,19 +53,22 @@ def make_rows(policy, eos):
     for group in range(GROUPS):
         prompt = ids(3, 9)
         for sample in range(N):
-            cut, correct = sample == group, (sample * (2 * group + 1)) % N == 1 or group == GROUPS - 1
-            completion = ids(1, 12) + [eos] * (not cut)
+            truncated = sample == group
+            correct = (sample * (2 * group + 1)) % N == 1 or group == GROUPS - 1
+            completion = ids(1, 12) + [eos] * (not truncated)
             with torch.no_grad():
                 logits = policy(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1]
             logp = logits.log_softmax(-1)[range(len(completion)), completion]
-            rows.append({"id": f"g{group}", "sample": sample, "prompt_ids": prompt, "completion_ids": completion,
-                         "logprobs": logp.tolist(), "finish_reason": "length" if cut else "stop", "correct": correct,
-                         "reward": float(correct)})
+            rows.append({"id": f"g{group}", "sample": sample, "prompt_ids": prompt,
+                         "completion_ids": completion, "logprobs": logp.tolist(),
+                         "finish_reason": "length" if truncated else "stop",
+                         "correct": correct, "reward": float(correct)})
     return rows
 
 
-def told_to_trl(flags, rows):
-    """What a case adds to TRL's own objective: (the reward of each row, what is added to its advantage at each token or None)."""
+def for_trl(flags, rows):
+    """What a case adds to TRL's own objective: (the reward of each row, what is added to its
+    advantage at each token or None)."""
     rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
     gammas = [-GAMMA_P if row["correct"] else GAMMA_N for row in rows]
     means = [sum(row["logprobs"]) / len(row["logprobs"]) for row in rows]
@@ -69,56 +76,70 @@ def told_to_trl(flags, rows):
         std = rewards.view(GROUPS, N).std(1, correction=0).repeat_interleave(N)
         return (rewards / (std + 1e-6)).tolist(), None
     if "reward" in flags:
-        return [float(reward) + gamma * mean for reward, gamma, mean in zip(rewards, gammas, means)], None
+        return [float(reward) + gamma * mean
+                for reward, gamma, mean in zip(rewards, gammas, means)], None
     if "mean" in flags:
-        return rewards.tolist(), [[gamma * mean] * len(row["logprobs"]) for row, gamma, mean in zip(rows, gammas, means)]
+        return rewards.tolist(), [[gamma * mean] * len(row["logprobs"])
+                                  for row, gamma, mean in zip(rows, gammas, means)]
     if "ds-grpo" in flags:
-        return rewards.tolist(), [[gamma * logp for logp in row["logprobs"]] for row, gamma in zip(rows, gammas)]
+        return rewards.tolist(), [[gamma * logp for logp in row["logprobs"]]
+                                  for row, gamma in zip(rows, gammas)]
     return rewards.tolist(), None
 
 
 def load(folder):
     from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                attn_implementation="eager")
 
 
 def our_gradient(tmp_path, model, flags):
-    """{weight: gradient} of train.py's one update: after the first step AdamW's first moment is a tenth of it. And its metrics."""
+    """{weight: gradient} of train.py's one update, and its metrics. After the first step AdamW's
+    first moment is a tenth of the gradient."""
     out = str(tmp_path / "out")
-    train.main(train.parse_args(["--model", model, "--rollouts", str(tmp_path / "scored.jsonl"), "--out", out, "--temperature", "1",
-                                 "--updates", "1", "--max-grad-norm", "1e9", "--device", "cpu", *flags.split()]))
+    train.main(train.parse_args([
+        "--model", model, "--rollouts", str(tmp_path / "scored.jsonl"), "--out", out,
+        "--temperature", "1", "--updates", "1", "--max-grad-norm", "1e9", "--device", "cpu",
+        *flags.split()]))
     moments = load_file(f"{out}/optimizer.safetensors")
     with open(f"{out}/metrics.jsonl") as file:
         metrics = json.load(file)
-    return {name.removesuffix(".exp_avg"): 10 * moment for name, moment in moments.items() if name.endswith(".exp_avg")}, metrics
+    return {name.removesuffix(".exp_avg"): 10 * moment for name, moment in moments.items()
+            if name.endswith(".exp_avg")}, metrics
 
 
 def old_logprobs_of_the_rows(job, updates, whole):
-    """Stands in for train.old_logprobs: pi_old is whoever sampled the rows, as in every update but a round's first."""
+    """Stands in for train.old_logprobs: pi_old is whoever sampled the rows, as in every update but
+    a round's first."""
     job.old_logp = {i: torch.as_tensor(row.logprobs) for i, row in enumerate(job.rows)}
 
 
 def trl_gradient(tmp_path, model, other, rows, flags, sampler, settings):
-    """{weight: gradient} of GRPOTrainer's first step on the same rollouts; its reference model is `other`."""
+    """{weight: gradient} of GRPOTrainer's first step on the same rollouts; its reference model is
+    `other`."""
     import trl
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
 
     gradients = {}
-    rewards, added = told_to_trl(flags, rows)
+    rewards, added = for_trl(flags, rows)
 
     def rollouts(prompts, trainer):
-        left = {prompt: [i for i, row in enumerate(rows) if row["id"] == prompt] for prompt in prompts}
+        left = {prompt: [i for i, row in enumerate(rows) if row["id"] == prompt]
+                for prompt in prompts}
         number = [left[prompt].pop(0) for prompt in prompts]
-        return {"prompt_ids": [rows[i]["prompt_ids"] for i in number], "completion_ids": [rows[i]["completion_ids"] for i in number],
+        return {"prompt_ids": [rows[i]["prompt_ids"] for i in number],
+                "completion_ids": [rows[i]["completion_ids"] for i in number],
                 "logprobs": None, "number": number}
 
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-            gradients.update((name, weight.grad.clone()) for name, weight in model.named_parameters())
+            gradients.update((name, weight.grad.clone())
+                             for name, weight in model.named_parameters())
 
-    class Told(trl.GRPOTrainer):
-        """GRPOTrainer whose batch is given pi_old, and an advantage a token: it takes one as well as one a completion."""
+    class WithOurAdvantage(trl.GRPOTrainer):
+        """GRPOTrainer whose batch is given pi_old, and an advantage per token: it takes one as well
+        as one per completion."""
         def _generate_and_score_completions(self, inputs):
             batch = super()._generate_and_score_completions(inputs)
 
@@ -133,13 +154,16 @@ def trl_gradient(tmp_path, model, other, rows, flags, sampler, settings):
             return batch
 
     config = trl.GRPOConfig(**{
-        "output_dir": str(tmp_path / "trl"), "per_device_train_batch_size": GROUPS * N, "num_generations": N, "max_steps": 1,
-        "loss_type": "dapo", "scale_rewards": "none", "epsilon": 0.2, "epsilon_high": 0.25, "temperature": 1.0,
-        "max_completion_length": 16, "max_grad_norm": 0.0, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+        "output_dir": str(tmp_path / "trl"), "per_device_train_batch_size": GROUPS * N,
+        "num_generations": N, "max_steps": 1, "loss_type": "dapo", "scale_rewards": "none",
+        "epsilon": 0.2, "epsilon_high": 0.25, "temperature": 1.0, "max_completion_length": 16,
+        "max_grad_norm": 0.0, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, **settings})
-    trainer = Told(
-        model=load(model), reward_funcs=lambda completions, number, **_: [rewards[i] for i in number], args=config,
-        processing_class=AutoTokenizer.from_pretrained(model), rollout_func=rollouts, callbacks=[Gradients()],
+    trainer = WithOurAdvantage(
+        model=load(model), args=config,
+        reward_funcs=lambda completions, number, **_: [rewards[i] for i in number],
+        processing_class=AutoTokenizer.from_pretrained(model), rollout_func=rollouts,
+        callbacks=[Gradients()],
         train_dataset=Dataset.from_list([{"prompt": f"g{group}"} for group in range(GROUPS)]))
     if config.beta:
         trainer.ref_model.load_state_dict(load(other).state_dict())
@@ -166,12 +190,14 @@ def test_gradient_of_one_update_is_trls(name, tiny_model, tmp_path, monkeypatch)
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if sampler == "other":
         monkeypatch.setattr(train, "old_logprobs", old_logprobs_of_the_rows)
-    ours, metrics = our_gradient(tmp_path, tiny_model, flags + (f" --ref-model {other}" if "kl" in flags else ""))
+    reference = f" --ref-model {other}" if "kl" in flags else ""
+    ours, metrics = our_gradient(tmp_path, tiny_model, flags + reference)
     theirs = trl_gradient(tmp_path, tiny_model, other, rows, flags, sampler, settings)
     assert (metrics["clip_high_frac"] > 0) == (sampler == "other")
     assert (metrics["clip_low_frac"] > 0) == (sampler == "other" and name != "cispo")
     assert ours.keys() == theirs.keys()
-    one, two = (torch.cat([found[key].flatten().double() for key in sorted(ours)]) for found in (ours, theirs))
+    one, two = (torch.cat([gradient[key].flatten().double() for key in sorted(ours)])
+                for gradient in (ours, theirs))
     assert two.norm() > 1e-3
     relative = float((one - two).norm() / two.norm())
     print(f"{name}: relative difference {relative:.1e}")

@@ -248,6 +248,8 @@ def test_the_fuzz_campaign_finds_planted_bugs(monkeypatch):
     (r"\boxed{\left\{x\right.}", [r"\left\{x\right."]),
     (r"\boxed{1", []), (r"\boxed5", []), ("}}} {{ \\boxed{4} {", ["4"]), (r"\\boxed{6}", []), ("", []),
     (r"\boxed{}", []), (r"\boxed{ \, }", []), (r"\boxed{...}", []), (r"\boxed{\ldots}", []),
+    (r"\boxed{12}, as in \boxed{your answer}", ["12"]), (r"\boxed{\text{answer}}", []),
+    (r"\boxed{answers}", ["answers"]), (r"\boxed{the answer is 5}", ["the answer is 5"]),
     (r"\boxed{12}. I put it in \boxed as asked.", ["12"]), (r"\boxed a second time", []),
     (r"\boxed -- so", []), (r"\boxed x.", ["x"]), (r"\boxed -5", ["-5"]), (r"\boxed{?}", []),
     (r"\boxed{\emptyset} \boxed{-}", [r"\emptyset", "-"]), (r"\boxed (as asked)", []),
@@ -444,6 +446,7 @@ def test_math_verifys_numbers_do_not_go_through_eval():
     ("answer", {"a": 1}), ("answer", [["1"]]),
     ("answer", "proof"), ("answer", "Not Found."), ("answer", "N/A"), ("answer", r"\text{proof}"),
     ("answer", ["1", "n/a"]), ("answer", '["proof"]'), ("answer", "?"),
+    ("answer", "[]"),
     ("unit", 3), ("unit", ["cm", "m"]), ("error", "wide"), ("error", -1),
     ("error", True),
     ("error", [0.1, 0.2]), ("error", "inf"), ("error", "nan"), ("error", {})])
