@@ -142,7 +142,8 @@ UNICODE = str.maketrans({
     "±": r"\pm ", "≈": r"\approx ", "½": r"\frac{1}{2}", "’": "'",
     "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2", "³": "^3", "√": r"\sqrt ",
     "≤": r"\le ", "≥": r"\ge ",
-    **dict.fromkeys("≦⩽", r"\le "), **dict.fromkeys("≧⩾", r"\ge "), "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
+    **dict.fromkeys("≦⩽", r"\le "), **dict.fromkeys("≧⩾", r"\ge "),
+    "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
     "∅": r"\emptyset ", "\u00a0": " ", "\u2009": " ", "\u202f": " "})
 SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?")
 WORD = r"\\text\{[^{}]*\}"

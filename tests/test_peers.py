@@ -1,6 +1,7 @@
 """Peers as oracles: one step of TRL's GRPOTrainer on the same rollouts has the same gradient.
 
-    python -m venv /tmp/peers && echo "$(python -c 'import site; print(site.getsitepackages()[0])')" \
+    python -m venv /tmp/peers
+    python -c 'import site; print(site.getsitepackages()[0])' \
         > /tmp/peers/lib/python3.11/site-packages/project.pth
     /tmp/peers/bin/pip install trl && /tmp/peers/bin/python -m pytest -m slow tests/test_peers.py
 
