@@ -1,6 +1,8 @@
 """Stage 2: judge rollouts, each by the verifier of its task.
 
     python score.py rollouts.jsonl --out scored.jsonl [--workers 4] [--timeout 10] [--show 5]
+    python score.py scored.jsonl --show 5 [--reason value]      # look at scored rows, write nothing
+    python score.py prompts.jsonl --check-problems              # are these problems of a task?
 
 Reads one sample a line: `id`, `sample`, `completion`, `finish_reason`, `task`, and the task's own
 fields. Every other field passes untouched; a row that was scored before is scored afresh. Writes
@@ -13,7 +15,7 @@ the rows in order, each with
     solution    where the task counts distinct solutions: the canonical text of a right answer, or
                 null; two answers that are one solution share it
 
-What an answer is and what is right is told in the file of the task: data/countdown.py,
+The file of the task defines what an answer is and which one is right: data/countdown.py,
 data/maths.py, data/gym.py. A task is a file that holds
 
     Row                        its rows: a Rollout with the fields that its verdict needs
@@ -25,6 +27,8 @@ length limit is right if its answer is complete and right; otherwise it is `trun
 an answer that was still being judged after --timeout seconds, or used up a worker's memory.
 """
 import collections
+import itertools
+import math
 import os
 import re
 import time
@@ -34,7 +38,7 @@ from importlib import import_module
 import msgspec
 from tqdm import tqdm
 
-from data.files import (REASONS, Parser, Rollout, Verdict, claim, describe, fail, publish,
+from data.files import (REASONS, Parser, Problem, Rollout, Verdict, claim, describe, fail, publish,
                         read_rows, run, sampling_of, say)
 from data.sandbox import Pending, Workers
 
@@ -50,20 +54,29 @@ WAITING = 256  # rows that may wait behind a verdict that is still being made
 
 def parse_args(argv=None):
     parser = Parser(__file__, description=__doc__)
-    flag = parser.add_argument
-    flag("rollouts", help="the JSONL file to judge (generate.py's, or a scored one)")
-    flag("--out", required=True, help="the JSONL file to write")
-    # answers that are judged in processes of their own
-    flag("--workers", type=int, default=len(os.sched_getaffinity(0)),
-         help="processes that judge (default: the CPU cores, %(default)s here)")
-    flag("--timeout", type=float, default=10,
-         help="seconds for one answer there (default %(default)s)")
-    # what is shown
-    flag("--show", type=int, default=0, metavar="N",
-         help="print the first N rows (default %(default)s)")
+    parser.add_argument("rollouts", metavar="FILE.jsonl",
+                        help="rollouts (generate.py's, or scored ones), or problems to check")
+    add = parser.add_argument_group("what is made").add_argument
+    add("--out", metavar="SCORED.jsonl", help="the JSONL file to write")
+    add("--check-problems", nargs="?", type=int, const=1, metavar="N",
+        help="check a file of problems instead: at least N (default 1), each of a task that has "
+             "all of its fields; prints nothing if they are right")
+    add = parser.add_argument_group("answers that are judged in processes of their own")
+    add = add.add_argument
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)),
+        help="processes that judge (default: the CPU cores, %(default)s here)")
+    add("--timeout", type=float, default=10, help="seconds for one answer (default %(default)s)")
+    add = parser.add_argument_group("what is shown").add_argument
+    add("--show", type=int, default=0, metavar="N",
+        help="print N rows, some of each reason; without --out those of a scored file")
+    add("--reason", choices=REASONS, help="with --show: only rows with this reason")
     args = parser.parse_args(argv)
     if args.workers < 1 or not 0 < args.timeout < 1e6 or args.show < 0:
         parser.error("--workers and --timeout must be above 0, --show not below")
+    if bool(args.out or args.show) == bool(args.check_problems):
+        parser.error("give --out SCORED.jsonl, --show N or both; or --check-problems alone")
+    if args.reason and not args.show:
+        parser.error("--reason belongs to --show")
     return parser.checked(args)
 
 
@@ -79,15 +92,14 @@ def unique(rows):
         yield line, row
 
 
-def told(row, verdict):
-    """The Verdict, where a cut completion is concerned: right if its answer is complete and right,
-    otherwise `truncated`, whatever else is wrong with it."""
+def mark_truncated(row, verdict):
+    """The Verdict; `truncated` where the completion was cut and its answer is not right."""
     if row.finish_reason == "length" and verdict.reason not in ("ok", "timeout"):
         return Verdict(verdict.pred, "truncated", verdict.solution)
     return verdict
 
 
-def judged(rows, pools, workers, timeout):
+def judge_rows(rows, pools, workers, timeout):
     """Yield (line, row, Verdict) in the rows' order. Most are judged at once; while workers are at
     it, a bounded number of rows waits behind theirs. pools: {Judge: its Workers}, filled here."""
     waiting = collections.deque()  # (line, row, Verdict or Pending, list for its word or None)
@@ -99,7 +111,8 @@ def judged(rows, pools, workers, timeout):
                 pools[verdict.judge].wait()
                 continue
             waiting.popleft()
-            yield line, row, told(row, Verdict(verdict.pred, word[0]) if word else verdict)
+            verdict = Verdict(verdict.pred, word[0]) if word else verdict
+            yield line, row, mark_truncated(row, verdict)
 
     for line, row in rows:
         verdict = VERIFY[type(row)](row.completion, row)
@@ -110,7 +123,7 @@ def judged(rows, pools, workers, timeout):
         elif waiting:
             word = None
         else:
-            yield line, row, told(row, verdict)
+            yield line, row, mark_truncated(row, verdict)
             continue
         waiting.append((line, row, verdict, word))
         yield from finished(WAITING)
@@ -135,7 +148,7 @@ def as_json(value):
     return msgspec.json.format(msgspec.json.encode(value), indent=0)
 
 
-def enriched(line, fields):
+def with_fields(line, fields):
     """The row's bytes with the new fields at its end; only one scored before is written anew."""
     if SCORED(line):
         row = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
@@ -144,34 +157,84 @@ def enriched(line, fields):
     return line[:-1] + b", " + as_json(fields)[1:]
 
 
-def show(row, fields):
-    """One row readably; repr, because a completion may hold control characters for the terminal."""
-    own = [name for name in row.__struct_fields__ if name not in Rollout.__struct_fields__]
-    asked = ", ".join(f"{name} {value!r}" for name in own
-                      if (value := getattr(row, name)) is not None)
-    say(f"{row.id[:80]!r} sample {row.sample}: {asked}\n"
-        f"  completion (its end) {row.completion[-300:]!r}\n"
-        f"  answer {str(fields['pred'])[:200]!r}: {fields['reason']}, "
-        f"reward {fields['reward']:g}")
+# ---- What people look at -----------------------------------------------------------------------
+class ScoredRow(msgspec.Struct):
+    """What --show needs of a line of scored.jsonl to choose it."""
+    id: str
+    correct: bool
+    reason: str
+
+
+def keep(kept, reason, line, args):
+    """Keep the first rows of each reason, {reason: lines}, for `show`."""
+    if args.reason in (None, reason) and len(kept[reason]) < args.show:
+        kept[reason].append(line)
+
+
+def show(kept, n):
+    """Print n of the rows, the reasons in turn."""
+    reasons = sorted(kept, key=lambda reason: (reason != "ok", reason))
+    turns = itertools.zip_longest(*(kept[reason] for reason in reasons))
+    for line in [line for turn in turns for line in turn if line][:n]:
+        row = msgspec.json.decode(line)
+        task, logprobs = TASKS.get(row.get("task")), row.get("logprobs") or [math.nan]
+        own = [name for name in (task.Row.__struct_fields__ if task else ()) if name in row]
+        gold = {name: row[name] for name in own if name not in Rollout.__struct_fields__}
+        say(f"{readable(row['id'])} sample {row.get('sample')}: {readable(gold)[1:-1]}\n"
+            f"  prompt      {readable(row.get('prompt', row.get('messages', '')))}\n"
+            f"  completion  {readable(row.get('completion', ''), 1000)}\n"
+            f"  answer {readable(repr(row.get('pred')))}: {row['reason']}, "
+            f"reward {row.get('reward')}, log-prob a token {sum(logprobs) / len(logprobs):.3f}")
+
+
+def readable(value, length=300):
+    """The end of a value as text; its control characters do not reach the terminal."""
+    text = str(value)[-length:]
+    return "".join(c if c.isprintable() else "\n    " if c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def check_problems(path, least):
+    """End the stage at the first row that is no problem of one of TASKS."""
+    seen = {}
+    for where, _, row in read_rows(path, Problem):
+        if (row.prompt in (None, "")) == (row.messages is None):
+            fail(f"{where}: needs either 'prompt' or 'messages'")
+        if row.id in seen:
+            fail(f"{where}: duplicate id {row.id[:80]!r}, first in {seen[row.id]}")
+        seen[row.id] = where
+    if len(seen) < least:
+        fail(f"{path}: {len(seen)} problems, fewer than {least}")
+    blank = [("sample", int, 0), ("completion", str, ""), ("finish_reason", str, "stop")]
+    kinds = [msgspec.defstruct("Problem", blank, bases=(task.Row,), kw_only=True)
+             for task in TASKS.values()]
+    collections.deque(read_rows(path, typing.Union[tuple(kinds)]), maxlen=0)
 
 
 def main(args):
+    if args.check_problems:
+        return check_problems(args.rollouts, args.check_problems)
+    kept = collections.defaultdict(list)
+    if not args.out:
+        for _, line, row in read_rows(args.rollouts, ScoredRow):
+            keep(kept, row.reason, line, args)
+        return show(kept, args.show)
+
     start = time.monotonic()
     meta = describe(args, [args.rollouts], sampling=sampling_of(args.rollouts), device="cpu",
                     world_size=1)
-    partial = claim(args.out, meta, ignore=("rollouts", "out", "workers", "show"))
+    partial = claim(args.out, meta, ignore=("rollouts", "out", "workers", "show", "reason"))
     if partial is None:
         return
     reasons, pools = collections.Counter(), {}
     rows = unique(read_rows(args.rollouts, ROW))
     try:
         with open(partial, "wb") as file:
-            verdicts = judged(rows, pools, args.workers, args.timeout)
+            verdicts = judge_rows(rows, pools, args.workers, args.timeout)
             for line, row, verdict in tqdm(verdicts, unit=" rows", disable=None):
                 fields = fields_of(verdict)
-                file.write(enriched(line, fields) + b"\n")
-                if args.show and reasons.total() < args.show:
-                    show(row, fields)
+                line = with_fields(line, fields)
+                file.write(line + b"\n")
+                keep(kept, verdict.reason, line, args)
                 reasons[verdict.reason] += 1
     finally:
         for pool in pools.values():
@@ -180,6 +243,7 @@ def main(args):
     counts = {reason: reasons[reason] for reason in REASONS}
     publish(args.out, {**meta, "rows": total, "reasons": counts,
                        "wall_s": time.monotonic() - start})
+    show(kept, args.show)
     say(f"{args.out}: {total} rows, {reasons['ok'] / total:.1%} correct")
     for reason in REASONS:
         say(f"  {reason:10}{reasons[reason]:10}{reasons[reason] / total:8.1%}")

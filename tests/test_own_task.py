@@ -37,7 +37,7 @@ def rollouts(checkout, *rows):
 
 
 def test_own_task_in_three_steps(checkout):
-    code, out, _ = run(checkout, "data/reverse.py", "abc", "hello")
+    code, out, _ = run(checkout, "-m", "data.reverse", "abc", "hello")
     problems = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [row["answer"] for row in problems] == ["cba", "olleh"]
     sampled = {"prompt_ids": [1], "completion_ids": [2], "logprobs": [-1.0], "finish_reason": "stop"}
@@ -47,7 +47,7 @@ def test_own_task_in_three_steps(checkout):
     rollouts(checkout, *rows)
     code, out, err = run(checkout, "score.py", "rollouts.jsonl", "--out", "scored.jsonl", "--show", "2")
     assert code == 0, err
-    assert "'abc' sample 0: answer 'cba'" in out
+    assert "abc sample 0: 'answer': 'cba'" in out
     scored = [json.loads(line) for line in (checkout / "scored.jsonl").read_text().splitlines()]
     assert [row["correct"] for row in scored] == [True, False, True, False, True]
     assert [row["reason"] for row in scored] == ["ok", "value", "ok", "truncated", "ok"]

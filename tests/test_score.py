@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def value_of(expression):
 def judge(completion, numbers, target, finish_reason="stop"):
     """The new fields of a Countdown row."""
     row = countdown.Row("a", 0, completion, finish_reason, tuple(numbers), target)
-    return score.fields_of(score.told(row, countdown.verify(completion, row)))
+    return score.fields_of(score.mark_truncated(row, countdown.verify(completion, row)))
 
 
 def row(**fields):
@@ -538,6 +539,60 @@ def test_the_histogram_shows_every_reason(tmp_path, capsys):
     assert json.load(open(tmp_path / "s.jsonl.meta.json"))["reasons"] == counts
 
 
+def test_show_spreads_over_the_reasons_and_writes_nothing_of_a_scored_file(tmp_path, capsys):
+    rows = [row(sample=i, completion=text, logprobs=[-0.5, -1.5], prompt_ids=[1])
+            for i, text in enumerate(["1+2", "2+1", "?", "so\n1-2", "2-1", "1*2", "2*1"])]
+    source = write(tmp_path / "r.jsonl", rows)
+    run(source, tmp_path / "s.jsonl")
+    capsys.readouterr()
+    before = sorted(os.listdir(tmp_path))
+
+    def shown(*flags):
+        score.main(score.parse_args([str(tmp_path / "s.jsonl"), *flags]))
+        return capsys.readouterr().out
+
+    out = shown("--show", "4")
+    assert re.findall(r"sample (\d)", out) == ["0", "2", "4", "1"]  # ok, parse, value, and again
+    assert out.startswith(
+        "a sample 0: 'numbers': [1, 2], 'target': 3\n  prompt      1 2=3:\n  completion  1+2\n"
+        "  answer '1+2': ok, reward 1.0, log-prob a token -1.000\n")
+    assert re.findall(r"sample (\d)", shown("--show", "2", "--reason", "value")) == ["4", "5"]
+    assert shown("--show", "2", "--reason", "timeout") == "" and sorted(os.listdir(tmp_path)) == before
+    with pytest.raises(SystemExit) as end:
+        score.main(score.parse_args([source, "--show", "1"]))
+    assert end.value.code == 2
+    assert "r.jsonl:1: missing field 'correct'; run score.py first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"task": None}, ":1: field 'task' must be one of"), ({"numbers": "12"}, ":1: field 'numbers'"),
+    ({"target": ...}, ":1: missing field 'target'"), ({"task": ...}, ":1: missing field 'task'"),
+    ({"prompt": ...}, ":1: needs either 'prompt' or 'messages'"), ({"id": 3}, ":1: field 'id'"),
+    ({"task": "math"}, ":1: missing field 'answer'"), ({"id": "b"}, ":2: duplicate id 'b'"),
+    ({"task": "math", "answer": ""}, ":1: field 'answer'"), ({}, None)])
+def test_problems_are_checked_before_anything_is_sampled(tmp_path, capsys, change, message):
+    problem = {"id": "a", "task": "countdown", "prompt": "1 2=3:", "numbers": [1, 2], "target": 3}
+    problem = {key: value for key, value in {**problem, **change}.items() if value is not ...}
+    other = {"id": "b", "task": "gym", "messages": [{"role": "user", "content": "x"}], "gym": "x",
+             "entry": {}}
+    source = write(tmp_path / "p.jsonl", [problem, other])
+
+    def check(*least):
+        score.main(score.parse_args([source, "--check-problems", *least]))
+
+    if message is None:
+        check()
+        check("2")
+        message, least = ": 2 problems, fewer than 3", ["3"]
+    else:
+        least = []
+    with pytest.raises(SystemExit) as end:
+        check(*least)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.startswith(f"score.py: error: {source}{message}")
+    assert os.listdir(tmp_path) == ["p.jsonl"]
+
+
 def test_nobody_need_read_what_is_shown(tmp_path):
     """score.py ... | head: quiet, and the output is complete."""
     source = write(tmp_path / "r.jsonl", [row(sample=i, completion="1+2" * 60) for i in range(2000)])
@@ -617,7 +672,7 @@ def test_duplicates_are_found_wherever_they_stand(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--workers", "0"], ["--timeout", "0"], ["--timeout", "nan"], ["--timeout", "-1"],
-                                   ["--show", "-1"]])
+                                   ["--show", "-1"], ["--reason", "ok"], ["--check-problems"]])
 def test_wrong_flags(tmp_path, capsys, flags):
     assert "(see --help)" in refused(capsys, write(tmp_path / "r.jsonl", [row()]), tmp_path / "s.jsonl", *flags)
 
