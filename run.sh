@@ -1,409 +1,249 @@
 #!/usr/bin/env bash
-# Loop the stages: sample, verify, update, R times; then evaluate the base and the trained model on
-# held-out problems.
+# Loop the stages: sample, verify, update, R times; then evaluate on held-out problems.
 #
-#   bash run.sh                                                  the demonstration, see below
-#   bash run.sh --name grpo --method grpo --rounds 25 --seed 1   another run, into runs/grpo/
-#   bash run.sh --name ds --train "--gamma-p 3.0 --gamma-n 0.1 --smooth-level sequence"
+#   bash run.sh     # runs/demo-grpo (GRPO) beside runs/demo (DS-GRPO, rehearsal), a core each
+#   bash run.sh --name grpo --method grpo --rounds 25 --seed 1
 #   bash run.sh --name cd --model DIR --prompts cd.jsonl --eval-prompts held-out.jsonl --nproc 8 \
 #     --lr 1e-6 --max-new-tokens 1024 --generate "--stop '</answer>'"
 #
-# Without any flag it trains the weak embedded model twice, a core each: with GRPO, in
-# runs/demo-grpo, and with DS-GRPO and rehearsal of the base's right answers, in runs/demo.
-# Both are compared with the base on the same held-out problems: five minutes on two CPU cores, with
-# --rounds 5 --rehearse 1500 --eval-problems 100 --eval-n 256.
+# runs/NAME/, beside this script, has the flags in settings; of each round (001/, 002/, ...) its
+# problems.jsonl, rollouts.jsonl, scored.jsonl and the model policy/; rehearsal/; and eval/ with
+# base.scored.jsonl, 005.scored.jsonl, eval-005.json, passk.png, training.png. A stopped run goes on
+# by the same command, also with other --rounds, --keep, --nproc, --eval-* flags (to eval-LABEL/).
+# Flags in quotes are split as by a shell, not expanded; paths in them are relative to this script.
 #
-# In runs/NAME/, beside this script: prompts-RRR.jsonl, rollouts-RRR.jsonl, scored-RRR.jsonl and the
-# model round-RRR/ of each round; of these the last K rounds are kept. Then test.jsonl,
-# base.scored.jsonl, trained-RRR.scored.jsonl, eval-RRR.json, passk.png and training.png. All other
-# relative paths are those of the caller. stdout has a line a round and the table of Pass@k, stderr
-# what the stages say. Stop it whenever you like: the same command goes on from the last finished
-# stage. A run that goes on may be given other --rounds, --keep, --nproc and --eval-* flags.
-#
-#   --name N                run folder runs/N                                 (demo)
-#   --model DIR|HUB_ID      the base model                                    (data/weak-countdown)
-#   --method M              ds-grpo | grpo | FILE.py:NAME, as in train.py     (ds-grpo)
-#   --rounds R              rounds of sampling and updating                   (8)
-#   --seed S                seed of problems, samples and shuffles            (0)
-#   --keep K                rounds whose files are kept                       (2)
-#   --prompts FILE          training problems, shuffled anew for each pass over them;
-#                           without it fresh Countdown problems each round
-#   --prompts-per-round P   problems a round                                  (192)
-#   --n N                   samples a problem                                 (16)
-#   --temperature T         of all sampling, in training and evaluation       (1.0)
-#   --max-new-tokens L      longest completion, in tokens                     (24)
-#   --attention A           of generate.py: auto | model | shared             (auto)
-#   --updates U             optimizer steps a round                           (4)
-#   --lr LR                 learning rate                                     (2e-4)
-#   --rehearse N            sample N problems with the base, then as often those
-#                           with at most one right answer: train.py rehearses
-#                           the right ones; 0 is off                          (0)
-#   --rehearse-coef C|C,D@R their weight in the loss, above 0; 1.0,0.3@11 is
-#                           1.0 up to round 10 and 0.3 from round 11 on       (1.0)
-#   --generate "FLAGS"      more flags for generate.py                        (none)
-#   --train "FLAGS"         more flags for train.py; only without it ds-grpo on
-#                           an embedded model gets the gammas tuned for it
-#   --countdown "FLAGS"     such as "--max-solutions 3", for data/countdown.py (none)
-#   --eval-prompts FILE     held-out problems; without it Countdown's test split
-#   --eval-problems E       how many; 0 skips the evaluation                  (300)
-#   --eval-n N              samples a held-out problem                        (64)
-#   --against NAME          evaluate the newest round of runs/NAME along      (none)
-#   --nproc N               processes a stage, through torchrun               (1)
-#
-# Flags in quotes are split as a shell splits them: "--stop '</answer>' 'Question: '" has two texts.
-# They are checked, like all others, before anything is sampled or written; what --arm names is
-# looked up by train.py alone.
+#   --name N                run folder runs/N                                   (demo)
+#   --model DIR|HUB_ID      the base model                                      (weak-countdown)
+#   --method M              ds-grpo | grpo | FILE.py:NAME, as in train.py       (ds-grpo)
+#   --rounds R              rounds of sampling and updating                     (8)
+#   --seed S                seed of problems, samples and shuffles              (0)
+#   --keep K                rounds whose files are kept                         (2)
+#   --prompts FILE          training problems, shuffled anew for each pass      (fresh Countdown)
+#   --prompts-per-round P   problems a round                                    (192)
+#   --n N                   samples a problem                                   (16)
+#   --temperature T         of all sampling, in training and evaluation         (1.0)
+#   --max-new-tokens L      longest completion; needed with a model of yours    (24)
+#   --attention A           of the sampler: auto | model | shared               (auto)
+#   --updates U             optimizer steps a round                             (4)
+#   --lr LR                 learning rate; needed with a model of yours         (2e-4)
+#   --rehearse N            rehearse the base's right answers to N problems     (0: off)
+#   --rehearse-coef C|C,D@R  their weight in the loss: C, and D from round R on (1.0)
+#   --sampler FILE.py       one process in place of generate.py, the same flags (generate.py)
+#   --generate "FLAGS"      more flags for the sampler                          (none)
+#   --train "FLAGS"         more flags for train.py                             (embedded: gammas)
+#   --countdown "FLAGS"     for data/countdown.py, such as "--max-solutions 3"  (none)
+#   --eval-prompts FILE     held-out problems                                   (Countdown's)
+#   --eval-problems E       how many; 0 skips the evaluation                    (300)
+#   --eval-n N              samples a held-out problem                          (64)
+#   --eval-every R          evaluate every R-th round as well                   (0: off)
+#   --against NAME          evaluate the newest round of runs/NAME along        (none)
+#   --nproc N               processes of generate.py and train.py, by torchrun  (1)
 set -euo pipefail
-
 die() { echo "run.sh: error: $*" >&2; exit 2; }
-say() { echo "+ $*" >&2; "$@"; }
-python() { command python3 "$@"; }
-of_data() { PYTHONPATH=${here:-.} python -P -m "data.$@"; }  # data/select.py hides no `select`
-launch() {  # the -- keeps argparse of Python 3.11 from taking --n for one of torchrun's flags
-  if [ "$nproc" -eq 1 ]; then say python "$@"; else
-    say torchrun --standalone --nproc-per-node "$nproc" -- "$@"
-  fi
+stop() { trap '' INT TERM HUP; kill $(jobs -p) 2> /dev/null || true; wait; exit "$1"; }
+rooted() { realpath -ms --relative-to="$root" -- "$1"; }  # one path, whoever calls from wherever
+policy() { if (($1)); then printf '%s/%03d/policy' "$dir" "$1"; else echo "$model"; fi; }
+
+stage() {  # FILE.py|data.NAME FLAGS..: in the background, so that `stop` can end it
+  local start=(python3); [[ "$1" != data.* ]] || start+=(-m)
+  [[ "$nproc" -eq 1 || ! "$1" =~ ^(generate|train)\.py$ || "$*" = *" --check-flags" ]] ||
+    start=(torchrun --standalone --nproc-per-node "$nproc" --)  # --: --n is no flag of torchrun's
+  [[ "$*" = *" --check-"* ]] || echo "+ ${start[*]} $*" >&2
+  "${start[@]}" "$@" & wait $!
 }
 
-# ---- Flags ---------------------------------------------------------------------------------------
-read_flags() {
-  name=demo model=${here}data/weak-countdown method=ds-grpo rounds=8 seed=0 keep=2
-  prompts='' prompts_per_round=192 n=16 temperature=1.0 max_new_tokens=24 attention=auto
-  updates=4 lr=2e-4 rehearse=0 rehearse_coef=1.0 generate='' train='' countdown=''
-  eval_prompts='' eval_problems=300 eval_n=64 against='' nproc=1 given=''
-  while [ $# -gt 0 ]; do
-    case "$1" in
-      -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-      --name|--model|--method|--rounds|--seed|--keep|--prompts|--prompts-per-round|--n|\
-      --temperature|--max-new-tokens|--attention|--updates|--lr|--rehearse|--rehearse-coef|\
-      --generate|--train|--countdown|\
-      --eval-prompts|--eval-problems|--eval-n|--against|--nproc)
-        [ $# -gt 1 ] || die "$1 needs a value"
-        key=${1#--} given+=" $1 "
-        printf -v "${key//-/_}" '%s' "$2"
-        shift 2 ;;
-      *) die "unknown flag $1 (see --help)" ;;
-    esac
+last_round() {  # RUN: the number of its last finished round, or 0
+  (cd "$1" 2> /dev/null && ls -d [0-9]*/policy 2> /dev/null; echo 0) |
+    sed -n 's|^0*\([0-9]\+\)\(/policy\)\?$|\1|p' | sort -n | tail -n 1
+}
+
+prune() {  # ROUND: keep the K rounds up to it
+  for path in "$dir"/*/; do
+    [[ ! "$path" =~ /([0-9]+)/$ || 10#${BASH_REMATCH[1]} -gt $1-keep ]] || rm -rf "$path"
   done
 }
 
-words() {  # WHERE TEXT: the words of the text into the array `split`; nothing in it is expanded
-  local code='import shlex, sys; print(end="".join(w + "\0" for w in shlex.split(sys.argv[1])))'
-  split=()
-  [ -n "$2" ] || return 0
-  mapfile -d '' -t split < <(python -c "$code" "$2" 2> /dev/null)
-  wait $! || die "--$1: a quote in it is not closed"
-  local word
-  for word in "${split[@]}"; do
-    case "${word%%=*}" in
-      --model|--prompts|--rollouts|--out|--limit|--split|--n|--temperature|--max-new-tokens|\
-      --attention|--seed|--method|--updates|--lr|--rehearse|--rehearse-coef|--check-flags)
-        die "--$1: ${word%%=*} is given to the stage by run.sh itself (see --help)" ;;
-      -h|--help) die "--$1: $word is no setting; ask the stage itself" ;;
-    esac
-  done
+draw() {  # ROUND COUNT OUT: training problems
+  local from=(data.countdown --split train --seed $((seed * 100000 + $1)) "${drawing[@]}")
+  [ -z "$prompts" ] ||
+    from=(data.select --prompts "$prompts" --seed "$seed" --round $(($1 > 0 ? $1 : 1)))
+  stage "${from[@]}" --n "$2" --out "$3"
 }
 
-check_flags() {  # everything that can be wrong with them, before the first round samples anything
-  local key
-  for key in rounds seed keep prompts_per_round n max_new_tokens updates rehearse \
-      eval_problems eval_n nproc; do
-    [[ "${!key}" =~ ^[0-9]{1,9}$ ]] || die "--${key//_/-} must be a whole number, not '${!key}'"
-    printf -v "$key" %d "$((10#${!key}))"
-  done
-  [ "$keep" -ge 1 ] && [ "$rounds" -ge 1 ] || die "--keep and --rounds must be at least 1"
-  for key in prompts_per_round eval_n nproc; do
-    [ "${!key}" -ge 1 ] || die "--${key//_/-} must be at least 1"
-  done
-  [ "$updates" -le "$prompts_per_round" ] || die "--updates: more than --prompts-per-round"
-  [[ ! "$temperature" =~ ^(0+\.?0*|\.0+)$ ]] ||
-    die "--temperature 0: nothing is learned from greedy samples"
-  [[ "$name" =~ ^[^/]+$ && "$name" != .* ]] || die "--name is a folder's name in runs/, not '$name'"
-  dir=${here}runs/$name
-  [[ "$method" =~ ^(ds-grpo|grpo|.+\.py:.+)$ ]] ||
-    die "no --method '$method' (see --help)"
-  for key in prompts eval_prompts; do
-    [ -z "${!key}" ] || [ -f "${!key}" ] || die "--${key//_/-}: no file ${!key}"
-  done
-  [ -z "$prompts" ] || [ "$updates" -le "$(grep -c '[^[:space:]]' "$prompts")" ] ||
-    die "--updates: more than the problems in $prompts"
-  [ -z "$against" ] || [ "$eval_problems" -gt 0 ] ||
-    die "--against: nothing is evaluated with --eval-problems 0"
-  [ -z "$against" ] || [[ "$name" != base && ! "$against" =~ ^(base|trained)$ ]] ||
-    die "--against: with base or trained for a name, figures could not be told apart"
-  [ "$against" != "$name" ] || die "--against: another run than runs/$name itself"
-  [ -z "$against" ] || [ "$(last_round "${here}runs/$against")" -gt 0 ] ||
-    die "--against: no round in ${here}runs/$against"
-  [[ "$given" != *' --rehearse-coef '* || "$rehearse" -gt 0 ]] ||
-    die "--rehearse-coef belongs to --rehearse"
-  [[ "$rehearse_coef" =~ ^[^,@\ ]+(,[^,@\ ]+@([2-9]|[1-9][0-9]{1,8}))?$ ]] ||
-    die "--rehearse-coef is C, or C,D@R with D from round R > 1 on, not '$rehearse_coef'"
-  [ -z "$countdown" ] || [ -z "$prompts" ] || [ "$eval_problems" -gt 0 -a -z "$eval_prompts" ] ||
-    die "--countdown: no problem is drawn, all are of --prompts and --eval-prompts"
-  command -v python3 > /dev/null || die "no python3 on the PATH"
-  [ "$nproc" -eq 1 ] || command -v torchrun > /dev/null || die "--nproc: no torchrun on the PATH"
-
-  if [ -z "$train" ] && [ "$method" = ds-grpo ]; then
-    case "$(recorded "$model")" in  # above the 0.01 of models a thousand times larger
-      data/weak-countdown) train="--gamma-p 3.0 --gamma-n 0.1" ;;
-      data/tiny-countdown) train="--gamma-p 0.3 --gamma-n 0.03" ;;
-    esac
-  fi
-  words generate "$generate"
-  sampling=(--temperature "$temperature" --max-new-tokens "$max_new_tokens")
-  sampling+=(--attention "$attention" "${split[@]}")
-  words train "$train"
-  updating=(--method "$method" --updates "$updates" --lr "$lr" --seed "$seed" "${split[@]}")
-  words countdown "$countdown"
-  problems=("${split[@]}")
-  python "${here}generate.py" --model . --prompts . --out . --n "$n" "${sampling[@]}" --check-flags
-  local round rounds_checked=(1)
-  [[ "$rehearse_coef" != *@* ]] || rounds_checked+=("${rehearse_coef#*@}")
-  for round in "${rounds_checked[@]}"; do
-    rehearsing_in "$round"
-    python "${here}train.py" --model . --rollouts . --out . "${updating[@]}" "${rehearsing[@]}" \
-      --check-flags
-  done
-  of_data countdown --out . "${problems[@]}" --check-flags
-}
-
-recorded() {  # a path as the settings spell it: the same for any caller; a Hub id as it is
-  local path=$1
-  [ ! -e "$path" ] || path=$(cd "$(dirname -- "$path")" && pwd)/$(basename -- "$path")
-  echo "${path#"$(cd "$here." && pwd)/"}"
-}
-
-claim_folder() {  # a run folder belongs to one set of flags
-  local key value settings other
-  settings=$(
-    for key in model method seed prompts prompts_per_round n temperature max_new_tokens attention \
-        updates lr rehearse rehearse_coef generate train countdown; do
-      value=${!key}
-      case "$key" in
-        model|prompts) value=$(recorded "$value") ;;
-        method) [ "$value" = "${value#*:}" ] || value=$(recorded "${value%:*}"):${value##*:} ;;
-      esac
-      printf '%s=%s\n' "$key" "${value//$'\n'/\\n}"
-    done)
-  mkdir -p "$dir"
-  if [ -s "$dir/settings" ]; then
-    other=$(grep -vxFf <(echo "$settings") "$dir/settings" | tr '\n' ' ') || true
-    [ -z "$other" ] ||
-      die "$dir was begun with other flags (${other% }); choose another --name or delete it"
-  else
-    echo "$settings" > "$dir/settings.new"
-    sync "$dir/settings.new"
-    mv "$dir/settings.new" "$dir/settings"
-  fi
-}
-
-# ---- Rounds --------------------------------------------------------------------------------------
-round_path() { if [ "$1" -eq 0 ]; then echo "$model"; else printf '%s/round-%03d' "$dir" "$1"; fi; }
-
-last_round() {  # the last finished one of a run folder
-  local folder id last=0
-  for folder in "$1"/round-*/; do
-    id=${folder%/} id=${id##*-}
-    if [[ "$id" =~ ^[0-9]+$ ]] && [ "$((10#$id))" -gt "$last" ]; then last=$((10#$id)); fi
-  done
-  echo "$last"
-}
-
-prune() {  # keep the last K rounds up to $1; what a killed run did not get to remove goes, too
-  local path id
-  for path in "$dir"/{prompts,rollouts,scored,round}-[0-9]*; do
-    id=${path##*-} id=${id%%.*}
-    if [[ "$id" =~ ^[0-9]+$ ]] && [ "$((10#$id))" -le "$(($1 - keep))" ]; then rm -rf "$path"; fi
-  done
-}
-
-sample_and_score() {  # MODEL PROMPTS N SEED ROLLOUTS SCORED, and more flags of generate.py
-  local began=$SECONDS
-  launch "${here}generate.py" --model "$1" --prompts "$2" --out "$5" --n "$3" --seed "$4" \
-    "${sampling[@]}" "${@:7}"
-  sampled=$((SECONDS - began)) began=$SECONDS
-  say python "${here}score.py" "$5" --out "$6" > /dev/null
-  verified=$((SECONDS - began))
-}
-
-problems_of() {  # ROUND COUNT OUT: so many training problems
-  if [ -n "$prompts" ]; then
-    say of_data select --prompts "$prompts" --out "$3" --n "$2" --seed "$seed" \
-      --round "$(($1 > 0 ? $1 : 1))" > /dev/null
-  else
-    say of_data countdown --out "$3" --n "$2" --split train \
-      --seed $((seed * 100000 + $1)) "${problems[@]}" > /dev/null
-  fi
+sample() {  # MODEL PROMPTS N STREAM OUT MORE..: OUTrollouts.jsonl and OUTscored.jsonl
+  # Streams of a seed: 1, 2, ... (below 99998) the rounds, 0 and 99999 the rehearsal, 99998 eval/.
+  stage "$sampler" --model "$1" --prompts "$2" --n "$3" --seed $((seed * 100000 + $4)) \
+    --out "$5rollouts.jsonl" "${sampling[@]}" "${@:6}"
+  stage score.py "$5rollouts.jsonl" --out "$5scored.jsonl"
 }
 
 rehearsal() {  # the base's own samples: half for all problems, half for those it hardly solved
-  local to=$dir/rehearsal total hard
+  local to=$dir/rehearsal all hard
   mkdir -p "$to"
-  problems_of 0 "$rehearse" "$to/prompts.jsonl"
-  sample_and_score "$model" "$to/prompts.jsonl" "$n" $((seed * 100000)) \
-    "$to/rollouts.jsonl" "$to/once.jsonl"
-  say of_data select --prompts "$to/prompts.jsonl" --out "$to/hard.jsonl" \
-    --scored "$to/once.jsonl" --at-most 1 > /dev/null
-  total=$(wc -l < "$to/once.jsonl") hard=$(wc -l < "$to/hard.jsonl")
-  cat "$to/once.jsonl" > "$to/scored.jsonl.partial"
-  if [ "$hard" -gt 0 ]; then
-    sample_and_score "$model" "$to/hard.jsonl" $((total / hard)) $((seed * 100000 + 99999)) \
-      "$to/hard-rollouts.jsonl" "$to/again.jsonl"
-    cat "$to/again.jsonl" >> "$to/scored.jsonl.partial"
-  fi
+  draw 0 "$rehearse" "$to/problems.jsonl"
+  sample "$model" "$to/problems.jsonl" "$n" 0 "$to/all."
+  stage data.select --prompts "$to/problems.jsonl" --out "$to/hard.jsonl" --at-most 1 \
+    --scored "$to/all.scored.jsonl"
+  all=$(wc -l < "$to/all.scored.jsonl") hard=$(wc -l < "$to/hard.jsonl")
+  ((hard == 0)) || sample "$model" "$to/hard.jsonl" $((all / hard)) 99999 "$to/hard."
+  cat "$to"/*.scored.jsonl > "$to/scored.jsonl.partial"
   mv "$to/scored.jsonl.partial" "$to/scored.jsonl"
 }
 
-rehearsing_in() {  # ROUND: train.py's flags of the rehearsal into the array `rehearsing`
-  local coef=${rehearse_coef%%,*} later=${rehearse_coef#*,}
-  rehearsing=()
-  [ "$rehearse" -gt 0 ] || return 0
-  if [[ "$later" == *@* ]] && [ "$1" -ge "${later#*@}" ]; then coef=${later%@*}; fi
-  rehearsing=(--rehearse "$dir/rehearsal/scored.jsonl" --rehearse-coef "$coef")
+one_round() {  # ROUND
+  local to=$dir/$(printf %03d "$1") before=$(policy $(($1 - 1))) coef=${rehearse_coef%,*} lines
+  mkdir -p "$to"; SECONDS=0
+  draw "$1" "$prompts_per_round" "$to/problems.jsonl"
+  sample "$before" "$to/problems.jsonl" "$n" "$1" "$to/"
+  (($1 < coef_from)) || coef=${rehearse_coef#*,}
+  coef=(--rehearse "$dir/rehearsal/scored.jsonl" --rehearse-coef "${coef%@*}")
+  ((rehearse)) || coef=()
+  stage train.py --model "$before" --rollouts "$to/scored.jsonl" --out "$to/policy" \
+    "${updating[@]}" "${coef[@]}" > "$to/means.txt"
+  mapfile -t lines < "$to/means.txt"
+  printf '%s\n' "$(printf %3d "$1")  ${lines[0]}  $SECONDS s  $name" "${lines[@]:1}" >&3
+  prune "$1"
 }
 
-one_round() {
-  local id before began
-  id=$(printf %03d "$1") before=$(round_path $(($1 - 1)))
-  problems_of "$1" "$prompts_per_round" "$dir/prompts-$id.jsonl"
-  sample_and_score "$before" "$dir/prompts-$id.jsonl" "$n" $((seed * 100000 + $1)) \
-    "$dir/rollouts-$id.jsonl" "$dir/scored-$id.jsonl"
-  rehearsing_in "$1"
-  began=$SECONDS
-  launch "${here}train.py" --model "$before" --rollouts "$dir/scored-$id.jsonl" \
-    --out "$dir/round-$id" "${updating[@]}" "${rehearsing[@]}"
-  tell "$1" "$dir/round-$id/metrics.jsonl" "$sampled" "$verified" $((SECONDS - began))
-}
-
-tell() {  # ROUND METRICS SECONDS..: a line on stdout, the means over the round's updates
-  python - "$name" "$updates" "$@" << 'END'
-import json
-import sys
-
-name, updates, number, path, *seconds = sys.argv[1:]
-with open(path, encoding="utf-8") as file:
-    rows = [json.loads(line) for line in file][-int(updates):]
-means = [sum(row[key] for row in rows) / len(rows)
-         for key in ("pass@1", "entropy", "completion_len", "truncated_frac")]
-print("{:5}  {:6.3f}  {:7.3f}  {:6.1f}  {:9.3f}  {:>7}  {:>7}  {:>7}  {}".format(
-    int(number), *means, *(f"{second} s" for second in seconds), name), flush=True)
-END
-}
-
-# ---- Evaluation ----------------------------------------------------------------------------------
-evaluation_label() {
-  local label
-  label=$(recorded "${eval_prompts:-test}")
-  echo "${label//\//_}-${eval_problems}x$eval_n"
-}
-
-set_aside() {  # an evaluation with other --eval-* flags keeps its files, in a folder of its own
-  local label path old
-  label=$(evaluation_label)
-  if [ -s "$dir/evaluation" ] && [ "$(cat "$dir/evaluation")" != "$label" ]; then
-    old=$dir/evaluation-$(cat "$dir/evaluation")
-    echo "$dir: the evaluation with other flags goes to $old" >&2
-    rm -rf "$dir"/*.rollouts.jsonl.partial "$dir"/*.scored.jsonl.partial
-    mkdir -p "$old"
-    for path in "$dir"/{test.jsonl,eval-,passk.png}* "$dir"/*.{rollouts,scored}.jsonl*; do
-      [ ! -e "$path" ] || mv -f "$path" "$old/"
-    done
-  fi
-  echo "$label" > "$dir/evaluation.new"
-  mv "$dir/evaluation.new" "$dir/evaluation"
-}
-
-evaluate() {
-  local test=$eval_prompts label=${method##*:} id index files=() names=() models=()
-  [ "$rehearse" -eq 0 ] || label+=+rehearsal
-  [ "$label" != "$against" ] || label=$name
-  id=$(printf %03d "$rounds")
-  if [ -z "$test" ]; then
-    test=$dir/test.jsonl
-    say of_data countdown --out "$test" --n "$eval_problems" --seed 1 --split test \
-      "${problems[@]}" > /dev/null
-  fi
-  files=(base) names=(base) models=("$model")
-  if [ -n "$against" ]; then
-    index=$(printf %03d "$(last_round "${here}runs/$against")")
-    files+=("$against-$index") names+=("$against") models+=("${here}runs/$against/round-$index")
-  fi
-  files+=("trained-$id") names+=("$label") models+=("$(round_path "$rounds")")
-  for index in "${!files[@]}"; do
-    if [ "${files[index]}" = "trained-$id" ] && [ ! -d "${models[index]}" ] &&
-      [ -e "$dir/trained-$id.scored.jsonl" ]; then
-      continue  # the model is pruned, what is asked of it is there
-    fi
-    sample_and_score "${models[index]}" "$test" "$eval_n" 1 "$dir/${files[index]}.rollouts.jsonl" \
-      "$dir/${files[index]}.scored.jsonl" --limit "$eval_problems"
+evaluate() {  # ROUND LINES: of the base, --against and all rounds so far; the table's last LINES
+  local problems=${eval_prompts:-$eval/problems.jsonl} names=() files=() id round label=$label out
+  mkdir -p "$eval"; [ -s "$eval/label" ] || echo "$eval_label" > "$eval/label"
+  [ -n "$eval_prompts" ] || stage data.countdown --n "$eval_problems" --out "$problems" \
+    --seed 1 --split test "${drawing[@]}"
+  curve() {  # NAME ID MODEL; a round that is gone was sampled before
+    [[ ! -d "$3" && -e "$eval/$2.scored.jsonl" ]] ||
+      sample "$3" "$problems" "$eval_n" 99998 "$eval/$2." --limit "$eval_problems"
+    names+=("$1") files+=("$eval/$2.scored.jsonl")
+  }
+  curve base base "$model"
+  id=$(printf %03d "$(last_round "runs/$against")")
+  [ -z "$against" ] || curve "$against" "$against-$id" "runs/$against/$id/policy"
+  for ((round = 1; round < $1; round++)); do
+    id=$(printf %03d "$round")
+    [ ! -e "$eval/$id.scored.jsonl" ] || { curve "$round" "$id" "$(policy "$round")"; label=$1; }
   done
-  files=("${files[@]/%/.scored.jsonl}")
-  say python "${here}evaluate.py" "${files[@]/#/$dir/}" --names "${names[@]}" \
-    --out "$dir/eval-$id${against:+-$against}.json" --plot "$dir/passk.png"
-  say python "${here}evaluate.py" --training "$dir" --plot "$dir/training.png"
-  tell_evaluation "$dir/eval-$id${against:+-$against}.json"
-  echo "$dir: eval-$id${against:+-$against}.json, passk.png and training.png are there" >&2
+  id=$(printf %03d "$1") out=$eval/eval-$id${against:+-$against}.json
+  curve "$label" "$id" "$(policy "$1")"
+  for id in "${files[@]}"; do [ "$out" -nt "$id" ] || rm -f "$out"; done  # it lacks a newer curve
+  stage evaluate.py "${files[@]}" --names "${names[@]}" --out "$out" --plot "$eval/passk.png" \
+    > "$eval/table.txt"
+  stage evaluate.py --training "$dir" --plot "$eval/training.png"
+  tail -n "$2" "$eval/table.txt" >&3
 }
 
-tell_evaluation() {  # EVAL.json: what is to be seen, in one line
-  python - "$1" << 'END'
-import json
-import sys
-
-with open(sys.argv[1], encoding="utf-8") as file:
-    runs = json.load(file)["runs"]
-ks = [list(runs[0]["pass_at_k"])[place] for place in (0, -1)]
-told = [run["name"] + " {:.3f} and {:.3f}".format(*(run["pass_at_k"][k]["value"] for k in ks))
-        for run in runs]
-print("\nPass@{} and Pass@{}: ".format(*ks) + "; ".join(told))
-END
+read_flags() {
+  name=demo model=data/weak-countdown method=ds-grpo rounds=8 seed=0 keep=2 prompts=''
+  prompts_per_round=192 n=16 temperature=1.0 max_new_tokens=24 attention=auto updates=4 lr=2e-4
+  rehearse=0 rehearse_coef=1.0 sampler=generate.py generate='' train='' countdown=''
+  eval_prompts='' eval_problems=300 eval_n=64 eval_every=0 against='' nproc=1 given=''
+  for ((; $# > 0; )); do
+    case "$1" in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" >&3; exit ;; esac
+    [[ "$1" =~ ^--[a-z-]+$ ]] && grep -q "^#   $1 " "$0" || die "unknown flag $1 (see --help)"
+    [ $# -gt 1 ] || die "$1 needs a value"
+    key=${1#--} value=$2 given+="$1 "
+    [[ ! "$1" =~ prompts$|sampler$ || -z "$2" || -f "$2" ]] || die "$1: no file $2"
+    [[ ! "$1" =~ prompts$|sampler$|model$ || ! -e "$2" ]] || value=$(rooted "$2")  # or a Hub id
+    [[ "$1 $2" != "--method "*.py:* ]] || value=$(rooted "${2%:*}"):${2##*:}
+    printf -v "${key//-/_}" %s "$value"
+    shift 2
+  done
 }
 
-# ---- The whole -----------------------------------------------------------------------------------
+split_flags() {  # NAME ARRAY: append the words of the quoted flags
+  local text="${!1} " word='' begun='' own
+  local part=$'^(\'([^\']*)\'|"([^"]*)"|\\\\(.)|([^[:space:]\'"\\\\])|([[:space:]]+))'
+  local -n words=$2 found=BASH_REMATCH
+  own=" --rollouts --out --limit --split -h --help $(grep -o '^#   --[a-z-]*' run.sh | tr '\n' ' ')"
+  while [[ "$text" =~ $part ]]; do
+    text=${text:${#found}}
+    if [ -z "${found[6]}" ]; then word+=${found[2]}${found[3]}${found[4]}${found[5]} begun=1
+    elif [ -n "$begun" ]; then
+      [[ -z "$word" || "$own" != *" ${word%%=*} "* ]] || die "--$1: ${word%%=*} is run.sh's own flag"
+      words+=("$word") word='' begun=''
+    fi
+  done
+  [ -z "$text" ] || die "--$1: a quote in it is not closed"
+}
+
+check_flags() {
+  local key coef=()
+  for key in rounds keep seed prompts_per_round n max_new_tokens updates rehearse eval_problems \
+      eval_n eval_every nproc; do
+    [[ "${!key}" =~ ^[0-9]{1,9}$ ]] || die "--${key//_/-} must be a whole number, not '${!key}'"
+    printf -v "$key" %d "$((10#${!key}))"
+    [[ "$key" =~ ^(seed|rehearse|eval_problems|eval_every)$ || "${!key}" -gt 0 ]] ||
+      die "--${key//_/-} must be at least 1"
+  done
+  ((updates <= prompts_per_round)) || die "--updates: more than --prompts-per-round"
+  [[ "$name" =~ ^[^/.-][^/]*$ ]] || die "--name is a folder's name in runs/, not '$name'"
+  [[ "$rehearse_coef" =~ ^[^,@\ ]+(,[^,@\ ]+@([2-9]|[1-9][0-9]{1,8}))?$ ]] ||
+    die "--rehearse-coef is C, or C,D@R with D from round R > 1 on, not '$rehearse_coef'"
+  coef_from=${BASH_REMATCH[2]:-99998} dir=runs/$name eval=$dir/eval label=${method##*:}
+  [[ "$rehearse" -gt 0 || "$given" != *-coef* ]] || die "--rehearse-coef belongs to --rehearse"
+  ((!rehearse)) || label+=+rehearsal
+  [[ "$label" != base && "$label" != "$against" && ! "$against" =~ ^(base|[0-9]+)$ ]] ||
+    die "--method and --against: no two curves may have one name, nor one be named base"
+  [[ -z "$against" || "$against" != "$name" && "$(last_round "runs/$against")" -gt 0 ]] ||
+    die "--against: no round in runs/$against, or it is this run itself"
+  [ "$model$method$train" != data/weak-countdownds-grpo ] || train="--gamma-p 3.0 --gamma-n 0.1"
+  [ "$model$method$train" != data/tiny-countdownds-grpo ] || train="--gamma-p 0.3 --gamma-n 0.03"
+  [[ "$model" =~ ^data/(weak|tiny)-countdown$ || "$given" = *"--lr "* && "$given" = *-tokens* ]] ||
+    die "--model $model needs --lr and --max-new-tokens; the defaults fit the embedded models"
+  eval_label=$(tr / _ <<< "${eval_prompts:-test}-${eval_problems}x$eval_n")
+  [ ! -s "$eval/label" ] || [ "$(cat "$eval/label")" = "$eval_label" ] || eval+=-$eval_label
+  sampling=(--temperature "$temperature" --max-new-tokens "$max_new_tokens")
+  sampling+=(--attention "$attention") drawing=()
+  updating=(--method "$method" --updates "$updates" --lr "$lr" --seed "$seed")
+  split_flags generate sampling; split_flags train updating; split_flags countdown drawing
+  stage "$sampler" --model . --prompts . --out . --n "$n" "${sampling[@]}" --check-flags
+  for key in ${rehearse_coef//,/ }; do
+    ((!rehearse)) || coef=(--rehearse . --rehearse-coef "${key%@*}")
+    stage train.py --model . --rollouts . --out . --temperature "$temperature" "${updating[@]}" \
+      "${coef[@]}" --check-flags
+  done
+  stage data.countdown --out . "${drawing[@]}" --check-flags
+  [ -z "$prompts" ] || stage score.py "$prompts" --check-problems "$updates"
+  [ -z "$eval_prompts" ] || stage score.py "$eval_prompts" --check-problems
+}
+
+claim_folder() {  # a run's folder belongs to one set of flags
+  local key settings other
+  settings=$(for key in model method seed prompts prompts_per_round n temperature max_new_tokens \
+      attention updates lr rehearse rehearse_coef sampler generate train countdown; do
+    printf '%s=%s\n' "$key" "${!key//$'\n'/\\n}"
+  done)
+  other=$(grep -vxFf <(echo "$settings") "$dir/settings" 2> /dev/null | tr '\n' ' ') || true
+  [ -z "$other" ] ||
+    die "$dir was begun with other flags (${other% }); choose another --name or delete it"
+  mkdir -p "$dir"; [ -s "$dir/settings" ] || echo "$settings" > "$dir/settings"
+}
+
 demonstration() {  # two runs side by side, then three curves
-  local runs=("--name demo-grpo --method grpo --rounds 5" "--name demo --rehearse 1500 --rounds 5")
-  set -m  # a process group of their own, which ends with this script
-  (printf '%s --eval-problems 0\n' "${runs[@]}" |
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} xargs -P 2 -L 1 bash "$0") &
-  trap 'kill -- -$! 2> /dev/null' INT TERM
-  wait $! || die "a run ended early, it says above why; the same command goes on"
-  trap - INT TERM
-  set +m
-  main ${runs[1]} --against demo-grpo --eval-problems 100 --eval-n 256
+  for run in "demo-grpo --method grpo" "demo --rehearse 1500"; do
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} bash "$0" --name $run --rounds 5 --eval-problems 0 >&3 &
+  done
+  wait -n && wait -n || { wait; die "a run ended early, see above; the same command goes on"; }
+  main --name demo --rehearse 1500 --rounds 5 --against demo-grpo --eval-problems 100 --eval-n 256
 }
 
 main() {
-  local last round
-  here=$(dirname -- "$0")/
-  here=${here#./}  # nothing in the repository itself, so that paths stay short
   [ $# -gt 0 ] || { demonstration; return; }
-  read_flags "$@"
-  check_flags
-  claim_folder
+  read_flags "$@"; cd "$root"; check_flags; claim_folder
   last=$(last_round "$dir")
-  if [ "$rounds" -lt "$last" ]; then
-    [ "$eval_problems" -eq 0 ] || [ -d "$(round_path "$rounds")" ] ||
-      [ -e "$dir/trained-$(printf %03d "$rounds").scored.jsonl" -a \
-        "$(cat "$dir/evaluation" 2> /dev/null)" = "$(evaluation_label)" ] ||
-      die "round $rounds of $last in $dir was pruned, its model is gone; evaluate with" \
-        "--rounds $last, or train again with another --name and a larger --keep"
-  else
-    prune "$last"
-  fi
-  if [ "$rounds" -gt "$last" ]; then
-    [ "$rehearse" -eq 0 ] || rehearsal
-    echo "round  Pass@1  entropy  length  truncated   sample   verify   update  run"
-  fi
-  for ((round = last + 1; round <= rounds; round++)); do
-    echo "== $name: round $round of $rounds" >&2
-    one_round "$round"
-    prune "$round"
+  [[ "$eval_problems" -eq 0 || "$rounds" -ge "$last" || -d "$(policy "$rounds")" ||
+    -e "$eval/$(printf %03d "$rounds").scored.jsonl" ]] ||
+    die "round $rounds was pruned; evaluate $last, or train with another --name and a larger --keep"
+  ((rounds < last)) || prune "$last"
+  ((rounds <= last || rehearse == 0)) || rehearsal
+  for ((round = last; round < rounds; round++)); do
+    ((!eval_problems || !eval_every || !round || round % eval_every)) || evaluate "$round" 1
+    one_round $((round + 1))
   done
-  if [ "$eval_problems" -gt 0 ]; then
-    set_aside
-    evaluate
-  fi
+  ((eval_problems == 0)) || evaluate "$rounds" +1
 }
 
-# Read whole before anything runs: an edit, or a git pull, in the middle of a night changes nothing.
-main "$@"; exit
+root=$(realpath "$(dirname -- "$0")")
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}  # for --sampler
+exec 3>&1  # the caller's stdout; what the stages print goes to stderr
+trap 'stop 130' INT; trap 'stop 143' TERM; trap 'stop 129' HUP
+main "$@" >&2; exit  # read whole by now: an edit or a git pull in the middle changes nothing

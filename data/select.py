@@ -2,12 +2,13 @@
 
     python -m data.select --prompts math.jsonl --out problems.jsonl --n 32 --seed 0 --round 3
     python -m data.select --prompts all.jsonl --out hard.jsonl --scored scored.jsonl --at-most 1
-    python -m data.select --prompts all.jsonl --out mixed.jsonl --scored scored.jsonl \\
-        --at-least 1 --at-most 7        # of 8 samples: neither never nor always solved
+    python -m data.select --scored scored.jsonl --out mixed.scored.jsonl --at-least 1 --at-most 7
 
 --scored keeps the problems with at least --at-least and at most --at-most right rollouts in that
-file; problems that have no rollout in it are left out. Sample the same problems again with another
---seed: a rollout's random numbers depend on (seed, id, sample).
+file; problems that have no rollout in it are left out. Whoever samples the same problems again
+takes another --seed: a rollout's random numbers depend on (seed, id, sample). Without --prompts the
+rollouts themselves are written: the last command drops the groups of 8 that were never or always
+solved, from which GRPO learns nothing (DAPO's dynamic sampling, arXiv 2503.14476).
 
 --n takes a round's share of what is left, shuffled anew for each pass over it: round 1 gets the
 first n problems, round 2 the next n, and so on. Each problem is used equally often, and a round
@@ -20,7 +21,8 @@ import random
 
 import msgspec
 
-from data.files import Parser, Problem, claim, describe, fail, publish, read_rows, run, say
+from data.files import (Parser, Problem, claim, describe, fail, publish, read_rows, run,
+                        sampling_of, say)
 
 
 class Correct(msgspec.Struct):
@@ -31,7 +33,8 @@ class Correct(msgspec.Struct):
 
 def parse_args(argv=None):
     parser = Parser(__file__, description=__doc__)
-    parser.add_argument("--prompts", required=True, help="JSONL file of problems")
+    parser.add_argument("--prompts",
+                        help="JSONL file of problems (default: the rollouts of --scored)")
     parser.add_argument("--out", required=True, help="JSONL file to write")
     add = parser.add_argument_group("a round's share").add_argument
     add("--n", type=int, help="problems a round (default: all)")
@@ -46,6 +49,8 @@ def parse_args(argv=None):
     bounds = [bound for bound in (args.at_least, args.at_most) if bound is not None]
     if bool(args.scored) != bool(bounds):
         parser.error("--scored goes with --at-least, --at-most or both")
+    if not args.prompts and not args.scored:
+        parser.error("give --prompts, --scored or both")
     if bounds != sorted(bounds):
         parser.error("--at-least is above --at-most: no problem is left")
     if args.n is None and (args.seed, args.round) != (0, 1):
@@ -68,25 +73,35 @@ def indices_of_round(total, n, number, seed):
     return chosen
 
 
+def read_problems(path):
+    """{id: [line]} of a file of problems."""
+    lines, places = {}, {}
+    for where, line, problem in read_rows(path, Problem):
+        if problem.id in lines:
+            fail(f"{where}: duplicate id {problem.id!r}, first in {places[problem.id]}")
+        lines[problem.id], places[problem.id] = [line], where
+    return lines
+
+
 def main(args):
-    meta = describe(args, [args.prompts, *filter(None, [args.scored])], seed=args.seed)
+    inputs = [path for path in (args.prompts, args.scored) if path]
+    sampling = {} if args.prompts else {"sampling": sampling_of(args.scored)}
+    meta = describe(args, inputs, seed=args.seed, **sampling)
     partial = claim(args.out, meta, ignore=("prompts", "scored", "out"))
     if partial is None:
         return
 
-    # 1. All problems.
-    lines, places = {}, {}
-    for where, line, problem in read_rows(args.prompts, Problem):
-        if problem.id in lines:
-            fail(f"{where}: duplicate id {problem.id!r}, first in {places[problem.id]}")
-        lines[problem.id], places[problem.id] = line, where
+    # 1. All problems, with their line or their rollouts.
+    lines = read_problems(args.prompts) if args.prompts else collections.defaultdict(list)
+    right = collections.Counter()
+    for _, line, row in read_rows(args.scored, Correct) if args.scored else ():
+        right[row.id] += row.correct
+        if not args.prompts:
+            lines[row.id].append(line)
     total, ids, note = len(lines), list(lines), ""
 
     # 2. Those solved the right number of times.
     if args.scored:
-        right = collections.Counter()
-        for _, _, row in read_rows(args.scored, Correct):
-            right[row.id] += row.correct
         sampled = [id for id in ids if id in right]
         if not sampled:
             fail(f"{args.prompts}: none of its problems has a rollout in {args.scored}")
@@ -99,7 +114,7 @@ def main(args):
     if args.n is not None:
         ids = [ids[index] for index in indices_of_round(len(ids), args.n, args.round, args.seed)]
     with open(partial, "wb") as file:
-        file.writelines(lines[id] + b"\n" for id in ids)
+        file.writelines(line + b"\n" for id in ids for line in lines[id])
     publish(args.out, meta)
     say(f"{args.out}: {len(ids)} of {total} problems{note}")
 

@@ -601,7 +601,7 @@ def endurance(minutes, keep=2):
         command = ["bash", "run.sh", "--name", "endless", "--model", base, "--rounds",
                    str(len(rows) + 1), "--keep", str(keep), "--eval-problems", "0",
                    "--prompts-per-round", "16", "--n", "8", "--max-new-tokens", "12", "--updates",
-                   "2"]
+                   "2", "--lr", "2e-4"]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.PIPE)
         os.set_blocking(process.stderr.fileno(), False)

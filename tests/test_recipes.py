@@ -35,7 +35,7 @@ def toy(commands):
     rounds = {"150": "2", "51": "2"}  # all others: 1
     commands = re.sub(r"(?<=--rounds )\d+", lambda found: rounds.get(found[0], "1"), commands)
     commands = commands.replace("in 1 2 3 4;", "in 1 2;")
-    return re.sub(r"(trained|round)-(075|002|008)", r"\1-001", commands)
+    return re.sub(r"/(075|002|008)(\.scored|/policy)", r"/001\2", commands)
 
 
 def test_toy_changes_values_alone_and_every_recipe_has_commands():
@@ -88,26 +88,26 @@ def test_the_recipe_runs(loop, number):
         run(loop, toy(recipes()[2][1]))  # leaves alone what is there
     run(loop, commands)
     if number == 0:
-        runs = report(loop, "math-1.5b/eval-001.json")["runs"]
+        runs = report(loop, "math-1.5b/eval/eval-001.json")["runs"]
         assert [one["problems"] for one in runs] == [2, 2] and runs[0]["n"] == 2
-        meta = report(loop, "math-1.5b/rollouts-001.jsonl.meta.json")
+        meta = report(loop, "math-1.5b/001/rollouts.jsonl.meta.json")
         assert meta["flags"]["stop"] == ["<|im_end|>", "<|endoftext|>"]
         assert meta["flags"]["overlong"] == "skip"
         assert meta["flags"]["max_batch_tokens"] == 1048576
-        assert report(loop, "math-1.5b/round-001.meta.json")["flags"]["smooth_level"] == "share"
-        assert report(loop, "math-1.5b-grpo/round-001.meta.json")["flags"]["method"] == "grpo"
+        assert report(loop, "math-1.5b/001/policy.meta.json")["flags"]["smooth_level"] == "share"
+        assert report(loop, "math-1.5b-grpo/001/policy.meta.json")["flags"]["method"] == "grpo"
         assert (loop.folder / "passk.png").exists()
         assert len((loop.folder / "math.jsonl").read_text().splitlines()) == 6  # without the long
     elif number == 1:
-        meta = report(loop, "math-7b/round-001.meta.json")
+        meta = report(loop, "math-7b/001/policy.meta.json")
         assert meta["world_size"] == 2 and meta["flags"]["shard"]
     elif number == 2:
-        assert report(loop, "cd/eval-001.json")["runs"][0]["problems"] == 3
-        assert report(loop, "cd/rollouts-001.jsonl.meta.json")["flags"]["stop"] == [
+        assert report(loop, "cd/eval/eval-001.json")["runs"][0]["problems"] == 3
+        assert report(loop, "cd/001/rollouts.jsonl.meta.json")["flags"]["stop"] == [
             "</answer>", "Problem:"]
     else:
-        assert report(loop, "cd/eval-002.json")["runs"][0]["n"] == 2
-        assert (loop.folder / "runs/cd/round-002").is_dir()
+        assert report(loop, "cd/eval/eval-002.json")["runs"][0]["n"] == 2
+        assert (loop.folder / "runs/cd/002/policy").is_dir()
         assert (loop.folder / "training.png").exists()
 
 
@@ -146,27 +146,27 @@ def test_what_is_rehearsed(loop):
 @pytest.mark.slow
 def test_rehearsal_with_a_smaller_weight_later(loop):
     run(loop, toy(recipes()[6][1]))
-    rounds = [report(loop, f"far/round-00{number}.meta.json")["flags"] for number in (1, 2)]
+    rounds = [report(loop, f"far/00{number}/policy.meta.json")["flags"] for number in (1, 2)]
     assert [flags["rehearse_coef"] for flags in rounds] == [1.0, 0.3]
-    assert report(loop, "far/eval-002.json")["runs"][1]["problems"] == 3
+    assert report(loop, "far/eval/eval-002.json")["runs"][1]["problems"] == 3
 
 
 @pytest.mark.slow
 def test_negative_first_and_many_samples(loop):
     run(loop, toy(recipes()[7][1]))
-    last = report(loop, "negative-grpo/round-001.meta.json")
-    assert last["flags"]["method"] == "grpo" and "runs/negative/round-001" in last["flags"]["model"]
-    first = report(loop, "negative/round-001.meta.json")["flags"]
+    last = report(loop, "negative-grpo/001/policy.meta.json")
+    assert last["flags"]["method"] == "grpo" and "runs/negative/001/policy" in last["flags"]["model"]
+    first = report(loop, "negative/001/policy.meta.json")["flags"]
     assert first["arm"] == {"positive_weight": 0} and first["method"].endswith(":w_reinforce")
-    assert report(loop, "negative-grpo/round-001/trainer_state.json")["step"] == 8
+    assert report(loop, "negative-grpo/001/policy/trainer_state.json")["step"] == 8
     run(loop, toy(recipes()[8][1]))
-    assert report(loop, "broad/round-001.meta.json")["flags"]["updates"] == 4
+    assert report(loop, "broad/001/policy.meta.json")["flags"]["updates"] == 4
 
 
 @pytest.mark.slow
 def test_averaged_weights(loop):
     run(loop, toy(recipes()[9][1]), os.path.dirname(sys.executable))
-    folders = ("data/tiny-countdown", "runs/ends/round-001", "averaged")
+    folders = ("data/tiny-countdown", "runs/ends/001/policy", "averaged")
     base, trained, mixed = (load_file(loop.folder / folder / "model.safetensors")
                             for folder in folders)
     assert any((base[name] != trained[name]).any() for name in base)

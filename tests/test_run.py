@@ -1,65 +1,89 @@
-"""run.sh: its flags, resuming after a kill between any two commands, and what it keeps on disk.
+"""run.sh: its flags, what it starts in which order, resuming, and what it keeps on disk.
 
-Every stage is real; only python3 is a stand-in that has it forked from a warm process (see
-crash.py), with a tiny random model. With KILL set, python3, rm and mv kill run.sh the first time
-that they have run for it with these arguments.
+Most tests put stand-ins for all stages behind python3 (`Mock`), each a few lines of shell. Others
+run the real stages, forked from a warm process (`Loop`; see crash.py), with a tiny random model.
 """
 import collections
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 import crash
 
-TINY = ("--prompts-per-round 6 --n 4 --max-new-tokens 8 --updates 2 --eval-problems 6 --eval-n 4 "
-        "--countdown --numbers=3 --rounds 2 --keep 1").split()
+SHARED = ("run.sh", "generate.py", "score.py", "train.py", "evaluate.py", "data", "kernels",
+          "experiments")
+OWN = ("--lr", "2e-4", "--max-new-tokens", "8")  # what a model that is not embedded needs
+TINY = ("--prompts-per-round 6 --n 4 --updates 2 --eval-problems 6 --eval-n 4 --countdown "
+        "--numbers=3 --rounds 2 --keep 1").split()
+
+# With KILL set, python3 kills run.sh the first time that it has run for it with these arguments.
+DIES = """[ -z "$KILL" ] || { mark=$KILL/$(echo "$0 ${all:-$*}" | cksum | tr " " -)
+[ -e "$mark" ] || { : > "$mark"; kill -9 $PPID; }; }
+"""
+STAGES = """all="$*"; [ "$1" != -m ] || shift
+stage=$1; shift
+echo "$stage $*" >> calls
+[[ "$all" != *--check-* ]] || { [[ "$all" != *wrong* ]] || exit 2; exit 0; }
+while [ $# -gt 0 ]; do case $1 in --out) out=$2 ;; --n) n=$2 ;; esac; shift; done
+if [ -n "$out" ] && [ -e "$out" ]; then echo "$out: complete, left alone" >&2
+else case $stage in
+data.select) seq 3 > "$out" ;;
+data.countdown) seq "$n" > "$out" ;;
+train.py) mkdir "$out.partial"; echo "$all" > "$out.partial/weights"; mv "$out.partial" "$out" ;;
+evaluate.py) [ -z "$out" ] || echo "$all" > "$out" ;;
+score.py) seq 12 > "$out" ;;
+*) if [ -n "$SLOW" ]; then trap 'rm lock; exit 143' TERM; : > lock; sleep 60 & wait; fi
+   echo "$all" > "$out" ;;
+esac; fi
+case $stage in
+train.py) echo "Pass@1 0.041  entropy 1.234"; [ -z "$CUT" ] || echo "$out: raise the limit" ;;
+evaluate.py) printf 'a table\\nPass@1 and Pass@4: base 0.1 and 0.2\\n' ;;
+esac
+"""
 
 
-@pytest.fixture(scope="module")
-def warm():
-    return crash.warm()
+class Mock:
+    """A repository whose stages are stand-ins; runs/ is its own."""
 
+    stages = STAGES
 
-class Loop:
-    """The repository, in links: runs/ is its own."""
-
-    def __init__(self, folder, warm):
+    def __init__(self, folder):
         self.folder, self.bin, self.marks = folder, folder / "bin", folder / "marks"
-        for name in ("run.sh", "generate.py", "score.py", "train.py", "evaluate.py", "data",
-                     "kernels", "experiments"):
-            (folder / name).symlink_to(os.path.join(crash.ROOT, name))
-        (folder / "base").symlink_to(warm.base)
         self.bin.mkdir()
         self.marks.mkdir()
-        dies = ('[ -z "$KILL" ] || { mark=$KILL/$(echo "$0 $*" | cksum | tr " " -); '
-                '[ -e "$mark" ] || { : > "$mark"; kill -9 $PPID; }; }\n')
-        python = f'"{sys.executable}" -S -E'
-        self.write("python3", '[ "$1" != -P ] || shift\n'
-                   f'case "$1" in\n-|-c) {python} "$@" ;;\n'
-                   f'-m) {python} "{crash.ROOT}/tests/ask.py" "{warm.path}" '
-                   '"data/${2#data.}.py" "${@:3}" ;;\n'
-                   f'*) {python} "{crash.ROOT}/tests/ask.py" "{warm.path}" "$@" ;;\nesac\n'
-                   f'code=$?\n{dies}exit $code\n')
-        for name in ("rm", "mv"):
-            self.write(name, f'/bin/{name} "$@"\n{dies}')
+        self.link()
+        self.write("python3", self.stages)
+
+    def link(self):
+        (self.folder / "run.sh").symlink_to(os.path.join(crash.ROOT, "run.sh"))
+        (self.folder / "generate.py").touch()
 
     def write(self, name, text):
-        (self.bin / name).write_text("#!/bin/bash\n" + text)
+        (self.bin / name).write_text(f"#!/bin/bash\n{text}code=$?\n{DIES}exit $code\n")
         (self.bin / name).chmod(0o755)
 
-    def __call__(self, *flags, kill=False, script="run.sh", cwd=None):
+    def environment(self, **more):
+        return {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}", "KILL": "", **more}
+
+    def __call__(self, *flags, kill=False, script="run.sh", cwd=None, **more):
         """(exit code, stderr) of run.sh; what it wrote to stdout is in `out`."""
-        environment = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}",
-                       "KILL": str(self.marks) if kill else ""}
-        model = [] if "--model" in flags else ["--model", "base"]
-        done = subprocess.run(["bash", script, *model, *flags], cwd=cwd or self.folder,
-                              env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", script, *flags], cwd=cwd or self.folder, capture_output=True, text=True,
+            env=self.environment(KILL=str(self.marks) if kill else "", **more))
         self.out = done.stdout
         return done.returncode, done.stderr
+
+    def calls(self, stage):
+        """The flags that this stage was given, call by call, checks left out."""
+        lines = (self.folder / "calls").read_text().splitlines()
+        return [line for line in lines if line.startswith(stage) and "--check-" not in line]
 
     def files(self, name="demo"):
         """Everything in runs/NAME, as crash.content; of a meta, without the digests, into which the
@@ -71,168 +95,114 @@ class Loop:
         return {path.strip("/"): data for path, data in found.items()}
 
 
+class Loop(Mock):
+    """The repository, in links, with the real stages and a tiny model, `base`."""
+
+    def __init__(self, folder, warm):
+        python = f'"{sys.executable}" -S -E'
+        self.base = warm.base
+        self.stages = (
+            f'if [ "$1" = -m ]; then set -- "data/${{2#data.}}.py" "${{@:3}}"; fi\n'
+            f'if [ "$1" = engine.py ]; then {python} "$@"\n'
+            f'else {python} "{crash.ROOT}/tests/ask.py" "{warm.path}" "$@"; fi\n')
+        super().__init__(folder)
+
+    def link(self):
+        for name in SHARED:
+            (self.folder / name).symlink_to(os.path.join(crash.ROOT, name))
+        (self.folder / "base").symlink_to(self.base)
+
+    def __call__(self, *flags, **options):
+        model = [] if "--model" in flags else ["--model", "base", *OWN]
+        return super().__call__(*model, *flags, **options)
+
+
+@pytest.fixture(scope="module")
+def warm():
+    return crash.warm()
+
+
 @pytest.fixture
 def loop(tmp_path, warm):
     return Loop(tmp_path, warm)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, warm):
-    loop = Loop(tmp_path_factory.mktemp("undisturbed"), warm)
-    code, err = loop(*TINY)
-    assert code == 0, err
-    return loop
+@pytest.fixture
+def mock(tmp_path):
+    return Mock(tmp_path)
 
 
-def test_help_names_every_flag_and_needs_no_python(tmp_path):
+# ---- Flags ---------------------------------------------------------------------------------------
+def test_help_has_every_flag_with_its_default_and_needs_no_python(tmp_path):
     script = os.path.join(crash.ROOT, "run.sh")
     done = subprocess.run(["/bin/bash", script, "--help"], capture_output=True, text=True,
-                          cwd=tmp_path, env={"PATH": "/nowhere:/bin"})
+                          cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
     with open(script, encoding="utf-8") as file:
-        case = re.search(r"^ *--name\|.*?\)", file.read(), re.M | re.S)[0]
-    flags = re.findall(r"--[a-z-]+", case)
-    assert done.returncode == 0 and not done.stderr and len(flags) > 20
-    assert all(re.search(rf"^  {flag} ", done.stdout, re.M) for flag in flags)
+        body = re.search(r"^read_flags.*?^  for", file.read(), re.M | re.S)[0]
+    names = [name for name in re.findall(r"(\w+)=", body) if name != "given"]
+    assert done.returncode == 0 and not done.stderr and len(names) > 25
+    for name in names:
+        assert re.search(rf"^  --{name.replace('_', '-')} .*\)$", done.stdout, re.M), name
 
 
-@pytest.mark.parametrize("flags, told", [
+@pytest.mark.parametrize("flags, message", [
     (["--epochs", "3"], "unknown flag --epochs (see --help)"),
     (["--rounds"], "--rounds needs a value"),
     (["demo"], "unknown flag demo (see --help)"),
-    (["--suite", "paper"], "unknown flag --suite (see --help)"),
     (["--rounds", "x"], "--rounds must be a whole number, not 'x'"),
-    (["--n", "-1"], "--n must be a whole number, not '-1'"),
     (["--n", "1 2"], "--n must be a whole number, not '1 2'"),
-    (["--seed", "1.5"], "--seed must be a whole number, not '1.5'"),
     (["--keep", ""], "--keep must be a whole number, not ''"),
-    (["--updates", "1e3"], "--updates must be a whole number, not '1e3'"),
     (["--nproc", "9" * 20], f"--nproc must be a whole number, not '{'9' * 20}'"),
-    (["--keep", "0"], "--keep and --rounds must be at least 1"),
-    (["--rounds", "0"], "--keep and --rounds must be at least 1"),
-    (["--eval-n", "0"], "--eval-n must be at least 1"),
+    (["--keep", "0"], "--keep must be at least 1"),
     (["--prompts-per-round", "2", "--updates", "3"], "--updates: more than --prompts-per-round"),
-    (["--temperature", "0.0"], "--temperature 0: nothing is learned from greedy samples"),
-    (["--method", "ppo"], "no --method 'ppo' (see --help)"),
-    (["--method", "grpo passk"], "no --method 'grpo passk' (see --help)"),
     (["--name", "../x"], "--name is a folder's name in runs/, not '../x'"),
-    (["--name", ".."], "--name is a folder's name in runs/, not '..'"),
     (["--name", ""], "--name is a folder's name in runs/, not ''"),
     (["--prompts", "gone.jsonl"], "--prompts: no file gone.jsonl"),
-    (["--eval-prompts", "data"], "--eval-prompts: no file data"),
+    (["--eval-prompts", "bin"], "--eval-prompts: no file bin"),
+    (["--sampler", "gone.py"], "--sampler: no file gone.py"),
     (["--rehearse-coef", "0.5"], "--rehearse-coef belongs to --rehearse"),
     *((["--rehearse", "8", "--rehearse-coef", coef],
        f"--rehearse-coef is C, or C,D@R with D from round R > 1 on, not '{coef}'")
-      for coef in ("", "1,0.3", "0.3@2", "1,0.3@1", "1, 0.3@2", "1,0.3@x", "1,@2", "1,0.5@2,0.3@4")),
-    (["--eval-problems", "0", "--against", "x"], "--against: nothing is evaluated with --eval-problems 0"),
-    (["--against", "demo"], "--against: another run than runs/demo itself"),
-    (["--against", "base"],
-     "--against: with base or trained for a name, figures could not be told apart"),
-    (["--prompts", "run.sh", "--eval-problems", "0", "--countdown", "--numbers=3"],
-     "--countdown: no problem is drawn, all are of --prompts and --eval-prompts"),
+      for coef in ("", "1,0.3", "1,0.3@1", "1, 0.3@2", "1,@2", "1,0.5@2,0.3@4")),
+    (["--against", "demo"], "--against: no round in runs/demo, or it is this run itself"),
+    (["--against", "x"], "--against: no round in runs/x, or it is this run itself"),
+    *((flags, "--method and --against: no two curves may have one name, nor one be named base")
+      for flags in (["--against", "base"], ["--against", "5"], ["--method", "mine.py:base"],
+                    ["--method", "grpo", "--against", "grpo"])),
     (["--generate", "--stop 'a"], "--generate: a quote in it is not closed"),
-    (["--generate", "--n 4"],
-     "--generate: --n is given to the stage by run.sh itself (see --help)"),
-    (["--train", "-h"], "--train: -h is no setting; ask the stage itself"),
-    (["--prompts", "data/weak-countdown/config.json", "--updates", "99"],
-     "--updates: more than the problems in data/weak-countdown/config.json"),
-    (["--train", "--clip-low 0.1 --updates=3"],
-     "--train: --updates is given to the stage by run.sh itself (see --help)"),
+    (["--generate", "--n 4"], "--generate: --n is run.sh's own flag"),
+    (["--train", "-h"], "--train: -h is run.sh's own flag"),
+    (["--train", "--clip-low 0.1 --updates=3"], "--train: --updates is run.sh's own flag"),
+    *((["--model", "other", *flags], "--model other needs --lr and --max-new-tokens; the defaults "
+       "fit the embedded models") for flags in ([], ["--lr", "1"], ["--max-new-tokens", "9"])),
 ])
-def test_wrong_flags_end_with_one_line_before_anything_is_made(loop, flags, told):
-    assert loop(*flags) == (2, f"run.sh: error: {told}\n") and not (loop.folder / "runs").exists()
+def test_wrong_flags_end_with_one_line_before_anything_is_made(mock, flags, message):
+    assert mock(*flags) == (2, f"run.sh: error: {message}\n")
+    assert not (mock.folder / "runs").exists()
 
 
-@pytest.mark.parametrize("flags, told", [
-    (["--generate", "--stopp x"], "generate.py: error: unrecognized arguments: --stopp x"),
+@pytest.mark.parametrize("flags, message", [
     (["--generate", "--temp 0.5"], "generate.py: error: unrecognized arguments: --temp 0.5"),
-    (["--generate", "--top-p 2"], "generate.py: error: --top-p must be above 0 and at most 1"),
     (["--attention", "fast"], "generate.py: error: argument --attention: invalid choice: 'fast'"),
-    (["--max-new-tokens", "0"], "generate.py: error: --max-new-tokens must be"),
+    (["--temperature", "warm"], "generate.py: error: argument --temperature: invalid float"),
+    (["--temperature", "0"], "train.py: error: --temperature must be above 0"),
     (["--train", "--gama-p 0.1"], "train.py: error: unrecognized arguments: --gama-p 0.1"),
-    (["--train", "--kl-coef 0.1"], "train.py: error: --kl-coef and --ref-model go together"),
-    (["--lr", "fast"], "train.py: error: argument --lr: invalid float value: 'fast'"),
-    (["--updates", "0"], "train.py: error: --updates must be at least 1"),
-    (["--rehearse", "8", "--rehearse-coef", "x,0.3@2"],
-     "train.py: error: argument --rehearse-coef: invalid float value: 'x'"),
+    (["--method", "ppo"], "train.py: error: "),
     (["--rehearse", "8", "--rehearse-coef", "1,x@2"],
      "train.py: error: argument --rehearse-coef: invalid float value: 'x'"),
     (["--countdown", "--numbers four"], "countdown.py: error: argument --numbers: invalid"),
+    (["--prompts", "no-task.jsonl", "--updates", "1"],
+     "score.py: error: no-task.jsonl:1: missing field 'task'"),
+    (["--eval-prompts", "no-gold.jsonl"], "score.py: error: no-gold.jsonl:1: missing field 'answ"),
+    (["--prompts", "mine.jsonl", "--updates", "3"], "score.py: error: mine.jsonl: 2 problems, few"),
 ])
-def test_flags_of_the_stages_are_checked_before_anything_is_made(loop, flags, told):
+def test_flags_and_problems_are_checked_by_the_stages_before_anything_is_made(loop, flags, message):
+    write_problems(loop.folder / "mine.jsonl", 2)
+    (loop.folder / "no-task.jsonl").write_text('{"id": "a", "prompt": "1"}\n')
+    (loop.folder / "no-gold.jsonl").write_text('{"id": "a", "prompt": "1", "task": "math"}\n')
     code, err = loop(*TINY, *flags)
-    assert code == 2 and err.count("\n") == 1 and err.startswith(told)
+    assert code == 2 and err.count("\n") == 1 and err.startswith(message), err
     assert not (loop.folder / "runs").exists()  # the name is free for the command without the typo
-
-
-def test_what_a_stage_refuses_ends_the_loop_with_its_line(loop):
-    code, err = loop(*TINY, "--name", "hot", "--temperature", "warm")
-    assert code == 2 and err.splitlines()[-1].startswith(
-        "generate.py: error: argument --temperature: invalid float value: 'warm'")
-
-
-def test_a_finished_run_is_whole_and_started_again_makes_nothing_new(undisturbed):
-    files = undisturbed.files()
-    assert {"eval-002.json", "passk.png", "training.png", "trained-002.scored.jsonl",
-            "round-002/model.safetensors"} <= files.keys()
-    assert [row["step"] for row in files["round-002/metrics.jsonl"]] == [1, 2, 3, 4]
-    runs = json.loads(files["eval-002.json"])["runs"]
-    assert {run["name"] for run in runs} == {"base", "ds-grpo"}
-    model = undisturbed.folder / "runs/demo/round-002/model.safetensors"
-    before = model.stat().st_mtime_ns
-    code, err = undisturbed(*TINY)
-    assert code == 0 and "train.py" not in err and err.count("complete, left alone") == 6
-    assert undisturbed.files() == files and model.stat().st_mtime_ns == before
-
-
-def test_killed_after_every_command_it_ends_with_the_same_files(loop, undisturbed):
-    kills = 0
-    while (end := loop(*TINY, kill=True))[0] == -9:
-        kills += 1
-    assert end[0] == 0 and end[1].count("error") == 0
-    assert kills >= 26  # 3 checks, 15 stages, 2 lines, 2 records, and the removals of round 1
-    assert loop.files() == undisturbed.files()
-
-
-def test_killed_while_an_evaluation_is_set_aside_it_loses_nothing(loop):
-    flags, kills = [*TINY, "--rounds", "1"], 0
-    assert loop(*flags)[0] == 0
-    before = loop.files()
-    flags += ["--eval-n", "2"]
-    while (end := loop(*flags, kill=True))[0] == -9:
-        kills += 1
-    aside = {path.removeprefix("evaluation-test-6x4/"): data for path, data in loop.files().items()
-             if path.startswith("evaluation-test-6x4/")}
-    assert end[0] == 0 and kills >= 14 and len(aside) > 10
-    assert aside == {path: before[path] for path in aside}
-
-
-def test_other_flags_are_refused_and_change_nothing(undisturbed):
-    files = undisturbed.files()
-    for flags in (["--seed", "1"], ["--lr", "1e-3"], ["--method", "grpo"], ["--n", "2"],
-                  ["--train", "--gamma-p 0.5"], ["--generate", "--stop 9"]):
-        code, err = undisturbed(*TINY, *flags)
-        assert code == 2 and err.count("\n") == 1
-        assert err.startswith("run.sh: error: runs/demo was begun with other flags")
-        assert all(flag.lstrip("-").split()[0].replace("-", "_") in err for flag in flags[:1])
-    assert undisturbed.files() == files
-
-
-def test_keep_bounds_the_disk_also_when_it_changes_and_past_round_999(loop):
-    quick = [*TINY, "--eval-problems", "0"]
-
-    def kept():
-        return sorted(path.name for path in (loop.folder / "runs/demo").iterdir()
-                      if re.match(r"(prompts|rollouts|scored|round)-", path.name))
-
-    def names(*rounds):
-        return sorted(f"{name}{end}" for number in rounds for name in (f"round-{number}", *(
-            f"{kind}-{number}.jsonl" for kind in ("prompts", "rollouts", "scored")))
-            for end in ("", ".meta.json"))
-
-    assert loop(*quick, "--keep", "2", "--rounds", "3")[0] == 0 and kept() == names("002", "003")
-    for path in list((loop.folder / "runs/demo").iterdir()):  # a run that has come to round 1000
-        path.rename(path.with_name(path.name.replace("003", "1000").replace("002", "999")))
-    assert loop(*quick, "--keep", "1", "--rounds", "1001")[0] == 0 and kept() == names("1001")
 
 
 def write_problems(path, count):
@@ -242,230 +212,231 @@ def write_problems(path, count):
             "target": 1 + i, "n_solutions": 1}) + "\n" for i in range(count))
 
 
-def test_prompts_of_a_file_are_taken_in_turn_shuffled_anew_each_pass(loop):
-    write_problems(loop.folder / "seed=1 mine.jsonl", 5)
-    flags = [*TINY, "--countdown", "", "--eval-problems", "0", "--keep", "9", "--rounds", "5",
-             "--prompts", "seed=1 mine.jsonl", "--prompts-per-round", "3"]
-    code, err = loop(*flags)
-    files = loop.files()
+def test_quoted_flags_are_split_as_by_a_shell_and_not_expanded(mock):
+    text = "--stop '9 9' $HOME* \"it's\" \\' '\n\n' </answer> --max-batch-tokens 100"
+    code, err = mock("--rounds", "1", "--eval-problems", "0", "--generate", text)
     assert code == 0, err
-    asked = [[json.loads(line)["id"] for line in files[f"prompts-00{number}.jsonl"].splitlines()]
-             for number in range(1, 6)]
-    every = [f"../{i}" for i in range(5)]
-    one, two, three = (sum(asked, [])[start:start + 5] for start in (0, 5, 10))
-    assert sorted(one) == sorted(two) == sorted(three) == every
-    assert len({tuple(one), tuple(two), tuple(three), tuple(every)}) == 4
-    assert all(len(set(ids)) == 3 for ids in asked)
-    assert sorted(os.listdir(loop.folder)) == sorted([
-        "experiments", "base", "bin", "data", "evaluate.py", "generate.py", "kernels", "marks",
-        "seed=1 mine.jsonl", "run.sh", "runs", "score.py", "train.py"])  # an id is no file name
-    assert loop(*flags, "--seed", "2", "--name", "two")[0] == 0
-    assert loop.files("two")["prompts-001.jsonl"] != files["prompts-001.jsonl"]
-
-
-def test_a_line_a_round_on_stdout(loop):
-    code, err = loop(*TINY, "--keep", "2")
-    assert code == 0, err
-    head, one, two, *table = loop.out.splitlines()
-    assert head.split() == "round Pass@1 entropy length truncated sample verify update run".split()
-    updates = loop.files()["round-002/metrics.jsonl"]
-    for line, rows, number in ((one, updates[:2], "1"), (two, updates[2:], "2")):
-        told, mean = line.split(), lambda key: sum(row[key] for row in rows) / 2
-        assert told[0] == number and told[-1] == "demo" and len(line) <= 80 and line.count(" s") == 3
-        assert told[1:5] == [f"{mean('pass@1'):.3f}", f"{mean('entropy'):.3f}",
-                             f"{mean('completion_len'):.1f}", f"{mean('truncated_frac'):.3f}"]
-    assert table[0].startswith("6 problems, n 4") and not any("no_answer" in line for line in table)
-    code, err = loop(*TINY, "--keep", "2")
-    assert code == 0, err
-    assert loop.out.splitlines() == table  # nothing is told of rounds that were there
-
-
-@pytest.mark.slow
-def test_the_demonstration(loop):
-    """Without a flag: two real runs side by side, and three curves on the same problems."""
-    done = subprocess.run(["bash", "run.sh"], cwd=loop.folder, capture_output=True, text=True,
-                          env={**os.environ, "PATH": f"{loop.bin}:{os.environ['PATH']}"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = [line.split()[-1] for line in done.stdout.splitlines() if line.count(" s") == 3]
-    assert sorted(told) == ["demo"] * 5 + ["demo-grpo"] * 5
-    with open(loop.folder / "runs/demo/eval-005-demo-grpo.json") as file:
-        runs = json.load(file)["runs"]
-    assert [run["name"] for run in runs] == ["base", "demo-grpo", "ds-grpo+rehearsal"]
-    base, *trained = [run["pass_at_k"]["1"]["value"] for run in runs]
-    assert min(trained) > base + 0.015  # of this one seed; GRPO's others end 0.015 to 0.030 above the base
-    base, grpo, recipe = [run["pass_at_k"]["256"]["value"] for run in runs]
-    assert grpo < base - 0.05 and recipe > grpo + 0.1 and (loop.folder / "runs/demo/passk.png").stat().st_size
-    assert done.stdout.splitlines()[-1].startswith("Pass@1 and Pass@256: base ")
-
-
-def test_flags_for_generate_and_train_reach_them_and_are_recorded(loop):
-    extra = ["--generate", "--stop '9 9' $HOME* --max-batch-tokens 100", "--train", "--gamma-p 0.5"]
-    code, err = loop(*TINY, "--eval-problems", "0", "--rounds", "1", *extra)
-    assert code == 0, err
-    files = loop.files()
-    flags = files["rollouts-001.jsonl.meta.json"]["flags"]
-    assert flags["stop"] == ["9 9", "$HOME*"] and flags["max_batch_tokens"] == 100
-    assert files["round-001.meta.json"]["flags"]["gamma_p"] == 0.5
-    with open(loop.folder / "runs/demo/settings", encoding="utf-8") as file:
+    rollouts = (mock.folder / "runs/demo/001/rollouts.jsonl").read_text()
+    assert "--stop 9 9 $HOME* it's ' \n\n </answer> --max-batch-tokens 100\n" in rollouts
+    with open(mock.folder / "runs/demo/settings", encoding="utf-8") as file:
         settings = file.read().splitlines()
-    assert f"generate={extra[1]}" in settings and f"train={extra[3]}" in settings
-    assert "model=base" in settings and len(settings) == 16
+    assert "generate=" + text.replace("\n", "\\n") in settings and len(settings) == 17
+    assert "train=--gamma-p 3.0 --gamma-n 0.1" in settings  # of the embedded model
 
 
-def test_a_settings_file_that_a_power_cut_emptied_locks_nobody_out(loop):
-    quick = [*TINY, "--countdown", "", "--eval-problems", "0", "--rounds", "1"]
-    assert loop(*quick)[0] == 0
-    settings = loop.folder / "runs/demo/settings"
-    before = settings.read_text()
-    settings.write_text("")
-    assert loop(*quick)[0] == 0 and settings.read_text() == before
-
-
-def test_evaluation_flags_may_change_and_no_result_is_lost(loop):
-    assert loop(*TINY)[0] == 0
-    before = loop.files()
-    code, err = loop(*TINY, "--eval-n", "2", "--eval-problems", "5")
-    assert code == 0 and "evaluation-test-6x4" in err, err
-    after, settings = loop.files(), ("settings", "evaluation")
-    report = json.loads(after["eval-002.json"])["runs"][1]
-    assert report["n"] == 2 and report["problems"] == 5
-    moved = {path for path in before
-             if path.startswith(("test", "base", "trained", "eval-", "passk"))}
-    assert len(moved) > 10
-    assert {path.removeprefix("evaluation-test-6x4/"): data for path, data in after.items()
-            if path.startswith("evaluation-test-6x4/")} == {path: before[path] for path in moved}
-    assert all(after[path] == data for path, data in before.items()
-               if path not in moved and path not in settings)
-    write_problems(loop.folder / "held.jsonl", 4)
-    code, err = loop(*TINY, "--eval-prompts", "held.jsonl")
+# ---- The loop ------------------------------------------------------------------------------------
+def test_a_finished_run_is_whole_and_started_again_makes_nothing_new(loop):
+    code, err = loop(*TINY)
     assert code == 0, err
-    assert json.loads(loop.files()["eval-002.json"])["runs"][0]["problems"] == 4
-
-
-def test_fewer_rounds_than_are_there_and_a_pruned_one(loop):
-    assert loop(*TINY, "--keep", "2", "--rounds", "3", "--eval-problems", "0")[0] == 0
-    code, err = loop(*TINY, "--keep", "1", "--rounds", "2")
     files = loop.files()
-    assert code == 0 and "train.py" not in err, err
-    assert "eval-002.json" in files and "round-003/config.json" in files  # nothing is taken away
-    code, err = loop(*TINY, "--keep", "1", "--rounds", "1")
-    assert code == 2 and loop.files() == files
-    assert err == (
-        "run.sh: error: round 1 of 3 in runs/demo was pruned, its model is gone; evaluate with "
-        "--rounds 3, or train again with another --name and a larger --keep\n")
-    assert loop(*TINY, "--keep", "1", "--rounds", "3")[0] == 0
-    code, err = loop(*TINY, "--keep", "1", "--rounds", "2")  # pruned by now, but evaluated before
-    assert code == 0 and loop.files()["eval-002.json"] == files["eval-002.json"], err
-    files = loop.files()  # with other flags it would have to be sampled again
-    code, err = loop(*TINY, "--keep", "1", "--rounds", "2", "--eval-n", "2")
-    assert code == 2 and "round 2 of 3 in runs/demo was pruned" in err and loop.files() == files
+    assert {"settings", "eval/eval-002.json", "eval/passk.png", "eval/training.png",
+            "eval/problems.jsonl", "eval/base.scored.jsonl", "eval/002.scored.jsonl",
+            "002/problems.jsonl", "002/rollouts.jsonl", "002/scored.jsonl", "002/policy.meta.json",
+            "002/policy/model.safetensors"} <= files.keys()
+    assert [row["step"] for row in files["002/policy/metrics.jsonl"]] == [1, 2, 3, 4]
+    runs = json.loads(files["eval/eval-002.json"])["runs"]
+    assert [run["name"] for run in runs] == ["base", "ds-grpo"]
+    lines = loop.out.splitlines()
+    rows = files["002/policy/metrics.jsonl"][2:]
+    mean = sum(row["pass@1"] for row in rows) / 2
+    assert re.fullmatch(rf"  2  Pass@1 {mean:.3f}  Pass@4 .*  \d+ s  demo", lines[1])
+    assert lines[2].startswith("6 problems, n 4") and lines[-1].startswith("Pass@1 and Pass@4: ba")
+    model = loop.folder / "runs/demo/002/policy/model.safetensors"
+    before = model.stat().st_mtime_ns
+    code, err = loop(*TINY)
+    assert code == 0 and "train.py" not in err and loop.out.splitlines() == lines[2:]
+    assert loop.files() == files and model.stat().st_mtime_ns == before
 
 
-def test_the_same_run_from_anywhere_and_with_a_slash_at_the_models_end(loop):
-    (loop.folder / "caller/models").mkdir(parents=True)
-    (loop.folder / "caller/models/mine").symlink_to(loop.folder / "base")
-    write_problems(loop.folder / "caller/train.jsonl", 6)
-    quick = [*TINY, "--countdown", "", "--eval-problems", "0", "--rounds", "1"]
-    here = [*quick, "--model", "models/mine/", "--prompts", "train.jsonl"]
-    for script in ("../run.sh", str(loop.folder / "run.sh")):
-        code, err = loop(*here, script=script, cwd=loop.folder / "caller")
+FLAGS = ("--rounds 4 --eval-every 2 --keep 1 --rehearse 8 --rehearse-coef 1.5,0.3@3 --n 4 "
+         "--eval-problems 6 --seed 2 --name x").split()
+
+
+def test_killed_after_every_command_it_ends_with_the_same_files(mock, tmp_path_factory):
+    undisturbed, kills = Mock(tmp_path_factory.mktemp("undisturbed")), 0
+    assert undisturbed(*FLAGS)[0] == 0
+    while (end := mock(*FLAGS, kill=True))[0] == -9:
+        kills += 1
+    assert end[0] == 0 and kills >= 30 and "error" not in end[1]
+    assert mock.files("x") == undisturbed.files("x")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_running_stage_as_well(mock, number):
+    process = subprocess.Popen(
+        ["bash", "run.sh", "--rounds", "1"], cwd=mock.folder, env=mock.environment(SLOW="1"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not (mock.folder / "lock").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait() == 128 + number and not (mock.folder / "lock").exists()
+    assert mock("--rounds", "1")[0] == 0  # and the same command goes on
+
+
+def test_every_seed_and_purpose_has_sampling_seeds_of_its_own(mock):
+    seeds = collections.Counter()
+    for seed in "01":
+        code, err = mock(*FLAGS, "--seed", seed, "--name", f"s{seed}")
         assert code == 0, err
-    files = loop.files()
-    assert not (loop.folder / "caller/runs").exists() and "round-001/config.json" in files
-    code, err = loop(*quick, "--model", "caller/models/mine", "--prompts", "caller/train.jsonl")
-    assert code == 0 and loop.files() == files, err
-    code, err = loop(*quick, "--model", "base", "--prompts", "caller/train.jsonl")
+    for call in mock.calls("generate.py"):
+        purpose = re.search(r"--out runs/(s\d/(?:eval|\d+|rehearsal/\w+))", call)[1]
+        seeds[purpose, re.search(r"--seed (\d+)", call)[1]] += 1
+    used = [seed for _, seed in seeds]
+    assert len(used) == len(set(used)) == 2 * (4 + 2 + 1)  # rounds, rehearsal twice, evaluation
+    assert ("s1/003", "100003") in seeds and ("s1/eval", "199998") in seeds
+
+
+def test_rehearsal_has_half_for_all_problems_and_half_for_hard_ones(mock):
+    code, err = mock(*FLAGS)
+    assert code == 0, err
+    once, again = [call for call in mock.calls("generate.py") if "/rehearsal/" in call]
+    assert "--n 4 " in once and "--n 4 " in again  # 12 rows, 3 hard problems
+    scored = (mock.folder / "runs/x/rehearsal/scored.jsonl").read_text()
+    assert scored.count("\n") == 2 * 12
+    weights = [re.search(r"--rehearse (\S+) --rehearse-coef (\S+)", call).groups()
+               for call in mock.calls("train.py")]
+    assert weights == [("runs/x/rehearsal/scored.jsonl", weight)
+                       for weight in ("1.5", "1.5", "0.3", "0.3")]
+    (call,) = mock.calls("data.select")
+    assert call.endswith("--at-most 1 --scored runs/x/rehearsal/all.scored.jsonl")
+
+
+def test_evaluations_on_the_way_and_with_other_flags_beside_the_old_one(mock):
+    code, err = mock(*FLAGS)
+    assert code == 0, err
+    assert mock.out.count("a table") == 1 and mock.out.count("Pass@1 and Pass@4") == 2
+    names = [re.search("--names (.*) --out", call)[1] for call in mock.calls("evaluate.py")
+             if "--names" in call]
+    assert names == ["base ds-grpo+rehearsal", "base 2 4"]
+    before = mock.files("x")
+    code, err = mock(*FLAGS, "--eval-n", "2", "--eval-every", "0")
+    assert code == 0, err
+    after = mock.files("x")
+    assert {path: data for path, data in after.items() if "eval-test-6x2/" not in path} == before
+    assert "eval-test-6x2/eval-004.json" in after and "eval-test-6x2/002.scored.jsonl" not in after
+    assert mock(*FLAGS, "--rounds", "2")[0] == 0  # pruned, but evaluated
+    code, err = mock(*FLAGS, "--rounds", "2", "--eval-n", "2")
+    assert code == 2 and err == (
+        "run.sh: error: round 2 was pruned; evaluate 4, or train with another --name and a larger "
+        "--keep\n")
+    assert mock(*FLAGS, "--rounds", "5")[0] == 0
+    assert "--names base 2 4 5 " in mock.calls("evaluate.py")[-2]
+
+
+def test_against_another_run_there_is_one_more_curve(mock):
+    other = ["--name", "other", "--method", "grpo", "--rounds", "3"]
+    assert mock(*other, "--eval-problems", "0")[0] == 0
+    code, err = mock("--rounds", "1", "--against", "other")
+    assert code == 0, err
+    call = mock.calls("evaluate.py")[0]
+    assert re.search(r"base.scored.jsonl runs/demo/eval/other-003.scored.jsonl "
+                     r"runs/demo/eval/001.scored.jsonl --names base other ds-grpo --out "
+                     r"runs/demo/eval/eval-001-other.json", call)
+    assert any("--model runs/other/003/policy" in call for call in mock.calls("generate.py"))
+
+
+def test_other_flags_are_refused_and_change_nothing(mock):
+    assert mock("--rounds", "1", "--eval-problems", "0")[0] == 0
+    before = mock.files()
+    (mock.folder / "mine.py").touch()
+    for flags in (["--seed", "1"], ["--lr", "1e-3"], ["--method", "grpo"], ["--n", "2"],
+                  ["--train", "--gamma-p 0.5"], ["--generate", "--stop 9"],
+                  ["--sampler", "mine.py"], ["--rehearse", "9"]):
+        code, err = mock("--rounds", "1", *flags)
+        assert code == 2 and err.count("\n") == 1 and mock.files() == before
+        assert err.startswith("run.sh: error: runs/demo was begun with other flags")
+        assert flags[0].lstrip("-").replace("-", "_") + "=" in err
+    (mock.folder / "runs/demo/settings").write_text("")  # as a power cut may leave it
+    assert mock("--rounds", "1", "--eval-problems", "0")[0] == 0 and mock.files() == before
+
+
+def test_keep_bounds_the_disk_also_when_it_changes_and_past_round_999(mock):
+    def kept():
+        return sorted(path.name for path in (mock.folder / "runs/demo").iterdir() if path.is_dir())
+
+    quick = ["--eval-problems", "0"]
+    assert mock(*quick, "--keep", "2", "--rounds", "3")[0] == 0 and kept() == ["002", "003"]
+    for old, new in ("003", "1000"), ("002", "999"):
+        shutil.move(mock.folder / "runs/demo" / old, mock.folder / "runs/demo" / new)
+    assert mock(*quick, "--keep", "1", "--rounds", "1001")[0] == 0 and kept() == ["1001"]
+
+
+def test_the_same_run_from_anywhere_and_with_a_slash_at_the_models_end(mock):
+    (mock.folder / "caller/models").mkdir(parents=True)
+    (mock.folder / "caller/models/mine").symlink_to(mock.bin)
+    (mock.folder / "caller/arm.py").touch()
+    write_problems(mock.folder / "caller/train.jsonl", 6)
+    quick = ["--eval-problems", "0", "--rounds", "1", *OWN]
+    here = [*quick, "--model", "models/mine/", "--prompts", "train.jsonl", "--method", "arm.py:f"]
+    for script in ("../run.sh", str(mock.folder / "run.sh")):
+        code, err = mock(*here, script=script, cwd=mock.folder / "caller")
+        assert code == 0, err
+    assert not (mock.folder / "caller/runs").exists() and len(mock.calls("train.py")) == 1
+    flags = [*quick, "--prompts", "caller/train.jsonl", "--method", "caller/arm.py:f"]
+    assert mock(*flags, "--model", "caller/models/mine")[0] == 0
+    code, err = mock(*flags, "--model", "bin")
     assert code == 2 and "(model=caller/models/mine)" in err
 
 
-def test_an_objective_from_the_callers_own_file(loop):
-    (loop.folder / "caller").mkdir()
-    arms = os.path.join(crash.ROOT, "experiments", "arms.py")
-    (loop.folder / "caller/mine.py").symlink_to(arms)
-    flags = [*TINY, "--rounds", "1", "--model", "../base", "--train", "--arm k=2"]
-    code, err = loop(*flags, "--method", "mine.py:passk", script="../run.sh",
-                     cwd=loop.folder / "caller")
-    assert code == 0, err
-    files = loop.files()
-    assert files["round-001.meta.json"]["flags"]["method"] == "mine.py:passk"
-    assert json.loads(files["eval-001.json"])["runs"][1]["name"] == "passk"
-    code, err = loop(*[*flags[:-3], "base", *flags[-2:]], "--method", "caller/mine.py:passk")
-    assert code == 0 and loop.files() == files, err
-    for method, told in (("gone.py:passk", "train.py: error: "), ("mine.py", "run.sh: error: ")):
-        code, err = loop(*TINY, "--method", method, "--name", "x")
-        assert code == 2 and err.count("\n") == 1 and err.startswith(told)
+def test_a_second_line_of_the_update_is_shown(mock):
+    assert mock("--rounds", "1", "--eval-problems", "0", CUT="1")[0] == 0
+    assert mock.out.splitlines()[1].endswith("policy: raise the limit")
 
 
-def test_against_another_run_there_is_a_third_curve(loop):
-    few = [*TINY, "--rounds", "1"]
-    assert loop(*few, "--against", "other") == (
-        2, "run.sh: error: --against: no round in runs/other\n")
-    assert loop(*few, "--name", "other", "--method", "grpo", "--eval-problems", "0")[0] == 0
-    assert loop(*few)[0] == 0
-    before = loop.files()
-    code, err = loop(*few, "--against", "other")
-    assert code == 0, err
-    after = loop.files()
-    runs = json.loads(after["eval-001-other.json"])["runs"]
-    assert [run["name"] for run in runs] == ["base", "other", "ds-grpo"]
-    assert [os.path.basename(run["file"]) for run in runs] == [
-        "base.scored.jsonl", "other-001.scored.jsonl", "trained-001.scored.jsonl"]
-    assert all(after[path] == data for path, data in before.items() if path != "passk.png")
-    k, told = list(runs[0]["pass_at_k"])[-1], loop.out.splitlines()[-1]
-    assert told.startswith(f"Pass@1 and Pass@{k}: base ") and told.count(";") == 2
-    assert f"{runs[1]['pass_at_k'][k]['value']:.3f}" in told
-    os.rename(loop.folder / "runs" / "other", loop.folder / "runs" / "ds-grpo")
-    assert loop(*few, "--against", "ds-grpo")[0] == 0  # the method's name is taken
-    runs = json.loads(loop.files()["eval-001-ds-grpo.json"])["runs"]
-    assert [run["name"] for run in runs] == ["base", "ds-grpo", "demo"]
-
-
-def test_rehearsal_samples_the_base_once(loop):
-    flags = [*TINY, "--eval-problems", "0", "--rehearse", "8", "--rehearse-coef", "1.5,0.3@2", "--keep", "2"]
-    few = ["--model", "data/tiny-countdown", "--max-new-tokens", "24", "--countdown", ""]
-    code, err = loop(*flags, *few)
-    assert code == 0, err
-    files = loop.files()
-    base = [json.loads(line) for line in files["rehearsal/scored.jsonl"].splitlines()]
-    # 8 problems x 4 samples, then nearly as many for those with at most one right answer
-    once, again = base[:32], base[32:]
-    right = collections.Counter(row["id"] for row in once if row["correct"])
-    hard = {row["id"] for row in once if right[row["id"]] <= 1}
-    assert len({row["id"] for row in once}) == 8 and {row["id"] for row in again} == hard and 0 < len(hard) < 8
-    assert len(again) == len(hard) * (32 // len(hard))
-    assert not {row["completion"] for row in again} <= {row["completion"] for row in once}  # other draws, not the same ones
-    meta = files["rehearsal/rollouts.jsonl.meta.json"]["flags"]
-    assert meta["model"] == "data/tiny-countdown" and meta["seed"] == 0
-    flags_of_train = [files[f"round-00{number}.meta.json"]["flags"] for number in (1, 2)]
-    assert {flags["rehearse"] for flags in flags_of_train} == {"runs/demo/rehearsal/scored.jsonl"}
-    assert [flags["rehearse_coef"] for flags in flags_of_train] == [1.5, 0.3]
-    assert loop(*flags, *few, "--rehearse", "0")[0] == 2  # another run
-    code, err = loop(*flags, *few, "--rounds", "3")
-    assert code == 0 and loop.files()["rehearsal/scored.jsonl"] == files["rehearsal/scored.jsonl"]
-    assert loop.files()["round-003.meta.json"]["flags"]["rehearse_coef"] == 0.3
-    code, err = loop(*flags, "--train", "--rehearse x", "--name", "other")
-    assert code == 2 and "--rehearse is given to the stage by run.sh itself" in err
-
-
-def test_processes_are_started_by_torchrun(loop):
+def test_processes_are_started_by_torchrun_but_a_sampler_is_one(mock):
     """With --n, which argparse of Python 3.11 would take for one of torchrun's flags, behind --."""
-    calls = loop.folder / "calls"
-    loop.write("torchrun", f'echo "${{@:1:5}}" >> {calls}\nexec python3 "${{@:5}}"\n')
-    code, err = loop(*TINY, "--rounds", "1", "--eval-problems", "0", "--nproc", "2")
-    assert code == 0, err
-    assert calls.read_text().splitlines() == [
-        f"--standalone --nproc-per-node 2 -- {stage}.py" for stage in ("generate", "train")]
+    (mock.folder / "mine.py").touch()
+    mock.write("torchrun", 'echo "${@:1:5}" >> torchruns\nexec python3 "${@:5}"\n')
+    quick = ["--rounds", "1", "--eval-problems", "0", "--nproc", "2"]
+    assert mock(*quick)[0] == 0
+    assert mock(*quick, "--name", "other", "--sampler", "mine.py")[0] == 0
+    assert (mock.folder / "torchruns").read_text().splitlines() == [
+        f"--standalone --nproc-per-node 2 -- {stage}.py"
+        for stage in ("generate", "train", "train")]
+    assert len(mock.calls("mine.py")) == 1
 
 
-@pytest.mark.slow
-def test_two_processes_under_torchrun(loop):
-    flags = [*TINY, "--rounds", "1", "--eval-problems", "0"]
-    code, err = loop(*flags, "--nproc", "2")
+def test_the_demonstration_runs_two_side_by_side_and_compares_them(mock):
+    code, err = mock()
     assert code == 0, err
-    assert loop.files()["round-001.meta.json"]["world_size"] == 2
-    rollouts = loop.files()["rollouts-001.jsonl"]
-    assert loop(*flags, "--name", "one")[0] == 0
-    assert loop.files("one")["rollouts-001.jsonl"] == rollouts
+    lines = mock.out.splitlines()
+    assert collections.Counter(line.split()[-1] for line in lines[:10]) == {"demo": 5,
+                                                                            "demo-grpo": 5}
+    assert lines[10:] == ["a table", "Pass@1 and Pass@4: base 0.1 and 0.2"]
+    assert "--names base demo-grpo ds-grpo+rehearsal" in mock.calls("evaluate.py")[0]
+
+
+# ---- With the real stages ------------------------------------------------------------------------
+SHIFTED = """
+import json, os, subprocess, sys
+
+out = sys.argv[sys.argv.index("--out") + 1]
+before = os.path.exists(out)
+code = subprocess.run(["python3", "generate.py", *sys.argv[1:]]).returncode
+if code or before or "--check-flags" in sys.argv:
+    sys.exit(code)
+with open(out) as file:
+    rows = [json.loads(line) for line in file]
+for row in rows:
+    row["logprobs"] = [value - 0.1 for value in row["logprobs"]]
+with open(out, "w") as file:
+    file.writelines(json.dumps(row) + "\\n" for row in rows)
+"""
+
+
+def test_prompts_of_a_file_are_taken_in_turn_shuffled_anew_each_pass(loop):
+    write_problems(loop.folder / "seed=1 mine.jsonl", 5)
+    flags = [*TINY, "--countdown", "", "--eval-problems", "0", "--keep", "9", "--rounds", "2",
+             "--prompts", "seed=1 mine.jsonl", "--prompts-per-round", "3"]
+    code, err = loop(*flags)
+    assert code == 0, err
+    files = loop.files()
+    ids = [json.loads(line)["id"] for number in "12"
+           for line in files[f"00{number}/problems.jsonl"].splitlines()]
+    assert sorted(ids[:5]) == [f"../{i}" for i in range(5)] and len(set(ids[3:])) == 3
+    names = {*SHARED, "base", "bin", "marks", "seed=1 mine.jsonl", "runs"}
+    assert set(os.listdir(loop.folder)) == names  # an id is no file name
 
 
 def test_a_duplicate_id_in_the_problems_is_named(loop):
@@ -473,6 +444,70 @@ def test_a_duplicate_id_in_the_problems_is_named(loop):
     with open(loop.folder / "mine.jsonl", "a", encoding="utf-8") as file:
         file.write('{"id": "../1", "task": "countdown", "prompt": "1 1=2:"}\n')
     code, err = loop(*TINY, "--prompts", "mine.jsonl")
-    assert code == 2 and "generate.py" not in err
-    assert err.splitlines()[-1] == ("select.py: error: mine.jsonl:3: duplicate id '../1', "
-                                    "first in mine.jsonl:2")
+    assert code == 2 and err == ("score.py: error: mine.jsonl:3: duplicate id '../1', "
+                                 "first in mine.jsonl:2\n")
+
+
+def test_a_sampler_whose_log_probs_are_shifted_trains_as_without_it(loop):
+    """A stand-in for an engine with other numerics; with --tis-cap 1 its weights are cut to 1."""
+    (loop.folder / "engine.py").write_text(SHIFTED)
+    flags = [*TINY, "--eval-every", "1", "--keep", "2", "--method", "grpo"]
+    code, err = loop(*flags)
+    assert code == 0, err
+    code, err = loop(*flags, "--name", "engine", "--sampler", "engine.py", "--train", "--tis-cap 1")
+    assert code == 0, err
+    files, plain = loop.files("engine"), loop.files()
+    assert files["002/policy/model.safetensors"] == plain["002/policy/model.safetensors"]
+    for row, other in zip(files["002/policy/metrics.jsonl"], plain["002/policy/metrics.jsonl"]):
+        assert abs(row["logprob_gap"] - other["logprob_gap"] - 0.1) < 1e-4
+    runs = json.loads(files["eval/eval-002.json"])["runs"]
+    assert [run["name"] for run in runs] == ["base", "1", "2"]
+    with open(loop.folder / "runs/engine/settings", encoding="utf-8") as file:
+        assert "sampler=engine.py\n" in file.readlines()
+
+
+def test_groups_without_a_signal_can_be_left_out(loop):
+    """Dynamic sampling by files: dead_groups falls to 0."""
+    model = "data/tiny-countdown"
+    train = f"train.py --model {model} --method grpo --lr 1e-4"
+    commands = f"""set -e
+python3 -m data.countdown --out all.jsonl --n 24 --split train --seed 1
+python3 generate.py --model {model} --prompts all.jsonl --out r.jsonl --n 8 --max-new-tokens 24
+python3 score.py r.jsonl --out s.jsonl
+python3 -m data.select --scored s.jsonl --out mixed.jsonl --at-least 1 --at-most 7
+python3 {train} --rollouts s.jsonl --out all
+python3 {train} --rollouts mixed.jsonl --out mixed"""
+    done = subprocess.run(["bash", "-c", commands], cwd=loop.folder, capture_output=True, text=True,
+                          env=loop.environment())
+    assert done.returncode == 0, done.stderr
+    dead = {}
+    for name in "all", "mixed":
+        with open(loop.folder / name / "metrics.jsonl") as file:
+            dead[name] = json.loads(file.readline())["dead_groups"]
+    assert dead["mixed"] == 0 < dead["all"]
+
+
+@pytest.mark.slow
+def test_the_demonstration_learns(loop):
+    done = subprocess.run(["bash", "run.sh"], cwd=loop.folder, capture_output=True, text=True,
+                          env=loop.environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    with open(loop.folder / "runs/demo/eval/eval-005-demo-grpo.json") as file:
+        runs = json.load(file)["runs"]
+    assert [run["name"] for run in runs] == ["base", "demo-grpo", "ds-grpo+rehearsal"]
+    base, *trained = [run["pass_at_k"]["1"]["value"] for run in runs]
+    assert min(trained) > base + 0.015  # of this seed
+    base, grpo, recipe = [run["pass_at_k"]["256"]["value"] for run in runs]
+    assert grpo < base - 0.05 and recipe > grpo + 0.1
+    assert done.stdout.splitlines()[-1].startswith("Pass@1 and Pass@256: base ")
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun(loop):
+    flags = [*TINY, "--rounds", "1", "--eval-problems", "0"]
+    code, err = loop(*flags, "--nproc", "2")
+    assert code == 0, err
+    assert loop.files()["001/policy.meta.json"]["world_size"] == 2
+    rollouts = loop.files()["001/rollouts.jsonl"]
+    assert loop(*flags, "--name", "one")[0] == 0
+    assert loop.files("one")["001/rollouts.jsonl"] == rollouts

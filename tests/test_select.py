@@ -68,6 +68,19 @@ def test_rounds_go_on_over_what_the_filter_leaves(files):
     assert run(files, scored=False) == lines_of(files, "abc")  # in the file's order
 
 
+def test_without_prompts_the_rollouts_are_written_with_their_sampling(files, tmp_path):
+    with open(files["scored"]) as file:
+        rows = [line for line in file if json.loads(line)["id"] == "b"]
+    sampling = {"temperature": 0.7}
+    (tmp_path / "scored.jsonl.meta.json").write_text(json.dumps({"sampling": sampling}))
+    args = ["--scored", files["scored"], "--out", files["out"], "--at-least", "1", "--at-most", "2"]
+    select.main(select.parse_args(args))
+    with open(files["out"]) as file:
+        assert file.readlines() == rows
+    with open(files["out"] + ".meta.json") as file:
+        assert json.load(file)["sampling"] == sampling
+
+
 def test_every_pass_is_shuffled_and_uses_each_problem_once():
     for total, n in ((5, 3), (7, 7), (4, 9), (10, 1), (6, 4)):
         n = min(n, total)
