@@ -1,7 +1,7 @@
 """LaTeX as text: boxes, parts, one spelling for what means the same, units, sides of equations.
 
 What data/maths.py needs to know of an answer before its values are compared. Pure functions of
-texts; nothing here knows numbers. Each normalisation stands with the LaTeX that asks for it, and
+texts; nothing here knows numbers. Each normalisation names the LaTeX that needs it, and
 tests/maths_pairs.jsonl holds what must be right and the near misses that must stay wrong.
 """
 import re
@@ -70,15 +70,15 @@ def split_parts(text):
     text = text.translate(FULL_WIDTH).strip().strip("$")
     text = re.sub(r"^(?:[A-Za-z]\s*(?:=|\\in\b)\s*)?\\\{(.*)\\\}$|^\{([^{}]*[,;][^{}]*)\}$",
                   lambda match: match[1] or match[2] or "", text.strip(), flags=re.DOTALL)
-    found, depth = [""], 0
+    parts, depth = [""], 0
     tokens = r"\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\\?."
     for token in re.findall(tokens, text, re.DOTALL):
         depth += (token[-1] in "([{") - (len(token) < 3 and token[-1] in ")]}")
         if depth == 0 and (token in (",", ";") or len(token) > 2 or token == "or"):
-            found.append("")
+            parts.append("")
         else:
-            found[-1] += token
-    return [part.strip() for part in found if part.strip()]
+            parts[-1] += token
+    return [part.strip() for part in parts if part.strip()]
 
 
 def parts_of(text):
@@ -91,12 +91,12 @@ def signs_of(part):
     signs = re.findall(r"\\(?:pm|mp)(?![A-Za-z])", part)
     if not signs or len(signs) > 3:
         return [part]
-    found = []
+    variants = []
     for upper in "+-":  # one answer has the upper signs, the other the lower ones
         lower = {"+": "-", "-": "+"}[upper]
         one = re.sub(r"\\pm(?![A-Za-z])\s*", upper, part)
-        found.append(re.sub(r"\\mp(?![A-Za-z])\s*", lower, one))
-    return found
+        variants.append(re.sub(r"\\mp(?![A-Za-z])\s*", lower, one))
+    return variants
 
 
 def commas(text):
@@ -230,7 +230,7 @@ def closes(text):
 
 
 def words(text):
-    """The words of an answer in words, without their dress; None if it is none. (C) is C."""
+    """The words of an answer in words, without markup; None for other answers. (C) is C."""
     bare = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     if "\\" in bare or not re.fullmatch(r"[A-Za-z .,'()-]*[A-Za-z][A-Za-z .,'()-]*", bare):
         return None
@@ -305,7 +305,7 @@ def multiplied(match):
 
 
 def unit_name(text):
-    """A unit without its dress and in one spelling: '\\text{ square centimeters}' is 'cm2'."""
+    """A unit without markup, in one spelling: '\\text{ square centimeters}' is 'cm2'."""
     text = re.sub(r"\\(?:text(?:rm|bf)?|mathrm|mbox|cdot)(?![A-Za-z])|[~{}$^\\.,;:!]", " ", text)
     text = re.sub(r"\b(?:square|sq)\s+([A-Za-z]+)|\b([A-Za-z]+)\s+squared\b", r"\1\2 2", text)
     text = re.sub(r"\b(?:cubic|cu)\s+([A-Za-z]+)|\b([A-Za-z]+)\s+cubed\b", r"\1\2 3", text)
@@ -377,13 +377,13 @@ def sides_of(text):
     """The sides of an equation or chain of them; one for any other text."""
     if "\\begin" in text:
         return [text]
-    found, start = [], 0
+    sides, start = [], 0
     for match in re.finditer(r"(?<![<>!:=\\])=(?![=<>])|\\approx(?![A-Za-z])", text):
         before = re.sub(r"\\[^{}]", "", text[:match.start()])
         if depth_at(text, match.start()) or before.count("{") != before.count("}"):
             continue
-        found.append(text[start:match.start()].strip())
+        sides.append(text[start:match.start()].strip())
         start = match.end()
-        if match[0] != "=" and not is_name(found[-1]):  # 22/7 \approx 3.14
-            return found
-    return [*found, text[start:].strip()]
+        if match[0] != "=" and not is_name(sides[-1]):  # 22/7 \approx 3.14
+            return sides
+    return [*sides, text[start:].strip()]

@@ -125,12 +125,12 @@ def gold_of(row):
             for part, unit, error in zip(golds, units, errors) for gold in signs_of(part)]
 
 
-def extract(completion, parts, cut=False):
+def extract(completion, parts, truncated=False):
     """The answer's text: the last box, or the last ones where that holds fewer than the `parts`
-    asked for; or None. Of a completion that was cut no box at its end without braces: `\\boxed 12`
-    might have gone on."""
+    asked for; or None. A box without braces at the end of a truncated completion does not count:
+    `\\boxed 12` might have gone on."""
     spans = boxes(completion)
-    if cut and spans and spans[-1][1] >= len(completion.rstrip(".,;:")):
+    if truncated and spans and spans[-1][1] >= len(completion.rstrip(".,;:")):
         spans.pop()
     texts = [completion[start:min(end, start + LONGEST + 1)].strip()
              for start, end in spans[-parts:]]
@@ -445,7 +445,7 @@ def main(args):
             if new["id"] in places_of_ids:
                 if args.keep_first:
                     continue
-                fail(f"{where}: id {new['id']!r} stands twice, first in "
+                fail(f"{where}: id {new['id']!r} is repeated, first in "
                      f"{places_of_ids[new['id']]} (see --keep-first)")
             places_of_ids[new["id"]] = where
             file.write(json.dumps(new, ensure_ascii=False) + "\n")

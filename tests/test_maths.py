@@ -155,7 +155,7 @@ def test_duplicates_are_errors_unless_the_first_is_kept(tmp_path, capsys):
             {"id": 1, "problem": "r", "answer": 3}]
     source = write(tmp_path / "in.jsonl", *rows)
     err = refused(capsys, source, tmp_path / "out.jsonl")
-    assert "in.jsonl:3: id 'in-1' stands twice" in err and "in.jsonl:1" in err
+    assert "in.jsonl:3: id 'in-1' is repeated" in err and "in.jsonl:1" in err
     new = convert(source, tmp_path / "kept.jsonl", "--keep-first")
     assert [row["answer"] for row in new] == ["1", "2"]
 
@@ -376,6 +376,6 @@ def test_every_normalisation_is_asked_for(monkeypatch, asks, pattern):
     """The LaTeX beside a step is spelled otherwise without it."""
     whole = latex.normal(asks)
     assert latex.normal(whole) == whole, "its form is final"
-    without = [step for step in latex.COMPILED if step[0].pattern != pattern]
-    monkeypatch.setattr(latex, "COMPILED", without)
-    assert len(without) == len(latex.STEPS) - 1 and latex.normal(asks) != whole
+    others = [step for step in latex.COMPILED if step[0].pattern != pattern]
+    monkeypatch.setattr(latex, "COMPILED", others)
+    assert len(others) == len(latex.STEPS) - 1 and latex.normal(asks) != whole
