@@ -25,9 +25,8 @@ All log-probs are of logits / T. Smoothing applies to every group, including tho
 right or all wrong, where GRPO's A_i is 0. `--method FILE.py:NAME` takes another objective from a
 file: `Batch` says what it gets, and experiments/arms.py holds rivals from the literature.
 
-The update, in the order of the code: advantage and loss; one optimizer step over micro-batches;
-the policy's forward pass, each prompt computed once for all its rollouts. log pi_old of all rows is
-computed before the first step; that of the first update is its own forward pass, at no extra cost.
+log pi_old of all rows is computed before the first step; that of the first update is its own
+forward pass, at no extra cost. Each prompt is computed once for all its rollouts.
 """
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ def add_flags(parser):
         help="folder of a Hugging Face model (or of an earlier round), or a Hub id")
     add("--rollouts", required=True, help="JSONL file of scored rollouts")
     add("--out", required=True, help="folder to write")
-    add("--temperature", type=float,
-        help="sampling temperature of rollouts without a meta")
+    add("--temperature", type=float, help="sampling temperature of rollouts without a meta")
     add("--allow-off-policy", action="store_true",
         help="take rollouts drawn with top-p, top-k or a repetition penalty, whose log-probs are "
              "not those of the policy")
@@ -74,7 +72,7 @@ def add_flags(parser):
     add = group("the advantage")
     add("--method", default="ds-grpo", metavar="ds-grpo|grpo|FILE.py:NAME",
         help="the objective; the last: function NAME of a file of yours (default ds-grpo)")
-    add("--arm", action="append", type=setting, metavar="KEY=VALUE",
+    add("--arm", action="append", type=setting, default=[], metavar="KEY=VALUE",
         help="a setting of FILE.py:NAME: int, float or text; may be given several times")
     add("--gamma-p", type=float,
         help="ds-grpo: weight of -log pi_old on correct rollouts (default 0.01)")
@@ -88,16 +86,15 @@ def add_flags(parser):
         help="grpo, and ds-grpo except at level reward: divide A_i by the group's population std, "
              "or not (default std)")
     add("--truncated", default="wrong", choices=["wrong", "mask"],
-        help="rollouts cut at the length limit: wrong with reward 0, unless score.py found a "
-             "complete right answer in them; or kept in the group's statistics and left out of the "
-             "loss (default wrong)")
+        help="rollouts cut at the length limit: reward 0, unless score.py found a complete right "
+             "answer in them; or kept in the statistics, left out of the loss (default wrong)")
 
     add = group("the loss")
-    add("--clip-low", type=float, help="rho is clipped at 1 - this (default 0.2)")
-    add("--clip-high", type=float, help="rho is clipped at 1 + this (default 0.25)")
+    number(add, "--clip-low", CLIP["clip_low"], "rho is clipped at 1 - this")
+    number(add, "--clip-high", CLIP["clip_high"], "rho is clipped at 1 + this")
     add("--tis-cap", type=float, metavar="C",
-        help="weigh each token's surrogate by min(pi_old / the sampler's probability, C), "
-             "detached: truncated importance sampling, for rows of another engine (default: off)")
+        help="weigh each token's loss by min(pi_old / the sampler's probability, C), detached: "
+             "truncated importance sampling, for rows of another engine (default: off)")
     number(add, "--entropy-coef", 0.0, "c of loss -= c H_t, averaged over all completion tokens; "
                                        "c > 0 is a bonus, c < 0 a penalty")
     number(add, "--entropy-coef-correct", 0.0, "the same on correct rollouts alone")
@@ -108,9 +105,8 @@ def add_flags(parser):
         help="scored rollouts, as a rule of the base model, whose right answers are rehearsed")
     add("--rehearse-coef", type=float, help="c of loss -= c mean log pi over the answers drawn")
     add("--rehearse-weight", choices=["samples", "distinct"],
-        help="of a problem draw each right rollout equally often, which is the forward KL to the "
-             "filtered base, or each distinct answer, whose target is flatter than the base "
-             "(default distinct)")
+        help="draw each right rollout of a problem equally often (the forward KL to the filtered "
+             "base), or each distinct answer (a flatter target) (default distinct)")
     add("--rehearse-n", type=int,
         help="answers drawn an update (default: as many as the update has rollouts)")
 
@@ -137,58 +133,43 @@ def add_flags(parser):
         help="FSDP2: shard weights, gradients and optimizer over the ranks")
 
 
+CLIP = {"clip_low": 0.2, "clip_high": 0.25}
+
+
 def setting(text):
     """KEY=VALUE of the command line as (key, int, float or text)."""
     key, _, value = text.partition("=")
     if not key.isidentifier() or not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            value = kind(value)
-            break
+    with contextlib.suppress(ValueError):
+        value = int(value) if re.fullmatch(r"[-+]?\d+", value) else float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r}: a number must be finite")
     return key, value
 
 
-def split_name(text):
-    """(path, name) of FILE.py:NAME; ValueError if it is no such text, or there is no such file."""
-    path, _, name = text.rpartition(":")
-    if not path.endswith(".py") or not name.isidentifier():
-        raise ValueError("neither ds-grpo nor grpo nor FILE.py:NAME")
-    if not os.path.isfile(path):
-        raise ValueError(f"no such file {path}")
-    return path, name
-
-
 def check_method(args, error):
     """Give the settings of --method their defaults, and refuse those of another method."""
     for name, default in {"gamma_p": 0.01, "gamma_n": 0.01, "smooth_level": "token"}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default if args.method == "ds-grpo" else None)
-        elif args.method != "ds-grpo" and getattr(args, name) != 0:
+        if getattr(args, name) and args.method != "ds-grpo":
             error(f"--{name.replace('_', '-')} belongs to --method ds-grpo")
-    normed = args.method in ("ds-grpo", "grpo") and args.smooth_level != "reward"
-    if args.adv_norm and not normed:
+        if getattr(args, name) is None and args.method == "ds-grpo":
+            setattr(args, name, default)
+    built_in = args.method in ("ds-grpo", "grpo")
+    if built_in and args.smooth_level != "reward":
+        args.adv_norm = args.adv_norm or "std"
+    elif args.adv_norm:
         error("--adv-norm belongs to --method grpo, and to ds-grpo except at --smooth-level reward")
-    args.adv_norm = args.adv_norm or ("std" if normed else None)
-    if args.method in ("ds-grpo", "grpo"):
-        if args.arm:
-            error(f"--arm belongs to --method FILE.py:NAME, not to {args.method}")
-        return vars(args).update(clip_range(args))
-    try:
-        split_name(args.method)
-    except ValueError as problem:
-        error(f"--method {args.method}: {problem}")
-    if len(dict(args.arm or ())) < len(args.arm or ()):
+    if args.arm and built_in:
+        error(f"--arm belongs to --method FILE.py:NAME, not to {args.method}")
+    if len(dict(args.arm)) < len(args.arm):
         error("--arm: a KEY is given twice")
-    args.arm = dict(args.arm or ())
-
-
-def clip_range(args):
-    """clip_low and clip_high, as given or by default."""
-    return {name: default if getattr(args, name) is None else getattr(args, name)
-            for name, default in (("clip_low", 0.2), ("clip_high", 0.25))}
+    args.arm = dict(args.arm)
+    path, _, name = args.method.rpartition(":")
+    if not built_in and not (path.endswith(".py") and name.isidentifier()):
+        error(f"--method {args.method}: neither ds-grpo nor grpo nor FILE.py:NAME")
+    if not built_in and not os.path.isfile(path):
+        error(f"--method {args.method}: no such file {path}")
 
 
 def parse_args(argv=None):
@@ -206,18 +187,16 @@ def parse_args(argv=None):
         parser.error("--kl-coef and --ref-model go together")
     if bool(args.rehearse_coef) != bool(args.rehearse):
         parser.error("--rehearse and --rehearse-coef go together")
-    if (args.rehearse_n or args.rehearse_weight) and not args.rehearse:
-        parser.error("--rehearse-n and --rehearse-weight belong to --rehearse")
     if args.rehearse:
         args.rehearse_weight = args.rehearse_weight or "distinct"
-    if args.share_prompts and args.checkpoint_activations:
-        parser.error("--share-prompts and --checkpoint-activations exclude each other: "
-                     "checkpointing drops the prompt's cache")
-    if args.share_prompts and args.shard:
-        parser.error("--share-prompts and --shard exclude each other: all ranks must call each "
-                     "sharded layer equally often")
+    elif args.rehearse_n or args.rehearse_weight:
+        parser.error("--rehearse-n and --rehearse-weight belong to --rehearse")
+    unshared = args.checkpoint_activations or args.shard
+    if args.share_prompts and unshared:
+        parser.error("--share-prompts excludes --checkpoint-activations, which drops the prompt's "
+                     "cache, and --shard, whose ranks must call each layer equally often")
     if args.share_prompts is None:
-        args.share_prompts = not (args.checkpoint_activations or args.shard)
+        args.share_prompts = not unshared
     args.out = args.out.rstrip("/")
     return parser.checked(args)
 
@@ -285,16 +264,12 @@ def grpo(batch, adv_norm="std", eps=1e-6):
 
     Groups with equal rewards, and groups of one, get 0.
     """
-    # Relative to the first, so that equal rewards give exactly 0: in fp32 the mean of three times
-    # 0.1 is not 0.1.
+    # Relative to the first: in fp32 the mean of three times 0.1 is not 0.1, whose score must be 0.
     reward = batch.reward - batch.reward[:, :1]
     score = reward - reward.mean(1, keepdim=True)
     if adv_norm == "std":
         score = score / (reward.std(1, keepdim=True, correction=0) + eps)
     return score.flatten()[batch.row]
-
-
-LENGTH_POWER = {"sum": 0, "mean": 1, "share": 2}
 
 
 def ds_grpo(batch, gamma_p, gamma_n, smooth_level="token", adv_norm="std"):
@@ -313,8 +288,8 @@ def ds_grpo(batch, gamma_p, gamma_n, smooth_level="token", adv_norm="std"):
     logp = batch.old_logp
     if smooth_level != "token":
         total = torch.zeros_like(batch.reward.flatten()).index_add(0, batch.row, logp)  # S_i
-        length = batch.length.flatten().clamp(min=1)
-        logp = (total / length ** LENGTH_POWER[smooth_level])[batch.row]
+        power = {"sum": 0, "mean": 1, "share": 2}[smooth_level]
+        logp = (total / batch.length.flatten().clamp(min=1) ** power)[batch.row]
     return grpo(batch, adv_norm) + gamma.flatten()[batch.row] * logp
 
 
@@ -351,32 +326,23 @@ class Job:
     dtype: torch.dtype  # of the forward pass
     rows: list  # of data/rollouts.py: Trajectory
     verdicts: Batch  # of the whole round, without the tokens of a micro-batch
+    answers: list  # rows to rehearse, a list a problem
+    plan: typing.Callable  # (rows, members) -> this rank's micro-batches of an update
     advantage: typing.Callable  # as choose_method returns them
     loss: typing.Callable
-    policy: Policy = None
-    module: torch.nn.Module = None  # the policy under DDP or FSDP2, whose forward is called
-    no_sync: typing.Callable = contextlib.nullcontext  # of the passes before an update's last
-    optimizer: torch.optim.Optimizer = None
-    old_logp: dict = dataclasses.field(default_factory=dict)  # row -> (tokens,) log pi_old
-    ref_logp: dict = dataclasses.field(default_factory=dict)
-    answers: list = dataclasses.field(default_factory=list)  # rows to rehearse, a list a problem
-
-    def plan(self, rows, members):
-        return plan_update(rows, members, self.rank, self.world, self.args.micro_batch_tokens,
-                           self.args.share_prompts)
-
-    def progress(self, steps, label):
-        return tqdm(steps, label, disable=None if self.rank == 0 else True)
+    policy: Policy
+    module: torch.nn.Module  # the policy under DDP or FSDP2, whose forward is called
+    no_sync: typing.Callable  # the context of the passes before an update's last
+    optimizer: torch.optim.Optimizer
+    old_logp: dict = None  # row -> (tokens,) log pi_old, of the updates after the first
+    ref_logp: dict = None  # row -> (tokens,) log-probs of --ref-model
 
 
 @torch.no_grad()
 def log_probs(job, module, updates, label):
-    """{row: log-probs (tokens,) under `module`} of this rank's rows of some updates.
-
-    That of the updates after the first is pi_old; the first update's is its own forward pass.
-    """
+    """{row: (tokens,) log-probs under `module`} of this rank's rows of some updates."""
     logprobs = {}
-    for members in job.progress(updates, label):
+    for members in tqdm(updates, label, disable=None if job.rank == 0 else True):
         for micro in job.plan(job.rows, members):
             logp, _, _ = forward(module, job.rows, micro, job.device, job.dtype)
             if micro:
@@ -385,21 +351,18 @@ def log_probs(job, module, updates, label):
     return logprobs
 
 
-def token_losses(job, rows, micro, metrics):
+def token_losses(job, micro, logp, entropy, row, metrics):
     """The loss of every completion token of a micro-batch, (tokens,), before it is normalised."""
     args = job.args
-    logp, entropy, row = forward(job.module, rows, micro, job.device, job.dtype)
-    if not micro:
-        return 0 * logp
     first_update = micro[0] not in job.old_logp  # where pi is pi_old
     old = logp.detach() if first_update else torch.cat([job.old_logp[i] for i in micro])
     batch = dataclasses.replace(job.verdicts, old_logp=old, row=row)
     advantage = job.advantage(batch)
     loss, low, high = job.loss(logp, batch, advantage)
-    if advantage.shape != logp.shape or loss.shape != logp.shape:
+    if not advantage.shape == loss.shape == logp.shape:
         raise ValueError(f"{args.method} must return a value a token, {tuple(logp.shape)}, not "
                          f"{tuple(advantage.shape)} and {tuple(loss.shape)}")
-    sampler = np.concatenate([rows[i].logprobs for i in micro])
+    sampler = np.concatenate([job.rows[i].logprobs for i in micro])
     gap = old - torch.as_tensor(sampler, device=job.device)
     if args.tis_cap:  # the expectation over the engine's samples becomes one over pi_old's
         weight = gap.clamp(max=20).exp()
@@ -414,24 +377,18 @@ def token_losses(job, rows, micro, metrics):
         gamma = torch.where(right, float(args.gamma_p or 0), float(args.gamma_n or 0))
         metrics.add(loss=loss, entropy=entropy, entropy_correct=entropy * right, right=right,
                     nll=-logp, gap=gap.abs(), low=low, high=high, kl=k3(old, logp), adv=advantage,
-                    adv2=advantage.double() ** 2, smooth=(gamma * old).abs())
-        metrics.peak(gap=gap.abs(), ratio=(logp - old).clamp(max=88).exp())
+                    adv2=advantage.double() ** 2, smooth=(gamma * old).abs(),
+                    ratio=(logp - old).clamp(max=88).exp())
     return loss
 
 
-def rehearsal_losses(job, rows, micro, metrics):
-    """- c log pi of every token of right answers drawn from an earlier model, the base: (tokens,).
+def rehearsal_losses(job, logp, metrics):
+    """- c log pi of every token of right answers of an earlier model, the base: (tokens,).
 
-    Each problem counts the same. Where its right rollouts are drawn equally often, this is, up to a
-    constant and a factor, the forward KL to base(y) v(x, y) / Z(x), the base filtered by the
-    verifier v: DPH-RL (arXiv 2509.07430), the limit of alpha-DPG (2512.05962). Where its distinct
-    answers are, the target is flatter than the base.
+    Drawn by `samples` this is, up to a constant and a factor, the forward KL to the base filtered
+    by the verifier: DPH-RL (arXiv 2509.07430), the limit of alpha-DPG (2512.05962).
     """
-    logp, _, _ = forward(job.module, rows, micro, job.device, job.dtype)
-    if not micro:
-        return 0 * logp
-    with torch.no_grad():
-        metrics.add(rehearsed=-logp)
+    metrics.add(rehearsed=-logp.detach())
     return -job.args.rehearse_coef * logp
 
 
@@ -445,17 +402,22 @@ def update_step(job, members, step, optimizer_step):
     tokens = sum(len(job.rows[i].completion) for i in members if job.rows[i].used)
     drawn = draw_answers(job.answers, args.rehearse_n or len(members), (args.seed, step))
     rehearsed = sum(len(row.completion) for row in drawn)
-    metrics = Metrics()
-    work = [(token_losses, job.rows, micro, tokens) for micro in job.plan(job.rows, members)]
+    work = [(job.rows, micro, tokens) for micro in job.plan(job.rows, members)]
     if drawn:
-        plan = job.plan(drawn, range(len(drawn)))
-        work += [(rehearsal_losses, drawn, micro, rehearsed) for micro in plan]
-    for number, (losses, rows, micro, count) in enumerate(work):
+        work += [(drawn, micro, rehearsed) for micro in job.plan(drawn, range(len(drawn)))]
+    metrics = Metrics()
+    for number, (rows, micro, count) in enumerate(work):
         last = number == len(work) - 1
         with contextlib.nullcontext() if last else job.no_sync():
-            loss = losses(job, rows, micro, metrics).sum()
+            logp, entropy, row = forward(job.module, rows, micro, job.device, job.dtype)
+            if not micro:
+                loss = 0 * logp
+            elif rows is drawn:
+                loss = rehearsal_losses(job, logp, metrics)
+            else:
+                loss = token_losses(job, micro, logp, entropy, row, metrics)
             # DDP takes the mean over ranks; the loss is one sum over all.
-            (loss * job.world / max(count, 1)).backward()
+            (loss.sum() * job.world / max(count, 1)).backward()
     metrics.reduce(job.device, job.world)
 
     # 2. A step that is not finite is refused.
@@ -572,17 +534,14 @@ def micro_batches(rows, members, budget, share):
         prompt, completion = len(rows[i].prompt), len(rows[i].completion)
         return (prompt, rows[i].group) if share else (prompt + completion, i)
 
-    batches, groups, tokens = [], set(), 0
+    batches, count, groups, tokens = [], 0, set(), 0  # the last three: of the last batch
     for i in sorted(members, key=place):  # each is the longest so far
-        prompt, completion = len(rows[i].prompt), len(rows[i].completion)
-        groups, tokens = groups | {rows[i].group}, tokens + completion
-        if share:
-            cost = len(groups) * prompt + tokens
-        else:
-            cost = (len(batches[-1]) + 1 if batches else 1) * (prompt + completion)
+        prompt, completion, group = len(rows[i].prompt), len(rows[i].completion), rows[i].group
+        count, groups, tokens = count + 1, groups | {group}, tokens + completion
+        cost = len(groups) * prompt + tokens if share else count * (prompt + completion)
         if not batches or cost > budget:
             batches.append([])
-            groups, tokens = {rows[i].group}, completion
+            count, groups, tokens = 1, {group}, completion
         batches[-1].append(i)
     return batches
 
@@ -619,27 +578,24 @@ class Metrics:
         self.sums, self.peaks = dict.fromkeys(self.SUMS, 0.0), dict.fromkeys(self.PEAKS, 0.0)
 
     def add(self, **terms):
-        """A value a token, (tokens,), of each of SUMS."""
+        """A value a token, (tokens,), of each of SUMS and PEAKS; those of PEAKS are at least 0."""
         for name, term in terms.items():
-            self.sums[name] = self.sums[name] + term.double().sum()
-
-    def peak(self, **terms):
-        """A value a token, at least 0, of each of PEAKS."""
-        for name, term in terms.items():
-            self.peaks[name] = term.max().double().clamp(min=self.peaks[name])
+            if name in self.sums:
+                self.sums[name] = self.sums[name] + term.double().sum()
+            if name in self.peaks:
+                self.peaks[name] = term.max().double().clamp(min=self.peaks[name])
 
     def reduce(self, device, world):
-        """Sum over all ranks; then each is a number."""
-        sums, peaks = (torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device)
-                                    for value in of.values()]) for of in (self.sums, self.peaks))
-        if world > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(peaks, dist.ReduceOp.MAX)
-        self.sums = dict(zip(self.SUMS, sums.tolist()))
-        self.peaks = dict(zip(self.PEAKS, peaks.tolist()))
+        """Over all ranks; then each is a number."""
+        for kept, op in (self.sums, dist.ReduceOp.SUM), (self.peaks, dist.ReduceOp.MAX):
+            values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device)
+                                  for value in kept.values()])
+            if world > 1:
+                dist.all_reduce(values, op)
+            kept.update(zip(kept, values.tolist()))
 
     def line(self, job, members, step, tokens, rehearsed, norm, lr, seconds):
-        """The update's line of metrics.jsonl, which data/README.md explains key by key.
+        """The update's line of metrics.jsonl; data/README.md explains each key.
 
         members: its rows; tokens: those in the loss; rehearsed: tokens of the answers drawn.
         """
@@ -648,9 +604,8 @@ class Metrics:
         rows, n = [job.rows[i] for i in members], job.verdicts.reward.shape[1]
         reward = job.verdicts.reward.flatten()[members].view(-1, n)  # (groups of the update, n)
         correct = job.verdicts.correct.flatten()[members].view(-1, n)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if job.device != "cpu":
-            memory = torch.cuda.max_memory_allocated()
+        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                  if job.device == "cpu" else torch.cuda.max_memory_allocated())
         optional = {}
         if rehearsed:
             optional["rehearse_nll"] = sums["rehearsed"] / rehearsed
@@ -667,28 +622,22 @@ class Metrics:
             "entropy_correct": sums["entropy_correct"] / sums["right"] if sums["right"] else None,
             "entropy_wrong": (sums["entropy"] - sums["entropy_correct"]) / wrong if wrong else None,
             "nll": mean["nll"],
-            "logprob_gap": mean["gap"],
-            "logprob_gap_max": self.peaks["gap"],
+            "logprob_gap": mean["gap"], "logprob_gap_max": self.peaks["gap"],
             "ratio_max": self.peaks["ratio"],
-            "clip_low_frac": mean["low"],
-            "clip_high_frac": mean["high"],
-            "approx_kl": mean["kl"],
-            "grad_norm": norm,
-            "lr": lr,
+            "clip_low_frac": mean["low"], "clip_high_frac": mean["high"], "approx_kl": mean["kl"],
+            "grad_norm": norm, "lr": lr,
             "adv_std": max(mean["adv2"] - mean["adv"] ** 2, 0) ** 0.5,
             "smooth_abs": mean["smooth"],
             "dead_groups": (reward == reward[:, :1]).all(1).float().mean().item(),
             "completion_len": sum(len(row.completion) for row in rows) / len(rows),
             "truncated_frac": sum(row.truncated for row in rows) / len(rows),
-            "tokens": tokens,
-            "tokens_per_s": tokens / seconds,
-            "peak_mem_bytes": memory,
+            "tokens": tokens, "tokens_per_s": tokens / seconds, "peak_mem_bytes": memory,
             **optional,
         }
 
 
 def print_round(out, lines, n):
-    """On stdout the means over the round's updates, in one line; on stderr what should be raised.
+    """The means over the updates of a round in one line; in a second one, what should be raised.
 
     lines: dicts of metrics.jsonl, of this round alone.
     """
@@ -697,9 +646,6 @@ def print_round(out, lines, n):
     print(f"Pass@1 {mean['pass@1']:.3f}  Pass@{n} {mean['pass@n']:.3f}  "
           f"entropy {mean['entropy']:.3f}  length {mean['completion_len']:.1f}  "
           f"truncated {mean['truncated_frac']:.3f}", flush=True)
-    last, keys = lines[-1], ("grad_norm", "logprob_gap", "tokens_per_s")
-    print(f"{out}: step {last['step']}; "
-          + ", ".join(f"{key} {last[key]:.4g}" for key in keys), file=sys.stderr)
     if mean["truncated_frac"] > 0.5:
         print(f"{out}: {mean['truncated_frac']:.0%} of the completions were cut at the length "
               f"limit; raise --max-new-tokens of generate.py", file=sys.stderr)
@@ -710,14 +656,13 @@ def choose_method(args):
     """--method as advantage(batch), loss(logp, batch, advantage), and the row fields it reads.
 
     FILE.py:NAME: NAME(batch, **settings) returns the advantage of every completion token,
-    (tokens,). If NAME_loss stands beside it, NAME_loss(logp, batch, advantage, clip_low, clip_high,
-    **settings) returns the loss of every token in place of the clipped surrogate, or that with two
-    bool tensors (tokens,): where it clipped a token from below and from above. NAME.fields names
-    row fields that the batch will hold. Both functions get, of the settings and the clip range,
-    what they name as arguments. The file is run because its user names it on the command line; an
-    error inside it is a traceback of his own code.
+    (tokens,). NAME_loss(logp, batch, advantage, clip_low, clip_high, **settings), if the file has
+    it, returns the loss of every token in place of the clipped surrogate, or that with two bool
+    tensors (tokens,): where it clipped rho from below and from above. Each function gets what it
+    names of the settings and the clip range. NAME.fields: row fields that the batch will hold.
+    An error inside the file is a traceback of its author's own code.
     """
-    clip = clip_range(args)
+    clip = {name: getattr(args, name) for name in CLIP}
     loss = functools.partial(clipped_loss, **clip)
     if args.method == "grpo":
         return functools.partial(grpo, adv_norm=args.adv_norm), loss, ()
@@ -725,37 +670,36 @@ def choose_method(args):
         return functools.partial(ds_grpo, gamma_p=args.gamma_p, gamma_n=args.gamma_n,
                                  smooth_level=args.smooth_level, adv_norm=args.adv_norm), loss, ()
     sys.modules.setdefault("train", sys.modules[__name__])  # a file may `from train import grpo`
-    path, name = split_name(args.method)
+    path, name = args.method.rsplit(":", 1)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     own, own_loss = getattr(module, name, None), getattr(module, f"{name}_loss", None)
     if not callable(own):
         fail(f"{path}: no function {name} in this file")
+    of_own = accepted(own, args.arm)
+    of_loss = accepted(own_loss, {**clip, **args.arm}) if own_loss else clip
     for key in args.arm:
-        if not takes(own, key) and not (own_loss and takes(own_loss, key)):
+        if key not in of_own and key not in of_loss:
             fail(f"{args.method}: has no setting {key!r}")
-    for key in clip if own_loss else ():
-        if getattr(args, key) is not None and not takes(own_loss, key):
+    for key, value in clip.items():
+        if key not in of_loss and value != CLIP[key]:
             fail(f"--{key.replace('_', '-')}: {args.method}_loss does not take it")
 
-    def given_loss(logp, batch, advantage):
-        result = with_settings(own_loss, {**clip, **args.arm})(logp, batch, advantage)
-        unclipped = torch.zeros_like(batch.row, dtype=torch.bool)
-        return result if isinstance(result, tuple) else (result, unclipped, unclipped)
+    def loss_and_clipped(logp, batch, advantage):
+        result = own_loss(logp, batch, advantage, **of_loss)
+        nowhere = torch.zeros_like(batch.row, dtype=torch.bool)
+        return result if isinstance(result, tuple) else (result, nowhere, nowhere)
 
     fields = tuple(getattr(own, "fields", ()))
-    return with_settings(own, args.arm), given_loss if own_loss else loss, fields
+    return functools.partial(own, **of_own), loss_and_clipped if own_loss else loss, fields
 
 
-def takes(function, key):
+def accepted(function, settings):
+    """Those of `settings` that `function` names as arguments; all, if it takes any."""
     parameters = inspect.signature(function).parameters
-    return key in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-
-
-def with_settings(function, settings):
-    named = {key: value for key, value in settings.items() if takes(function, key)}
-    return functools.partial(function, **named)
+    anything = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return {key: value for key, value in settings.items() if anything or key in parameters}
 
 
 # ---- Several processes ---------------------------------------------------------------------------
@@ -870,8 +814,8 @@ def verdicts_of(groups, fields, device):
 
     return Batch(table(lambda row: row.reward), table(lambda row: row.correct),
                  table(lambda row: len(row.completion)),
-                 mean_logp=table(lambda row: float(row.logprobs.mean()) if len(row.logprobs)
-                                 else 0.0),
+                 mean_logp=table(lambda row: sum(row.logprobs.tolist())
+                                 / max(len(row.completion), 1)),
                  fields={name: [[row.fields[name] for row in group] for group in groups]
                          for name in fields})
 
@@ -896,8 +840,8 @@ def sources(args):
         inputs.append(source_of(args.ref_model, ref_options))
     if args.rehearse:
         inputs.append(args.rehearse)
-    if args.arm is not None:
-        inputs.append(split_name(args.method)[0])
+    if ":" in args.method:
+        inputs.append(args.method.rsplit(":", 1)[0])
     return inputs, options, ref_options
 
 
@@ -929,10 +873,8 @@ def train(args):
     rows = sum(groups, [])
     if args.updates > len(groups):
         fail(f"{args.rollouts}: {len(groups)} groups cannot be dealt into --updates {args.updates}")
-    answers = []
-    if args.rehearse:
-        answers = load_answers(args.rehearse, sampling["temperature"], args.rehearse_weight,
-                               args.allow_off_policy)
+    answers = load_answers(args.rehearse, sampling["temperature"], args.rehearse_weight,
+                           args.allow_off_policy) if args.rehearse else []
     device, dtype = device_and_dtype(args)
     if rank == 0:
         meta = describe(args, inputs, OF_TRAINING, sampling=sampling, device=device,
@@ -959,10 +901,12 @@ def train(args):
         optimizer_step = 0
     else:
         load_optimizer(optimizer, policy, args.model, optimizer_step)
+    plan = functools.partial(plan_update, rank=rank, world=world, budget=args.micro_batch_tokens,
+                             share=args.share_prompts)
     job = Job(args=args, rank=rank, world=world, device=device, dtype=dtype, rows=rows,
-              verdicts=verdicts_of(groups, fields, device), advantage=advantage, loss=loss,
-              policy=policy, module=module, no_sync=no_sync, optimizer=optimizer,
-              answers=answers)
+              verdicts=verdicts_of(groups, fields, device), answers=answers, plan=plan,
+              advantage=advantage, loss=loss, policy=policy, module=module, no_sync=no_sync,
+              optimizer=optimizer)
     if rank == 0:
         meta |= announce(job)
 
@@ -973,7 +917,7 @@ def train(args):
         del reference
     job.old_logp = log_probs(job, module, updates[1:], "pi_old")
     done = []
-    for members in job.progress(updates, "updates"):
+    for members in tqdm(updates, "updates", disable=None if rank == 0 else True):
         done.append(update_step(job, members, step, optimizer_step))
         step, optimizer_step = step + 1, optimizer_step + 1
     lines += [json.dumps(line) + "\n" for line in done]

@@ -109,10 +109,10 @@ def our_gradient(tmp_path, model, flags):
             if name.endswith(".exp_avg")}, metrics
 
 
-def old_logprobs_of_the_rows(job, updates, whole):
-    """Stands in for train.old_logprobs: pi_old is whoever sampled the rows, as in every update but
-    a round's first."""
-    job.old_logp = {i: torch.as_tensor(row.logprobs) for i, row in enumerate(job.rows)}
+def log_probs_of_the_rows(job, module, updates, label):
+    """Stands in for train.log_probs: pi_old is that of whoever sampled the rows, as in every update
+    but a round's first."""
+    return {i: torch.as_tensor(row.logprobs) for i, row in enumerate(job.rows)}
 
 
 def trl_gradient(tmp_path, model, other, rows, flags, sampler, settings):
@@ -190,7 +190,7 @@ def test_gradient_of_one_update_is_trls(name, tiny_model, tmp_path, monkeypatch)
     rows = make_rows(policies[sampler], tokenizer.eos_token_id)
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if sampler == "other":
-        monkeypatch.setattr(train, "old_logprobs", old_logprobs_of_the_rows)
+        monkeypatch.setattr(train, "log_probs", log_probs_of_the_rows)
     reference = f" --ref-model {other}" if "kl" in flags else ""
     ours, metrics = our_gradient(tmp_path, tiny_model, flags + reference)
     theirs = trl_gradient(tmp_path, tiny_model, other, rows, flags, sampler, settings)
