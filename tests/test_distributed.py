@@ -19,7 +19,7 @@ import types
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from train import over_ranks
@@ -148,6 +148,11 @@ def ranks(request, model, files, tmp_path_factory):
     job("files", "many files", model, "all", [*CASES["one update"][1], "--shard"])
     for start_of in "fp32 sharded", "many files":
         job("fp32", f"after {start_of}", f"{folder}/{start_of}", "all", [*NEXT, "--shard"])
+    untied = make_model(f"{folder}/untied", 0)  # by its files, whatever its config says
+    weights = load_file(f"{untied}/model.safetensors")
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].flip(0)},
+              f"{untied}/model.safetensors", {"format": "pt"})
+    job("fp32", "untied sharded", untied, "all", [*CASES["one update"][1], "--shard"])
     job("fp32", "undisturbed", model, "all", DISTURBED)
     for kind, more in ("plain", []), ("sharded", ["--shard"]):
         for name, (rows, _) in CASES.items():
@@ -203,6 +208,16 @@ def test_shards_in_one_file_and_in_many(ranks):
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     weights = tensors_of(folder, "model")[0]
     assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+
+
+def test_shards_of_a_model_that_its_config_ties_and_its_files_do_not(ranks, files, tmp_path):
+    """Another model was trained: it is the one that a single process trains."""
+    one = run(f"{ranks.folder}/untied", files["all"], tmp_path / "one", *CASES["one update"][1])
+    many = Round(f"{ranks.folder}/untied sharded")
+    assert "lm_head.weight" in one.weights and distance(many.gradient, one.gradient) < 1e-6
+    assert distance(many.weights, one.weights) < 1e-3
+    with open(f"{many.folder}/config.json", encoding="utf-8") as file:
+        assert json.load(file)["tie_word_embeddings"] is False
 
 
 def test_ranks_in_fp32(ranks, model, files, tmp_path):
