@@ -177,14 +177,16 @@ def show(kept, n):
     turns = itertools.zip_longest(*(kept[reason] for reason in reasons))
     for line in [line for turn in turns for line in turn if line][:n]:
         row = msgspec.json.decode(line)
-        task, logprobs = TASKS.get(row.get("task")), row.get("logprobs") or [math.nan]
+        task, logprobs = TASKS.get(str(row.get("task"))), row.get("logprobs")
         own = [name for name in (task.Row.__struct_fields__ if task else ()) if name in row]
         gold = {name: row[name] for name in own if name not in Rollout.__struct_fields__}
+        numbers = logprobs if isinstance(logprobs, list) else []
+        numbers = [one for one in numbers if isinstance(one, float | int)] or [math.nan]
         say(f"{readable(row['id'])} sample {row.get('sample')}: {readable(gold)[1:-1]}\n"
-            f"  prompt      {readable(row.get('prompt', row.get('messages', '')))}\n"
+            f"  prompt      {readable(row.get('prompt') or row.get('messages'))}\n"
             f"  completion  {readable(row.get('completion', ''), 1000)}\n"
             f"  answer {readable(repr(row.get('pred')))}: {row['reason']}, "
-            f"reward {row.get('reward')}, log-prob a token {sum(logprobs) / len(logprobs):.3f}")
+            f"reward {row.get('reward')}, log-prob a token {sum(numbers) / len(numbers):.3f}")
 
 
 def readable(value, length=300):

@@ -1,5 +1,5 @@
-"""data/README.md's "your own task in five minutes", done as it says: one file, one line in score.py,
-nothing else."""
+"""data/README.md's "your own task in five minutes", done as it says: one file, one line in
+score.py, nothing else."""
 import json
 import pathlib
 import re

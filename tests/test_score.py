@@ -557,6 +557,12 @@ def test_show_spreads_over_the_reasons_and_writes_nothing_of_a_scored_file(tmp_p
         "a sample 0: 'numbers': [1, 2], 'target': 3\n  prompt      1 2=3:\n  completion  1+2\n"
         "  answer '1+2': ok, reward 1.0, log-prob a token -1.000\n")
     assert re.findall(r"sample (\d)", shown("--show", "2", "--reason", "value")) == ["4", "5"]
+    odd = [{"id": "x", "correct": True, "reason": "ok", "logprobs": logprobs, "task": task}
+           for logprobs, task in ((None, None), (["a", None], ["math"]), (3, {}))]
+    write(tmp_path / "odd.jsonl", odd)  # of another program
+    score.main(score.parse_args([str(tmp_path / "odd.jsonl"), "--show", "9"]))
+    assert capsys.readouterr().out.count("x sample None: ") == 3
+    os.unlink(tmp_path / "odd.jsonl")
     assert shown("--show", "2", "--reason", "timeout") == "" and sorted(os.listdir(tmp_path)) == before
     with pytest.raises(SystemExit) as end:
         score.main(score.parse_args([source, "--show", "1"]))

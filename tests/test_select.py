@@ -116,7 +116,7 @@ def test_what_is_refused(files, tmp_path, capsys):
     assert "made with other" in refused(scored=False)
     os.unlink(files["out"])
     (tmp_path / "scored.jsonl").write_text('{"id": "a"}\n')
-    assert "scored.jsonl:1: missing field 'correct'; run score.py first" in refused("--at-most", "1")
+    assert (":1: missing field 'correct'; run score.py first" in refused("--at-most", "1"))
     (tmp_path / "scored.jsonl").write_text('{"id": "z", "correct": true}\n')
     assert "none of its problems has a rollout in" in refused("--at-most", "1")
     with open(files["prompts"], "a") as file:
