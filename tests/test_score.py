@@ -742,7 +742,7 @@ def until(condition, seconds=60):
 @pytest.mark.parametrize("kill, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_killed_while_workers_are_busy(tmp_path, kill, code):
     """No worker outlives its answer's time, none keeps the lock, and the same command then ends as if nothing was."""
-    rows = [row(sample=i) for i in range(50)] + [maths_row("1", r"\boxed{100000000!}", id="bomb"),
+    rows = [row(sample=i) for i in range(50)] + [maths_row("x^2", r"\boxed{100000000!}", id="bomb"),
                                                  maths_row("5", r"\boxed{5.0}", id="good")]
     source, out = write(tmp_path / "r.jsonl", rows), tmp_path / "s.jsonl"
     command = [sys.executable, "score.py", source, "--out", str(out), "--timeout", "2", "--workers", "2"]
