@@ -226,3 +226,19 @@ def test_tests_that_tests_README_names_exist():
     for name, star in named:
         matches = [test for test in defined if test == name or star and test.startswith(name)]
         assert matches, name
+
+
+def test_the_reader_of_metrics_sends_every_update(tmp_path, monkeypatch):
+    """data/README.md's five lines for trackio, W&B or TensorBoard, with a stand-in for these."""
+    text = (ROOT / "data/README.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+                if "def send" in block]
+    (tmp_path / "sender.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "pass@1": 0.5, "entropy_wrong": null}\n'
+                                            '{"step": 2, "pass@1": 0.75, "entropy_wrong": 1.0}\n')
+    sent = []
+    importlib.import_module("sender").send(
+        tmp_path / "metrics.jsonl", lambda metrics, step: sent.append((step, metrics)))
+    assert [step for step, _ in sent] == [1, 2]
+    assert sent[0][1] == {"step": 1, "pass@1": 0.5} and sent[1][1]["entropy_wrong"] == 1.0
