@@ -405,3 +405,24 @@ def test_bad_input_ends_both_nodes(model, rollouts, tmp_path):
     assert all(code != 0 for code, _ in nodes)
     assert sum(stderr.count("7 groups cannot be dealt into --updates 8")
                for _, stderr in nodes) == 1
+
+
+# ---- Nodes ---------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_two_nodes_of_one_rank_each_are_two_ranks(model, rollouts, tmp_path):
+    """Two agents of torchrun that meet on this machine's loopback: the gradient of one process."""
+    flags = ["--model", model, "--rollouts", rollouts, "--device", "cpu", "--max-grad-norm", 1e9]
+    meet = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "nodes",
+            "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    nodes = []
+    for node in "ab":
+        os.mkdir(tmp_path / node)
+        job = ("fp32", [*flags, "--out", tmp_path / "two"])
+        nodes.append(start(str(tmp_path / node), 1, "train", [job], options=meet))
+    for node in nodes:
+        code, stderr = finish(node)
+        assert code == 0, stderr
+    one, two = run(model, rollouts, tmp_path / "one", *flags[4:]), Round(tmp_path / "two")
+    with open(tmp_path / "two.meta.json", encoding="utf-8") as file:
+        assert json.load(file)["world_size"] == 2
+    assert distance(two.gradient, one.gradient) < 1e-6
