@@ -40,7 +40,7 @@ def toy(commands):
 
 def test_toy_changes_values_alone_and_every_recipe_has_commands():
     found = recipes()
-    assert len(found) == 10 and all(commands for _, commands in found)
+    assert len(found) == 12 and all(commands for _, commands in found)
     for _, commands in found:
         flags = re.compile(r"(?<!\S)\"?(--[a-z-]+)")
         assert flags.findall(toy(commands)) == flags.findall(commands)
@@ -174,3 +174,10 @@ def test_averaged_weights(loop):
         torch.testing.assert_close(weight, (base[name] + trained[name]) / 2)
     runs = json.loads((loop.folder / "averaged.json").read_text())["runs"]
     assert [one["name"] for one in runs] == ["base", "grpo", "averaged"]
+
+
+@pytest.mark.slow
+def test_dynamic_sampling_leaves_no_group_without_signal(loop):
+    commands = recipes()[11][1].replace("--n 384", "--n 12")
+    run(loop, commands, os.path.dirname(sys.executable))
+    assert {line["dead_groups"] for line in rows(loop.folder / "dynamic/metrics.jsonl")} == {0}
