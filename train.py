@@ -400,11 +400,12 @@ def update_step(job, members, step, optimizer_step):
     began, args = time.monotonic(), job.args
     # 1. Gradients, micro-batch by micro-batch. `tokens`, over all ranks, is the one normaliser.
     tokens = sum(len(job.rows[i].completion) for i in members if job.rows[i].used)
-    drawn = draw_answers(job.answers, args.rehearse_n or len(members), (args.seed, step))
-    rehearsed = sum(len(row.completion) for row in drawn)
+    answers = draw_answers(job.answers, args.rehearse_n or len(members), (args.seed, step))
+    answer_tokens = sum(len(row.completion) for row in answers)
     work = [(job.rows, micro, tokens) for micro in job.plan(job.rows, members)]
-    if drawn:
-        work += [(drawn, micro, rehearsed) for micro in job.plan(drawn, range(len(drawn)))]
+    if answers:
+        plan = job.plan(answers, range(len(answers)))
+        work += [(answers, micro, answer_tokens) for micro in plan]
     metrics = Metrics()
     for number, (rows, micro, count) in enumerate(work):
         last = number == len(work) - 1
@@ -412,7 +413,7 @@ def update_step(job, members, step, optimizer_step):
             logp, entropy, row = forward(job.module, rows, micro, job.device, job.dtype)
             if not micro:
                 loss = 0 * logp
-            elif rows is drawn:
+            elif rows is answers:
                 loss = rehearsal_losses(job, logp, metrics)
             else:
                 loss = token_losses(job, micro, logp, entropy, row, metrics)
@@ -433,8 +434,8 @@ def update_step(job, members, step, optimizer_step):
         group["lr"] = lr
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
-    return metrics.line(job, members, step=step + 1, tokens=tokens, rehearsed=rehearsed, norm=norm,
-                        lr=lr, seconds=time.monotonic() - began)
+    return metrics.line(job, members, step + 1, tokens, answer_tokens, norm, lr,
+                        seconds=time.monotonic() - began)
 
 
 # ---- The policy ----------------------------------------------------------------------------------
@@ -594,10 +595,10 @@ class Metrics:
                 dist.all_reduce(values, op)
             kept.update(zip(kept, values.tolist()))
 
-    def line(self, job, members, step, tokens, rehearsed, norm, lr, seconds):
+    def line(self, job, members, step, tokens, answer_tokens, norm, lr, seconds):
         """The update's line of metrics.jsonl; data/README.md explains each key.
 
-        members: its rows; tokens: those in the loss; rehearsed: tokens of the answers drawn.
+        members: its rows; tokens, answer_tokens: those in the loss and in what is rehearsed.
         """
         sums, count, args = self.sums, max(tokens, 1), job.args
         mean, wrong = {name: value / count for name, value in sums.items()}, tokens - sums["right"]
@@ -607,8 +608,8 @@ class Metrics:
         memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
                   if job.device == "cpu" else torch.cuda.max_memory_allocated())
         optional = {}
-        if rehearsed:
-            optional["rehearse_nll"] = sums["rehearsed"] / rehearsed
+        if answer_tokens:
+            optional["rehearse_nll"] = sums["rehearsed"] / answer_tokens
             mean["loss"] += args.rehearse_coef * optional["rehearse_nll"]
         if args.tis_cap:
             optional |= {"tis_mean": mean["tis"], "tis_capped_frac": mean["tis_capped"]}
@@ -674,32 +675,32 @@ def choose_method(args):
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    own, own_loss = getattr(module, name, None), getattr(module, f"{name}_loss", None)
-    if not callable(own):
+    objective, own_loss = getattr(module, name, None), getattr(module, f"{name}_loss", None)
+    if not callable(objective):
         fail(f"{path}: no function {name} in this file")
-    of_own = accepted(own, args.arm)
-    of_loss = accepted(own_loss, {**clip, **args.arm}) if own_loss else clip
+    settings = accepted(objective, args.arm)
+    loss_settings = accepted(own_loss, {**clip, **args.arm}) if own_loss else {}
     for key in args.arm:
-        if key not in of_own and key not in of_loss:
+        if key not in settings and key not in loss_settings:
             fail(f"{args.method}: has no setting {key!r}")
-    for key, value in clip.items():
-        if key not in of_loss and value != CLIP[key]:
+    for key, value in clip.items() if own_loss else ():
+        if key not in loss_settings and value != CLIP[key]:
             fail(f"--{key.replace('_', '-')}: {args.method}_loss does not take it")
 
     def loss_and_clipped(logp, batch, advantage):
-        result = own_loss(logp, batch, advantage, **of_loss)
+        result = own_loss(logp, batch, advantage, **loss_settings)
         nowhere = torch.zeros_like(batch.row, dtype=torch.bool)
         return result if isinstance(result, tuple) else (result, nowhere, nowhere)
 
-    fields = tuple(getattr(own, "fields", ()))
-    return functools.partial(own, **of_own), loss_and_clipped if own_loss else loss, fields
+    fields = tuple(getattr(objective, "fields", ()))
+    return functools.partial(objective, **settings), loss_and_clipped if own_loss else loss, fields
 
 
 def accepted(function, settings):
     """Those of `settings` that `function` names as arguments; all, if it takes any."""
     parameters = inspect.signature(function).parameters
-    anything = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    return {key: value for key, value in settings.items() if anything or key in parameters}
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return {key: value for key, value in settings.items() if takes_any or key in parameters}
 
 
 # ---- Several processes ---------------------------------------------------------------------------

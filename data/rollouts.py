@@ -26,15 +26,15 @@ class Trajectory:
     reward: float
     truncated: bool  # cut at the length limit
     used: bool  # False where --truncated mask leaves it out of the loss
-    fields: dict  # that the objective asks for
+    fields: dict  # those that the objective reads
 
 
 def load_rollouts(path, truncated="wrong", fields=()):
     """The rows of a scored file by `id`, in the order of `sample`: a list of groups of n, and n."""
-    known = {field.name for field in msgspec.structs.fields(Scored)}
-    asked = [(name, typing.Any) for name in fields if name not in known]
+    declared = {field.name for field in msgspec.structs.fields(Scored)}
+    extra = [(name, typing.Any) for name in fields if name not in declared]
     groups, numbers = {}, {}  # by id
-    kind = msgspec.defstruct("Scored", asked, bases=(Scored,), kw_only=True)
+    kind = msgspec.defstruct("Scored", extra, bases=(Scored,), kw_only=True)
     for where, _, scored in read_rows(path, kind):
         ids, logprobs = scored.completion_ids, scored.logprobs
         if len(logprobs) != len(ids):
