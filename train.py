@@ -66,8 +66,7 @@ def add_flags(parser):
     add("--out", required=True, help="folder to write")
     add("--temperature", type=float, help="sampling temperature of rollouts without a meta")
     add("--allow-off-policy", action="store_true",
-        help="take rollouts drawn with top-p, top-k or a repetition penalty, whose log-probs are "
-             "not those of the policy")
+        help="take rollouts drawn with top-p, top-k or a repetition penalty, not from the policy")
 
     add = group("the advantage")
     add("--method", default="ds-grpo", metavar="ds-grpo|grpo|FILE.py:NAME",
@@ -79,15 +78,13 @@ def add_flags(parser):
     add("--gamma-n", type=float,
         help="ds-grpo: weight of +log pi_old on wrong rollouts (default 0.01)")
     add("--smooth-level", choices=["token", "sum", "mean", "share", "reward"],
-        help="ds-grpo: what gamma multiplies: log pi_old of each token; of the whole completion "
-             "(Eq. 6 as printed); that over the length, or over its square; or the mean, added to "
-             "the reward before the group's mean is subtracted (default token)")
+        help="ds-grpo: what gamma multiplies: log pi_old of a token; its sum (Eq. 6 as printed); "
+             "that over the length, or over its square; the mean, in the reward (default token)")
     add("--adv-norm", choices=["std", "none"],
-        help="grpo, and ds-grpo except at level reward: divide A_i by the group's population std, "
-             "or not (default std)")
+        help="grpo, and ds-grpo except at level reward: divide A_i by the std (default std)")
     add("--truncated", default="wrong", choices=["wrong", "mask"],
-        help="rollouts cut at the length limit: reward 0, unless score.py found a complete right "
-             "answer in them; or kept in the statistics, left out of the loss (default wrong)")
+        help="rollouts cut at the length limit: reward 0, unless they hold a complete right "
+             "answer; or kept in the statistics, left out of the loss (default wrong)")
 
     add = group("the loss")
     number(add, "--clip-low", CLIP["clip_low"], "rho is clipped at 1 - this")
@@ -111,8 +108,7 @@ def add_flags(parser):
         help="answers drawn an update (default: as many as the update has rollouts)")
 
     add = group("the optimizer")
-    number(add, "--updates", 1, "optimizer steps: the shuffled groups are dealt into so many "
-                                "mini-batches")
+    number(add, "--updates", 1, "optimizer steps, into which the shuffled groups are dealt")
     number(add, "--lr", 1e-6, "AdamW's learning rate")
     number(add, "--warmup-steps", 0, "steps of linear warm-up, counted over all rounds")
     number(add, "--weight-decay", 0.01, "AdamW's decoupled weight decay")
