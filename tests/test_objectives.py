@@ -122,6 +122,7 @@ def test_a_wrong_objective_is_refused_before_a_model_is_loaded(model, tmp_path, 
              ["--clip-low", 0.1], "mine_loss does not take it"),
             ("def other(batch): ...", [], "no function mine in this file"),
             ("def mine(batch, k): ...", ["--arm", "j=1"], "has no setting 'j'"),
+            ("def mine(batch): ...", ["--arm", "clip_low=1"], "has no setting 'clip_low'"),
             ("def mine(batch): return batch.old_logp\nmine.fields = ('solution',)", [],
              "rows.jsonl:1: missing field 'solution'")]):
         mine = file_of(tmp_path, text, f"mine{number}.py")
