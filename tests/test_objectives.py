@@ -165,8 +165,7 @@ def test_pass_at_k_advantage_against_all_subsets():
 def test_nothing_and_w_reinforce_by_hand():
     """arXiv 2506.01347: lambda on correct, -1 on wrong answers, no baseline."""
     verdicts = [1.0, 0.0, 1.0], [True, False, True]
-    found = advantage(*verdicts, method=arms.w_reinforce, positive_weight=0.1)
-    assert found == pytest.approx([0.1, -1.0, 0.1])
+    assert advantage(*verdicts, method=arms.w_reinforce) == pytest.approx([0.1, -1.0, 0.1])
     assert advantage(*verdicts, method=arms.nothing) == [0, 0, 0]
 
 

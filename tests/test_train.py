@@ -998,8 +998,7 @@ def test_a_finished_round_is_left_alone_and_an_unfinished_one_is_done_again(
 
 def test_policy_and_reference_of_the_hub_are_each_of_their_own_commit(
         model, reference, rollouts, tmp_path, monkeypatch):
-    """Both are in the Hub's cache, and there is no network: the round is that of the two folders.
-    """
+    """Both are in the Hub's cache, without network: the round is that of the two folders."""
     for folder, name, commit in (model, "policy", "1" * 40), (reference, "reference", "2" * 40):
         cached = tmp_path / "hub" / f"models--owner--{name}"
         shutil.copytree(folder, cached / "snapshots" / commit)
@@ -1140,14 +1139,13 @@ PASSK = ["--method", f"{RIVALS}:passk"]
     (["--tis-cap", 0], "above 0"), (["--rehearse", "x", "--rehearse-coef", -1], "above 0"),
     (["--kl-coef", 1], "go together"), (["--ref-model", "x"], "go together"),
     (["--rehearse", "x"], "go together"), (["--rehearse-coef", 0.1], "go together"),
-    (["--rehearse-n", 3], "belong to --rehearse"),
+    (["--rehearse-n", 3], "belong to --rehearse"), (["--unknown"], "unrecognized arguments"),
     (["--rehearse-weight", "samples"], "belong to --rehearse"),
-    (["--unknown"], "unrecognized arguments"),
     (["--checkpoint-activations", "--share-prompts"], "--share-prompts excludes"),
     (["--shard", "--share-prompts"], "--share-prompts excludes"),
     (["--method", "ppo"], "neither ds-grpo nor grpo nor FILE.py:NAME"),
-    (["--method", "absent.py:x"], "no such file absent.py"),
-    (["--method", "absent.py"], "neither"), (["--method", f"{RIVALS}:a-b"], "neither"),
+    (["--method", "absent.py:x"], "no such file"), (["--method", "absent.py"], "neither"),
+    (["--method", f"{RIVALS}:a-b"], "neither"),
     (["--method", "grpo", "--gamma-p", 1], "--gamma-p belongs to --method ds-grpo"),
     (["--method", "grpo", "--gamma-n", "-1e-3"], "--gamma-n belongs"),
     (["--method", "grpo", "--smooth-level", "token"], "--smooth-level belongs"),
