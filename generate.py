@@ -40,6 +40,7 @@ import os
 import re
 import sys
 import time
+import types
 
 from data.files import Parser, Problem, describe, fail, rank_and_world, read_rows, run
 
@@ -58,7 +59,6 @@ def add_flags(parser):
     add("--overlong", default="refuse", choices=["refuse", "skip"],
         help="end the stage at a prompt too long for the model's positions, or leave such problems "
              "out and count them (default %(default)s)")
-
     add("--chat-template-kwargs", type=json_object, metavar="JSON",
         help="variables of the model's chat template, such as '{\"enable_thinking\": false}'")
 
@@ -89,13 +89,7 @@ def add_flags(parser):
 
 
 def json_object(text):
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
+    return {**json.loads(text)}  # what it raises of anything else, argparse reports
 
 
 def check_flags(parser, args):
@@ -128,10 +122,11 @@ import transformers
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
-from data.chunks import (begin, chunks_of, digest_of_work, merge, publish_merged, run_chunks,
-                         wait_for_chunks, wait_for_folder)
-from data.models import (OF_TRAINING, check_model, device_and_dtype, load, load_model,
-                         load_tokenizer, positions_of, reference_tokenizer, source_of)
+from data.chunks import (begin, chunks_of, merge, publish_merged, run_chunks, wait_for_chunks,
+                         wait_for_folder)
+from data.models import (OF_TRAINING, check_model, device_and_dtype, example_chat, load,
+                         load_errors, load_model, load_tokenizer, positions_of,
+                         reference_tokenizer, source_of, special_tokens)
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
@@ -142,8 +137,6 @@ from shared_prompt import (attention_of, check_sampler, choose_attention, pad_le
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
 
-# Flags that change no byte of the output, and those that name inputs, whose digests are compared.
-FREE_FLAGS = ("out", "prompts", "model", "rank_timeout")
 SAMPLED = ("sample", "completion", "prompt_ids", "completion_ids", "logprobs", "finish_reason")
 
 
@@ -230,7 +223,8 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
     stops = torch.zeros(rows, dtype=torch.bool, device=device)
     alive = torch.arange(rows, device=device)  # (batch,) their places among all rows
     done = torch.zeros(rows, dtype=torch.bool, device=device)  # (batch,)
-    tail = tail_of(args.stop)
+    # A token is at least a byte of text, but for special ones, of which there may be some.
+    tail = 8 + 4 * max(map(len, args.stop), default=0)
 
     for step in range(args.max_new_tokens):
         # 4. A token a row.
@@ -285,66 +279,41 @@ def prepare(model, device, rows, encoded, args):
 
 # ---- Prompts to ids ------------------------------------------------------------------------------
 def load_problems(path, limit=None):
-    """[(where, Problem)] of a prompt file; ids are unique, and each has a prompt or messages."""
-    problems, seen = [], set()
-    for where, line, problem in read_rows(path, Problem):
-        if problem.id in seen:
-            fail(f"{where}: duplicate id {problem.id!r}")
-        seen.add(problem.id)
-        problems.append((where, text_or_chat(where, line, problem)))
-        if len(problems) == limit:
-            break
-    return problems
-
-
-def text_or_chat(where, line, problem):
-    """The problem with either a text as `prompt` or a chat as `messages`; the other is None.
+    """[(where, line, Problem)] of a prompt file, each with a text as `prompt` or with `messages`.
 
     A chat may also stand under `prompt`, and the text of a turn in parts, as in many data sets. The
     turns keep all their keys: a template may know more than role and content.
     """
-    chats = [key for key in ("prompt", "messages") if isinstance(getattr(problem, key), list)]
-    texts = [problem.prompt] if isinstance(problem.prompt, str) else []
-    if chats and texts == [""]:  # an empty column
-        texts = []
-    if len(chats) + len(texts) != 1:
-        fields = ", ".join(msgspec.json.decode(line, type=dict[str, msgspec.Raw]))
-        fail(f"{where}: needs either 'prompt' or 'messages', and has {fields}; `python -m "
-             f"data.maths` converts questions with answers")
-    problem.prompt, problem.messages = (*texts, None)[0], None
-    if chats:
-        problem.messages = json.loads(line)[chats[0]]
-        for number, turn in enumerate(problem.messages):
-            parts = turn["content"] if isinstance(turn["content"], list) else []
-            for part in parts:
-                if part["type"] != "text" or part.get("text") is None:
-                    fail(f"{where}: field '{chats[0]}[{number}].content': a part of type "
-                         f"{part['type']!r}; only text can be sampled from")
-            if parts:
-                turn["content"] = "".join(part["text"] for part in parts)
-    return problem
+    problems, seen = [], set()
+    for where, line, problem in itertools.islice(read_rows(path, Problem), limit):
+        if problem.id in seen:
+            fail(f"{where}: duplicate id {problem.id!r}")
+        seen.add(problem.id)
+        if problem.prompt == "" and problem.messages:  # an empty column
+            problem.prompt = None
+        if (problem.prompt is None) == (problem.messages is None):
+            fields = ", ".join(msgspec.json.decode(line, type=dict[str, msgspec.Raw]))
+            fail(f"{where}: needs either 'prompt' or 'messages', and has {fields}; `python -m "
+                 f"data.maths` converts questions with answers")
+        if not isinstance(problem.prompt, str):
+            key = "messages" if problem.prompt is None else "prompt"
+            problem.prompt, problem.messages = None, json.loads(line)[key]
+            for turn in problem.messages:
+                if isinstance(turn["content"], list):
+                    turn["content"] = "".join(part["text"] for part in turn["content"])
+        problems.append((where, line, problem))
+    return problems
 
 
-def problem_lines(path, problems):
-    """Yield the line (bytes) of each problem; ends the stage where the prompt file has changed."""
-    rows = read_rows(path, Problem)
-    for where, sampled in problems:
-        _, line, problem = next(rows, (None, None, None))
-        if problem is None or text_or_chat(where, line, problem) != sampled:
-            fail(f"{where}: changed while its completions were sampled")
-        yield line
-
-
-def encode(problems, tokenizer, config, max_new_tokens, overlong="refuse", template=None,
-           reference=None):
+def encode(problems, tokenizer, reference, config, args):
     """Token ids of every prompt, unpadded; none of one that --overlong skips.
 
-    template: variables of the chat template; reference: `reference_tokenizer`.
+    reference: `reference_tokenizer`; config: the text model's.
     """
     positions, encoded = positions_of(config), []
-    for where, problem in tqdm(problems, "tokenizing", disable=None):
+    for where, _, problem in tqdm(problems, "tokenizing", disable=None):
         try:
-            ids = prompt_ids(problem, tokenizer, template or {}, reference)
+            ids = prompt_ids(problem, tokenizer, reference, args.chat_template_kwargs or {})
         except Exception as error:  # such as no chat template, or one that refuses these roles
             fail(f"{where}: the prompt cannot be encoded: {error}")
         if not ids:
@@ -352,27 +321,35 @@ def encode(problems, tokenizer, config, max_new_tokens, overlong="refuse", templ
         if max(ids) >= config.vocab_size:
             fail(f"{where}: token id {max(ids)} is beyond the model's vocabulary of "
                  f"{config.vocab_size}: a tokenizer of another model?")
-        if positions and len(ids) + max_new_tokens > positions:
-            if overlong == "refuse":
-                fail(f"{where}: {len(ids)} prompt tokens + {max_new_tokens} new ones exceed the "
-                     f"model's {positions} positions; lower --max-new-tokens, or give --overlong "
-                     f"skip")
+        if positions and len(ids) + args.max_new_tokens > positions:
+            if args.overlong == "refuse":
+                fail(f"{where}: {len(ids)} prompt tokens + {args.max_new_tokens} new ones exceed "
+                     f"the model's {positions} positions; lower --max-new-tokens, or give "
+                     f"--overlong skip")
             ids = []
         encoded.append(ids)
     if not any(encoded):
-        fail(f"{problems[0][0]}: no prompt leaves room for {max_new_tokens} new tokens in the "
+        fail(f"{args.prompts}: no prompt leaves room for {args.max_new_tokens} new tokens in the "
              f"model's {positions} positions; lower --max-new-tokens")
     return encoded
 
 
-def prompt_ids(problem, tokenizer, template, reference):
+def prompt_ids(problem, tokenizer, reference, variables):
     """The token ids of one prompt; ValueError where they are not what the model was trained with.
 
-    A chat template writes its own special tokens. A text gets those that the tokenizer puts in
-    front, unless it begins with them, and none behind it.
+    variables: of the chat template.
     """
-    text = problem.prompt if problem.messages is None else render(
-        problem.messages, tokenizer, template)
+    # 1. The text. A chat goes on with a new turn of the assistant's, or with the one it ends in.
+    text, turns = problem.prompt, problem.messages
+    if text is None:
+        continued = turns[-1]["role"] == "assistant"
+        if continued and turns[-1]["content"] == "":  # begun, but nothing is said yet
+            turns, continued = turns[:-1], False
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=not continued,
+            continue_final_message=continued, **variables)
+
+    # 2. Its ids, and the text that they give, are those of tokenizer.json.
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if reference and (reference.encode(text, add_special_tokens=False).ids != ids or
                       reference.decode(ids, skip_special_tokens=False) !=
@@ -381,13 +358,15 @@ def prompt_ids(problem, tokenizer, template, reference):
             f"{type(tokenizer).__name__}, the tokenizer's class, splits or joins it otherwise than "
             f"tokenizer.json does; set \"tokenizer_class\": \"PreTrainedTokenizerFast\" in "
             f"tokenizer_config.json of a copy of the model")
+
+    # 3. The special tokens that the tokenizer puts in front of a text, unless they are there, and
+    # none behind it. A chat template writes its own.
     if problem.messages is None:
         whole = tokenizer(text)["input_ids"]
-        starts = [i for i in range(len(whole) - len(ids) + 1) if whole[i:i + len(ids)] == ids]
-        if starts:
-            front = whole[:max(starts)]
-            whole = ids if ids[:len(front)] == front else front + ids
-        ids = whole
+        fronts = [whole[:start] for start in range(len(whole) - len(ids) + 1)
+                  if whole[start:start + len(ids)] == ids]
+        front = fronts[-1] if fronts else []
+        ids = ids if ids[:len(front)] == front else front + ids
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if ids[:2] == [begin, begin]:
         raise ValueError(f"it begins with {tokenizer.bos_token} twice; write it without")
@@ -396,45 +375,33 @@ def prompt_ids(problem, tokenizer, template, reference):
     return ids
 
 
-def render(turns, tokenizer, template):
-    """The text of a chat, which goes on with a new assistant turn, or with the one it ends in."""
-    continued = turns[-1]["role"] == "assistant"
-    if continued and turns[-1]["content"] == "":  # begun, but nothing is said yet
-        turns, continued = turns[:-1], False
-    return tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=not continued,
-        continue_final_message=continued, **template)
+# ---- Where a completion ends, and its text -------------------------------------------------------
+def end_ids(args, options, config, tokenizer):
+    """All ids that end a completion: the special tokens among --stop, those that the model's
+    generation config names (it may be several), and the tokenizer's."""
+    special, hidden = special_tokens(tokenizer), hidden_ids(tokenizer)
+    for text, token in itertools.product(args.stop, special):
+        if token in text and text not in special and special[token] in hidden:
+            fail(f"--stop {text!r}: {token} is no part of a completion's text; give it alone")
+    ends = {special[text] for text in args.stop if text in special}
+    if not args.ignore_eos:
+        with load_errors(args.model):
+            try:
+                named = transformers.GenerationConfig.from_pretrained(args.model, **options)
+            except OSError:  # it has no such file
+                named = transformers.GenerationConfig.from_model_config(config)
+        vocab, named = config.get_text_config().vocab_size, named.eos_token_id
+        named = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+        ends |= {token for token in named if isinstance(token, int) and 0 <= token < vocab}
+        if not ends and not args.stop:
+            fail(f"{args.model}: neither the tokenizer nor generation_config.json names an "
+                 f"end-of-text token; give --stop or --ignore-eos")
+    return sorted(ends)
 
 
-# ---- Where a completion ends ---------------------------------------------------------------------
-def special_tokens(tokenizer):
-    """{text: id} of the tokens that the tokenizer's files call special."""
-    added = tokenizer.added_tokens_decoder.items()
-    return {token.content: index for index, token in added if token.special}
-
-
-def example_chat(tokenizer):
-    """The text of a chat whose last turn is the assistant's, "answer"; "" without a template."""
-    turns = [{"role": "system", "content": "system"}, {"role": "user", "content": "question"},
-             {"role": "assistant", "content": "answer"}]
-    for chat in (turns, turns[1:]):  # some templates know no system turn
-        try:
-            return tokenizer.apply_chat_template(chat, tokenize=False)
-        except Exception:
-            pass
-    return ""
-
-
-def turn_end(tokenizer):
-    """The special token (text, id) with which the chat template ends a turn, or None."""
-    after = example_chat(tokenizer).rpartition("answer")[2].lstrip()
-    special = special_tokens(tokenizer)
-    return next(((token, special[token]) for token in special if after.startswith(token)), None)
-
-
-def hidden_ids(tokenizer, ends):
-    """The special tokens that a completion's text leaves out: those that end, pad or begin a text
-    and those that separate turns, but no tags such as <answer> and </answer>.
+def hidden_ids(tokenizer, ends=()):
+    """The tokens that a completion's text leaves out: those that end, pad or begin a text and those
+    that separate turns, but no tags such as <answer> and </answer>.
 
     ends: ids that end a completion.
     """
@@ -454,116 +421,87 @@ def text_of(ids, tokenizer, hidden):
     return tokenizer.decode([token for token in ids if token not in hidden])
 
 
-def stop_ids(tokenizer, stop):
-    """The ids of the special tokens among the texts of --stop."""
-    special, hidden = special_tokens(tokenizer), hidden_ids(tokenizer, ())
-    for text, token in itertools.product(stop, special):
-        if token in text and text not in special and special[token] in hidden:
-            fail(f"--stop {text!r}: {token} is no part of a completion's text; give it alone")
-    return {special[text] for text in stop if text in special}
-
-
-def tail_of(stop):
-    """How many tokens, at most, hold one of these texts and up to 8 special tokens, which are no
-    text: every other token is at least one byte."""
-    return 8 + 4 * max(map(len, stop), default=0)
-
-
-def end_ids(model, tokenizer, stops=(), ignore_eos=False):
-    """All ids that end a completion.
-
-    The model's generation config may name several, the tokenizer one; stops: `stop_ids`.
-    """
-    if ignore_eos:
-        return sorted(stops)
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    vocab = model.config.get_text_config().vocab_size
-    ends = {token for token in ends if isinstance(token, int) and 0 <= token < vocab}
-    return sorted(ends.union(stops))
-
-
-def check_ends(args, ends):
-    if not (ends or args.stop or args.ignore_eos):
-        fail(f"{args.model}: neither the tokenizer nor generation_config.json names an end-of-text "
-             f"token; give --stop or --ignore-eos")
-
-
 # ---- Chunks of work ------------------------------------------------------------------------------
 def plan(args):
     """Read and check everything that a sampler needs, before a model is loaded.
 
-    Returns the problems, their token ids, the tokenizer, the ids of special tokens among --stop,
-    the options of from_pretrained, and the chunks.
+    Returns a namespace: `problems` (see `load_problems`) and the ids of their prompts, `encoded`;
+    `chunks` of items (problem, sample); the `tokenizer`; `ends`, the ids that end a completion;
+    `hidden`, those that its text leaves out; the `options` of from_pretrained; and the model's
+    `source`, a folder or a commit of the Hub.
     """
     problems = load_problems(args.prompts, args.limit)
-    options, values = check_model(args.model, args.trust_remote_code), args.chat_template_kwargs
-    config = load(transformers.AutoConfig, args.model, options).get_text_config()
+    options = check_model(args.model, args.trust_remote_code)
+    config = load(transformers.AutoConfig, args.model, options)
     tokenizer = load_tokenizer(args.model, options)
-    if values and all(problem.messages is None for _, problem in problems):
-        fail("--chat-template-kwargs: no prompt is a chat, so there is no template to take them")
-    for key in values or ():
-        if key not in str(tokenizer.chat_template):
-            fail(f"--chat-template-kwargs: the model's chat template has no {key!r}")
-    encoded = encode(problems, tokenizer, config, args.max_new_tokens, args.overlong, values,
-                     reference_tokenizer(args.model, options))
-    chunks = chunks_of([len(ids) for ids in encoded], args.n, args.max_new_tokens,
-                       args.max_batch_tokens)
-    return problems, encoded, tokenizer, stop_ids(tokenizer, args.stop), options, chunks
+    chats = any(problem.messages for _, _, problem in problems)
+    for name in args.chat_template_kwargs or ():
+        if not chats or name not in str(tokenizer.chat_template):
+            fail(f"--chat-template-kwargs: {name!r} reaches no chat template: " + (
+                "the model's has no such variable" if chats else "no prompt is a chat"))
+    encoded = encode(problems, tokenizer, reference_tokenizer(args.model, options),
+                     config.get_text_config(), args)
+    ends = end_ids(args, options, config, tokenizer)
+    return types.SimpleNamespace(
+        problems=problems, encoded=encoded, tokenizer=tokenizer, ends=ends,
+        hidden=hidden_ids(tokenizer, ends), options=options, source=source_of(args.model, options),
+        chunks=chunks_of(list(map(len, encoded)), args.n, args.max_new_tokens,
+                         args.max_batch_tokens))
 
 
-def run_chunk(chunk, problems, encoded, model, tokenizer, ends, args):
+def run_chunk(chunk, work, model, args):
     """The JSONL lines (str) of one chunk's items: the fields that this stage adds."""
-    distinct = list(dict.fromkeys(problem for problem, _ in chunk))
-    place = {problem: i for i, problem in enumerate(distinct)}
-    prompts, owner = [encoded[problem] for problem in distinct], [place[item[0]] for item in chunk]
-    identity = [problems[problem][1].id for problem, _ in chunk]
-    hidden = hidden_ids(tokenizer, ends)
-    uniform = np.stack([uniforms(args.seed, name, k, args.max_new_tokens)
-                        for name, (_, k) in zip(identity, chunk)])
+    place = {problem: i for i, problem in enumerate(dict.fromkeys(item[0] for item in chunk))}
+    identities = [work.problems[problem][2].id for problem, _ in chunk]
+    uniform = np.stack([uniforms(args.seed, identity, k, args.max_new_tokens)
+                        for identity, (_, k) in zip(identities, chunk)])
 
     def stopped(ids):
-        text = text_of(ids, tokenizer, hidden)
+        text = text_of(ids, work.tokenizer, work.hidden)
         return any(stop in text for stop in args.stop)
 
-    tokens, logprobs, lengths, stops = sample(model, prompts, owner, uniform, ends,
-                                              stopped if args.stop else None, args)
+    tokens, logprobs, lengths, stops = sample(
+        model, [work.encoded[problem] for problem in place], [place[item[0]] for item in chunk],
+        uniform, work.ends, stopped if args.stop else None, args)
     if not torch.isfinite(logprobs).all():
-        fail(f"{args.model}: logits that are not finite, for the prompt {identity[0]!r} or near it")
+        fail(f"{args.model}: logits that are not finite, for the prompt {identities[0]!r} or near "
+             f"it")
     rows = zip(chunk, tokens.tolist(), logprobs.tolist(), lengths, stops)
-    return [json_row(k, encoded[problem], ids[:length], logp[:length], "stop" if stop else "length",
-                     tokenizer, hidden) for (problem, k), ids, logp, length, stop in rows]
+    return [json_row(item, ids[:length], logp[:length], "stop" if stop else "length", work)
+            for item, ids, logp, length, stop in rows]
 
 
-def json_row(sample, prompt_ids, completion_ids, logprobs, finish_reason, tokenizer, hidden):
+def json_row(item, ids, logprobs, finish_reason, work):
     """A JSONL line (str) with the fields that this stage adds to a problem's."""
-    completion = text_of(completion_ids, tokenizer, hidden)
-    values = sample, completion, prompt_ids, completion_ids, logprobs, finish_reason
+    problem, sample = item
+    values = (sample, text_of(ids, work.tokenizer, work.hidden), work.encoded[problem], ids,
+              logprobs, finish_reason)
     return json.dumps(dict(zip(SAMPLED, values)), ensure_ascii=False) + "\n"
 
 
-def print_summary(args, meta, encoded, turn):
+def print_summary(args, meta, work):
     """On stderr: what was chosen, and what to know before hours are spent on it."""
-    skipped = meta["overlong"]
-    if skipped:
-        print(f"{args.prompts}: {skipped} of {len(encoded)} problems skipped: their prompts are "
-              f"too long for {args.max_new_tokens} new tokens", file=sys.stderr)
-    if turn and turn[1] not in meta["end_ids"] and any(turn[1] in ids for ids in encoded):
-        print(f"{args.model}: {turn[0]} ends a turn of the prompts, but no completion; if it "
-              f"should, give --stop '{turn[0]}'", file=sys.stderr)
+    after = example_chat(work.tokenizer).rpartition("answer")[2].lstrip()
+    for token, index in special_tokens(work.tokenizer).items():
+        if (after.startswith(token) and index not in work.ends
+                and any(index in ids for ids in work.encoded)):
+            print(f"{args.model}: {token} ends a turn of the prompts, but no completion; if it "
+                  f"should, give --stop '{token}'", file=sys.stderr)
+    skipped = f" ({meta['overlong']} too long ones skipped)" if meta["overlong"] else ""
     print(f"{args.model} on {meta['device']} x {meta['world_size']}, {meta['dtype']}, attention "
-          f"{meta['attention']}: {len(encoded) - skipped} prompts x {args.n} samples in "
-          f"{meta['chunks']} chunks, T = {args.temperature}, top-p {args.top_p}, top-k "
-          f"{args.top_k}", file=sys.stderr)
+          f"{meta['attention']}: {len(work.encoded) - meta['overlong']} prompts{skipped} x "
+          f"{args.n} samples in {meta['chunks']} chunks, T = {args.temperature}, top-p "
+          f"{args.top_p}, top-k {args.top_k}", file=sys.stderr)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
-def describe_output(args, source, device, dtype, world):
+def describe_output(args, work, device, dtype, world):
     """The meta of the rows, as `describe` makes it."""
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
                 "repetition_penalty": 1.0, "max_new_tokens": args.max_new_tokens}
-    return describe(args, [args.prompts, source], OF_TRAINING, sampling=sampling, device=device,
-                    dtype=dtype, world_size=world)
+    return describe(args, [args.prompts, work.source], OF_TRAINING, sampling=sampling,
+                    device=device, dtype=dtype, world_size=world, end_ids=work.ends,
+                    chunks=len(work.chunks), overlong=work.encoded.count([]))
 
 
 def main(args):
@@ -571,39 +509,34 @@ def main(args):
 
     # 1. Everything that can be wrong with the input is found before a model is loaded.
     device, dtype = device_and_dtype(args)
-    problems, encoded, tokenizer, stops, options, chunks = plan(args)
+    work = plan(args)
 
     # 2. The folder of this command's chunks.
-    source, work = source_of(args.model, options), digest_of_work(encoded, chunks)
     kind = str(dtype).removeprefix("torch.")
     if rank == 0:
-        meta = describe_output(args, source, device, kind, world)
-        folder = begin(args.out, meta, work, FREE_FLAGS, OF_TRAINING)
+        meta = describe_output(args, work, device, kind, world)
+        folder = begin(args.out, meta, work)
     else:
-        folder = wait_for_folder(args.out, vars(args), kind, [args.prompts, source], work,
-                                 FREE_FLAGS, OF_TRAINING, args.rank_timeout)
+        folder = wait_for_folder(args, kind, work)
     if folder is None:
         return
 
     # 3. The model.
-    model = load_model(args.model, dtype, device, options)
-    ends = end_ids(model, tokenizer, stops, args.ignore_eos)
-    check_ends(args, ends)
+    model = load_model(args.model, dtype, device, work.options)
     try:
-        prepare(model, device, max(map(len, chunks)), encoded, args)
+        prepare(model, device, max(map(len, work.chunks)), work.encoded, args)
     except ValueError as error:
         fail(f"{args.model}: {error}")
     if rank == 0:
-        meta.update(attention=attention_of(model), end_ids=ends, chunks=len(chunks),
-                    overlong=encoded.count([]))
-        print_summary(args, meta, encoded, turn_end(tokenizer))
+        meta["attention"] = attention_of(model)
+        print_summary(args, meta, work)
 
     # 4. This rank's chunks; then rank 0 merges all of them.
-    run_chunks(lambda chunk: run_chunk(chunk, problems, encoded, model, tokenizer, ends, args),
-               chunks, args.out, rank, world)
+    run_chunks(lambda chunk: run_chunk(chunk, work, model, args), work.chunks, args.out, rank,
+               world)
     if rank == 0:
-        wait_for_chunks(folder, len(chunks), args.rank_timeout)
-        merge(problem_lines(args.prompts, problems), folder, chunks, SAMPLED)
+        wait_for_chunks(folder, len(work.chunks), args.rank_timeout)
+        merge([line for _, line, _ in work.problems], folder, work.chunks, SAMPLED)
         publish_merged(args.out, {**meta, "wall_s": time.monotonic() - began})
 
 

@@ -18,6 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data.files import claim, digest, fail, publish, rank_and_world, stamp
+from data.models import OF_TRAINING
+
+# Flags that change no byte of the output, and those that name inputs, whose digests are compared.
+FREE_FLAGS = ("out", "prompts", "model", "rank_timeout")
 
 
 def chunks_of(lengths, n, max_new_tokens, budget):
@@ -37,13 +41,13 @@ def chunks_of(lengths, n, max_new_tokens, budget):
     return chunks
 
 
-def digest_of_work(encoded, chunks):
+def digest_of(work):
     """sha256 of the prompts' ids and of how they were cut: what flags and inputs came to.
 
-    encoded: the ids of each prompt. A chat template may render a date.
+    work: generate.py's `plan`. A chat template may render a date.
     """
     total = hashlib.sha256()
-    for numbers in [*encoded, *chunks]:
+    for numbers in [*work.encoded, *work.chunks]:
         total.update(np.array([len(numbers), *np.ravel(numbers)], dtype=np.int64).tobytes())
     return total.hexdigest()
 
@@ -68,17 +72,17 @@ def command_of(folder):
             return json.load(file)
 
 
-def begin(out, meta, work, ignore, unread):
+def begin(out, meta, work):
     """Rank 0: lock and return the folder of this command's chunks; None if `out` is complete.
 
-    Rank 0 reports what is wrong for all ranks. meta, ignore: as `claim` takes them; unread: as
-    `describe` does; work: `digest_of_work`. command.json holds the command that the folder belongs
-    to, and the stamps of its inputs, by which the other ranks see that theirs are the same.
+    Rank 0 reports what is wrong for all ranks. meta: as `describe` makes it; work: generate.py's
+    `plan`. command.json holds the command that the folder belongs to, and the stamps of its inputs,
+    by which the other ranks see that theirs are the same.
     """
     folder = out + ".partial"
-    command = {"flags": meta["flags"] | dict.fromkeys(ignore), "dtype": meta["dtype"],
+    command = {"flags": meta["flags"] | dict.fromkeys(FREE_FLAGS), "dtype": meta["dtype"],
                "inputs": list(meta["inputs"].values())}
-    if claim(out, meta, ignore=ignore, folder=True) is None:
+    if claim(out, meta, ignore=FREE_FLAGS, folder=True) is None:
         shutil.rmtree(folder, ignore_errors=True)
         return None
     begun = command_of(folder)
@@ -88,41 +92,44 @@ def begin(out, meta, work, ignore, unread):
     elif not isinstance(begun, dict) or any(begun.get(key) != command[key] for key in command):
         fail(f"{folder}: begun with other flags or inputs; delete that folder or choose another "
              f"--out")
-    elif begun.get("work") != work:
-        fail(other_work(folder))
-    command["work"] = work
-    command["stamps"] = [stamp(path, unread) for path in meta["inputs"]]
+    else:
+        check_work(folder, begun, work)
+    command |= {"work": digest_of(work),
+                "stamps": [stamp(path, OF_TRAINING) for path in meta["inputs"]]}
     write_synced(f"{folder}/command.json", [json.dumps(command)])
     return folder
 
 
-def other_work(folder):
-    return (f"{folder}: begun with other token ids of the same prompts, so that its chunks are of "
-            f"other rows (does the chat template render a date, or was a library updated?); delete "
-            f"that folder or choose another --out")
+def check_work(folder, begun, work):
+    """Refuse a folder whose command came to other token ids. begun: `command_of` it."""
+    if begun.get("work") != digest_of(work):
+        fail(f"{folder}: begun with other token ids of the same prompts, so that its chunks are of "
+             f"other rows (does the chat template render a date, or was a library updated?); "
+             f"delete that folder or choose another --out")
 
 
-def wait_for_folder(out, flags, dtype, inputs, work, ignore, unread, timeout):
+def wait_for_folder(args, dtype, work):
     """Another rank: that folder, once rank 0 has begun it; None if `out` is complete.
 
     A folder that a killed run left does not count: flags and inputs must be the same. Inputs are
     hashed only where their stamps differ, as those of another machine's copies do.
     """
-    folder, began, digests = out + ".partial", time.monotonic(), None
-    flags, stamps = flags | dict.fromkeys(ignore), [stamp(path, unread) for path in inputs]
+    folder, began, digests = args.out + ".partial", time.monotonic(), None
+    flags, inputs = vars(args) | dict.fromkeys(FREE_FLAGS), [args.prompts, work.source]
+    stamps = [stamp(path, OF_TRAINING) for path in inputs]
     while True:
         begun = command_of(folder)
         if isinstance(begun, dict) and (begun.get("flags"), begun.get("dtype")) == (flags, dtype):
             if begun["stamps"] != stamps:
-                digests = digests or [digest(path, unread) for path in inputs]
+                digests = digests or [digest(path, OF_TRAINING) for path in inputs]
             if begun["stamps"] == stamps or begun["inputs"] == digests:
-                return folder if begun.get("work") == work else fail(other_work(folder))
-        if os.path.exists(out):
+                check_work(folder, begun, work)
+                return folder
+        if os.path.exists(args.out):
             return None
-        if time.monotonic() - began > timeout:
-            rank = rank_and_world()[0]
-            fail(f"rank {rank}: rank 0 did not begin {folder} in {timeout:.0f} s: no shared file "
-                 f"system?", 4)
+        if time.monotonic() - began > args.rank_timeout:
+            fail(f"rank {rank_and_world()[0]}: rank 0 did not begin {folder} in "
+                 f"{args.rank_timeout:.0f} s: no shared file system?", 4)
         time.sleep(0.1)
 
 

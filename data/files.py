@@ -45,9 +45,9 @@ Number = Annotated[float, msgspec.Meta(gt=-1e9, lt=1e9)]
 
 
 class Part(msgspec.Struct):
-    """A part of a turn's content, {"type": "text", "text": ...}, the only type that is sampled."""
-    type: str
-    text: str | None = None
+    """A part of a turn's content: text; pictures are refused."""
+    type: Literal["text"]
+    text: str
 
 
 class Message(msgspec.Struct):

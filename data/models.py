@@ -175,6 +175,22 @@ def reference_tokenizer(name, options):
     return tokenizer
 
 
+def special_tokens(tokenizer):
+    """{text: id} of the tokens that the tokenizer's files call special."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: index for index, token in added if token.special}
+
+
+def example_chat(tokenizer):
+    """The text of a chat whose last turn is the assistant's, "answer"; "" without a template."""
+    turns = [{"role": "system", "content": "system"}, {"role": "user", "content": "question"},
+             {"role": "assistant", "content": "answer"}]
+    for chat in (turns, turns[1:]):  # some templates know no system turn
+        with contextlib.suppress(Exception):
+            return tokenizer.apply_chat_template(chat, tokenize=False)
+    return ""
+
+
 def load_model(name, dtype, device, options):
     """A causal language model in eval mode; every weight must be there, fit and be finite."""
     model, info = load(transformers.AutoModelForCausalLM, name, options, dtype=dtype,

@@ -23,7 +23,6 @@ import json
 import os
 import sys
 import time
-import types
 
 if __name__ == "__main__":  # the repository's root, not this folder
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -73,61 +72,46 @@ def main(args):
     except ImportError:
         fail("vLLM is not installed here: pip install vllm, or take generate.py")
 
-    import transformers
-
-    from data.chunks import begin, digest_of_work, merge, publish_merged, run_chunks
-    from data.models import OF_TRAINING, load, source_of
+    from data.chunks import begin, merge, publish_merged, run_chunks
 
     # 1. The prompts, encoded and cut into chunks, and the ends, as in generate.py.
     began, dtype = time.monotonic(), "bfloat16" if args.dtype == "auto" else args.dtype
-    problems, encoded, tokenizer, stops, options, chunks = generate.plan(args)
-    config = load(transformers.AutoConfig, args.model, options)
-    try:
-        ending = transformers.GenerationConfig.from_pretrained(args.model, **options)
-    except OSError:  # it has none
-        ending = transformers.GenerationConfig.from_model_config(config)
-    ends = generate.end_ids(types.SimpleNamespace(generation_config=ending, config=config),
-                            tokenizer, stops, args.ignore_eos)
-    generate.check_ends(args, ends)
-    meta = generate.describe_output(args, source_of(args.model, options), "cuda", dtype,
-                                    args.tensor_parallel_size)
-    meta.update(engine=f"vllm {vllm.__version__}", attention="vllm", end_ids=ends,
-                chunks=len(chunks), overlong=encoded.count([]))
-    folder = begin(args.out, meta, digest_of_work(encoded, chunks), generate.FREE_FLAGS,
-                   OF_TRAINING)
+    work = generate.plan(args)
+    meta = generate.describe_output(args, work, "cuda", dtype, args.tensor_parallel_size)
+    meta.update(engine=f"vllm {vllm.__version__}", attention="vllm")
+    folder = begin(args.out, meta, work)
     if folder is None:
         return
 
     # 2. The engine.
-    generate.print_summary(args, meta, encoded, generate.turn_end(tokenizer))
+    generate.print_summary(args, meta, work)
     engine = vllm.LLM(model=args.model, dtype=dtype, seed=args.seed,
-                      max_model_len=max(map(len, encoded)) + args.max_new_tokens,
+                      max_model_len=max(map(len, work.encoded)) + args.max_new_tokens,
                       tensor_parallel_size=args.tensor_parallel_size,
-                      trust_remote_code=args.trust_remote_code, revision=options.get("revision"),
-                      logprobs_mode="processed_logprobs")
-    hidden = generate.hidden_ids(tokenizer, ends)
-    special = generate.special_tokens(tokenizer)
+                      trust_remote_code=args.trust_remote_code,
+                      revision=work.options.get("revision"), logprobs_mode="processed_logprobs")
+    special = generate.special_tokens(work.tokenizer)
     texts = [text for text in args.stop if text not in special]
 
     def sample_chunk(chunk):
+        identities = [work.problems[problem][2].id for problem, _ in chunk]
         answers = engine.generate(
-            [{"prompt_token_ids": encoded[problem]} for problem, _ in chunk],
-            [request(vllm, args, problems[problem][1].id, sample, ends, texts)
-             for problem, sample in chunk])
+            [{"prompt_token_ids": work.encoded[problem]} for problem, _ in chunk],
+            [request(vllm, args, identity, sample, work.ends, texts)
+             for identity, (_, sample) in zip(identities, chunk)])
         lines = []
-        for (problem, sample), answer in zip(chunk, answers, strict=True):
+        for item, identity, answer in zip(chunk, identities, answers, strict=True):
             output, = answer.outputs
             if output.finish_reason not in ("stop", "length"):
-                fail(f"vLLM ended a row of {problems[problem][1].id!r} with "
-                     f"{output.finish_reason!r}")
+                fail(f"vLLM ended a row of {identity!r} with {output.finish_reason!r}")
             lines.append(generate.json_row(
-                sample, encoded[problem], list(output.token_ids),
-                logprobs_of(output, args.temperature), output.finish_reason, tokenizer, hidden))
+                item, list(output.token_ids), logprobs_of(output, args.temperature),
+                output.finish_reason, work))
         return lines
 
     # 3. The chunks, then all of them in the problems' order.
-    run_chunks(sample_chunk, chunks, args.out)
-    merge(generate.problem_lines(args.prompts, problems), folder, chunks, generate.SAMPLED)
+    run_chunks(sample_chunk, work.chunks, args.out)
+    merge([line for _, line, _ in work.problems], folder, work.chunks, generate.SAMPLED)
     publish_merged(args.out, {**meta, "wall_s": time.monotonic() - began})
 
 

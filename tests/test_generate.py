@@ -1,7 +1,6 @@
 """generate.py: what is sampled, which ids a prompt has, and what happens when input is bad or a run
 is cut short."""
 import functools
-import itertools
 import json
 import math
 import os
@@ -111,13 +110,16 @@ def reload(folder):
 def copy_of(folder, target, **files):
     """A copy of a model folder with keys of its JSON files changed (None removes a key)."""
     shutil.copytree(folder, target)
+    change_json(target, **files)
+    return str(target)
+
+
+def change_json(folder, **files):
     for name, changes in files.items():
-        path = target / f"{name}.json"
-        content = json.loads(path.read_text()) if path.exists() else {}
-        content.update(changes)
+        path = folder / f"{name}.json"
+        content = (json.loads(path.read_text()) if path.exists() else {}) | changes
         path.write_text(json.dumps({key: value for key, value in content.items()
                                     if value is not None}))
-    return str(target)
 
 
 TEMPLATE = ("{{ bos_token }}{% for turn in messages %}[{{ turn['role'] }}] {{ turn['content'] }}\n"
@@ -159,7 +161,7 @@ def bpe_model(tmp_path_factory):
 
 def ids_of_prompt(tokenizer, prompt=None, messages=None, template=None, reference=None):
     problem = SimpleNamespace(prompt=prompt, messages=messages)
-    return generate.prompt_ids(problem, tokenizer, template or {}, reference)
+    return generate.prompt_ids(problem, tokenizer, reference, template or {})
 
 
 def turn(content, role="user", **more):
@@ -175,14 +177,17 @@ def base(tiny_model, prompts, tmp_path_factory):
 
 # ---- What is sampled -----------------------------------------------------------------------------
 def test_a_hostile_generation_config_changes_nothing(tiny_model, prompts, base, tmp_path):
+    """Nor does a pad token that is the end of text: masks come from lengths."""
     hostile = copy_of(tiny_model, tmp_path / "hostile", generation_config={
         "do_sample": True, "temperature": 0.01, "top_p": 0.1, "top_k": 1, "min_p": 0.5,
         "typical_p": 0.2, "repetition_penalty": 5.0, "no_repeat_ngram_size": 2,
         "max_new_tokens": 1, "min_new_tokens": 20, "num_beams": 4, "suppress_tokens": [3, 4, 5],
-        "max_length": 3, "bad_words_ids": [[6]], "forced_eos_token_id": 0,
-        "renormalize_logits": True, "num_return_sequences": 3, "use_cache": False})
-    run(hostile, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
+        "max_length": 3, "bad_words_ids": [[6]], "forced_eos_token_id": 0, "pad_token_id": 0,
+        "renormalize_logits": True, "num_return_sequences": 3, "use_cache": False},
+        config={"pad_token_id": 0}, tokenizer_config={"pad_token": "<|endoftext|>"})
+    rows = run(hostile, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
     assert (tmp_path / "out.jsonl").read_bytes() == base[0].read_bytes()
+    assert any(1 in row["completion_ids"][:-1] for row in rows)  # a sampled <|pad|> is a token
     assert meta_of(tmp_path / "out.jsonl")["sampling"].items() >= {
         "temperature": 0.7, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}.items()
 
@@ -213,21 +218,9 @@ def test_rows_hold_ids_without_padding_and_the_end_of_text(tiny_model, prompts, 
         assert row["finish_reason"] == "stop" or len(ids) == 24
 
 
-def test_pad_may_be_eos_and_pad_may_be_sampled(tiny_model, prompts, base, tmp_path):
-    """Masks come from lengths: another pad token changes no row; a sampled pad id is a token."""
-    model = copy_of(tiny_model, tmp_path / "model", config={"pad_token_id": 0},
-                    generation_config={"pad_token_id": 0},
-                    tokenizer_config={"pad_token": "<|endoftext|>"})
-    rows = run(model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
-    assert ids_of(rows) == ids_of(base[1])
-    assert [row["logprobs"] for row in rows] == [row["logprobs"] for row in base[1]]
-    assert any(1 in row["completion_ids"][:-1] for row in rows)
-
-
-@pytest.mark.parametrize("config", [[0, 5, 9], [9, 5]])
-def test_several_ends(config, tiny_model, prompts, base, tmp_path):
-    """Those of generation_config.json, and that of the tokenizer (0), listed there or not."""
-    model = copy_of(tiny_model, tmp_path / "model", generation_config={"eos_token_id": config})
+def test_several_ends(tiny_model, prompts, base, tmp_path):
+    """Those of generation_config.json, and that of the tokenizer (0)."""
+    model = copy_of(tiny_model, tmp_path / "model", generation_config={"eos_token_id": [9, 5]})
     rows = run(model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
     for row, before in zip(rows, base[1]):
         ids = before["completion_ids"]
@@ -520,38 +513,26 @@ def test_the_caches_equal_the_plain_one(tiny_model, kind):
     assert filled == 1 * 12 + 4 * 10 + 25 * 8 + 20 * 6 + 10 * 4
 
 
-def test_the_keyword_of_the_cache_is_the_models(tiny_model):
-    """It changed its name within transformers 5; a model without a cache is refused."""
-    class Old:
-        def forward(self, input_ids, past_key_values=None):
-            pass
+def test_what_is_transformers_own_is_found_or_refused(tiny_model):
+    """The cache's keyword changed its name within transformers 5."""
+    def kind(forward):
+        return type("Model", (), {"forward": forward})
 
-    class New:
-        def forward(self, input_ids, cache=None, past_key_values=None):
-            pass
-
-    class Without:
-        def forward(self, input_ids):
-            pass
-
-    assert cache_keyword(Old) == "past_key_values" and cache_keyword(New) == "cache"
-    with pytest.raises(ValueError, match="Without.forward takes no key-value cache"):
-        cache_keyword(Without)
-    model = reload(tiny_model)
-    for module in (model, model.get_decoder()):
-        cache = DynamicCache(config=model.config)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("error")
-            with_cache(module, cache, input_ids=torch.tensor([[3, 4, 5]]))
-        assert cache.get_seq_length() == 3
-
-
-def test_a_version_of_transformers_that_keeps_things_elsewhere_is_refused():
+    assert cache_keyword(kind(lambda self, past_key_values: 0)) == "past_key_values"
+    assert cache_keyword(kind(lambda self, cache, past_key_values: 0)) == "cache"
+    with pytest.raises(ValueError, match="Model.forward takes no key-value cache"):
+        cache_keyword(kind(lambda self, input_ids: 0))
     layer, model = SimpleNamespace(keys=None, values=torch.zeros(1)), SimpleNamespace()
     model.config = SimpleNamespace()
     for broken in (lambda: attention_of(model), lambda: set_layer_class(layer, RoomyLayer)):
         with pytest.raises(ValueError, match="this version of transformers .* requirements.txt"):
             broken()
+    model = reload(tiny_model)
+    for module in (model, model.get_decoder()):
+        cache = DynamicCache(config=model.config)
+        with warnings.catch_warnings(action="error"), torch.no_grad():
+            with_cache(module, cache, input_ids=torch.tensor([[3, 4, 5]]))
+        assert cache.get_seq_length() == 3
 
 
 def test_both_attentions_sample_the_same(tiny_model, prompts, tmp_path, capfd):
@@ -651,7 +632,6 @@ def test_the_text_keeps_tags_that_are_special_tokens(template, ids):
                                      {special[name] for name in hidden}])
         text = generate.text_of(row, tokenizer, generate.hidden_ids(tokenizer, ends))
         assert text == expected and (not more or text.endswith("".join(TAGS)))
-    generate.stop_ids(tokenizer, ["</answer>\n"])  # it is a part of the text
 
 
 def test_a_row_that_stops_at_a_tag_holds_it(bpe_model, tmp_path):
@@ -692,61 +672,49 @@ def test_a_model_without_an_end_of_text_needs_a_stop_text_or_the_limit(bpe_model
 
 
 # ---- The ids of a prompt -------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def split_otherwise(bpe_model, tmp_path_factory):
-    """The folder whose tokenizer_config.json names a class that does not split digits."""
-    return copy_of(bpe_model, tmp_path_factory.mktemp("otherwise") / "model",
-                   tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
-
-
-def test_ids_are_those_of_tokenizer_json_or_the_stage_ends(bpe_model, split_otherwise, prompts,
-                                                           tmp_path, capfd):
-    pairs = [(AutoTokenizer.from_pretrained(folder),
-              generate.reference_tokenizer(folder, {"local_files_only": True}))
-             for folder in (bpe_model, split_otherwise)]
-    refusals = []
+def test_ids_are_those_of_tokenizer_json_or_the_stage_ends(bpe_model, prompts, tmp_path, capfd):
+    otherwise = copy_of(bpe_model, tmp_path / "model",  # a class that does not split digits
+                        tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (bpe_model, otherwise)]
+    reference, refusals = generate.reference_tokenizer(bpe_model, {"local_files_only": True}), []
 
     @given(st.text("ab 0123456789.,*é数", min_size=1))
     @settings(max_examples=60, deadline=None)
     def check(text):
-        for tokenizer, reference in pairs:
-            plain = reference.encode(text, add_special_tokens=False).ids
+        plain = reference.encode(text, add_special_tokens=False).ids
+        for tokenizer in tokenizers:
             for prompt in ({"prompt": text}, {"messages": [turn(text)]}):
                 try:
                     ids = ids_of_prompt(tokenizer, **prompt, reference=reference)
                 except ValueError as error:
-                    assert tokenizer is pairs[1][0] and "joins it otherwise" in str(error)
+                    assert tokenizer is tokenizers[1] and "joins it otherwise" in str(error)
                     refusals.append(text)
-                    continue
-                assert "messages" in prompt or ids == [0, *plain]
+                else:
+                    assert "messages" in prompt or ids == [0, *plain]
 
     check()
-    assert refusals and any(text for text in refusals if any(c.isdigit() for c in text))
-    line = refused(capfd, split_otherwise, prompts, tmp_path / "out.jsonl")
+    assert any(character.isdigit() for text in refusals for character in text)
+    line = refused(capfd, otherwise, prompts, tmp_path / "out.jsonl")
     assert "otherwise than tokenizer.json does; set \"tokenizer_class\"" in line
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == ["model"]
 
 
-def test_the_text_is_joined_as_tokenizer_json_does(bpe_model, tmp_path):
-    """A class may bring a decoder of its own: right ids, and wrong texts of completions."""
+def test_all_that_tokenizer_json_says_counts(bpe_model, tmp_path):
+    """Not its truncation and padding, but its decoder: a class may bring its own, which would give
+    right ids and wrong texts."""
     model = copy_of(bpe_model, tmp_path / "model")
-    raw = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
-    raw["decoder"] = {"type": "Fuse"}
-    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="splits or joins it otherwise"):
-        ids_of_prompt(bpe_tokenizer(), "3 * 4", reference=generate.reference_tokenizer(model, {}))
-
-
-def test_truncation_and_padding_of_tokenizer_json_change_no_id(bpe_model, tmp_path):
-    model = copy_of(bpe_model, tmp_path / "model")
-    raw = Tokenizer.from_file(f"{model}/tokenizer.json")
+    path, tokenizer, text = f"{model}/tokenizer.json", bpe_tokenizer(), "the answer is not here"
+    raw = Tokenizer.from_file(path)
     raw.enable_truncation(4)
     raw.enable_padding(length=16)
-    raw.save(f"{model}/tokenizer.json")
+    raw.save(path)
     reference = generate.reference_tokenizer(model, {})
-    tokenizer, text = AutoTokenizer.from_pretrained(model), "the answer is not here"
-    assert ids_of_prompt(tokenizer, text, reference=reference) == ids_of_prompt(
-        bpe_tokenizer(), text)
+    short = AutoTokenizer.from_pretrained(model)
+    assert ids_of_prompt(short, text, reference=reference) == ids_of_prompt(tokenizer, text)
+    raw.decoder = decoders.Fuse()
+    raw.save(path)
+    with pytest.raises(ValueError, match="splits or joins it otherwise"):
+        ids_of_prompt(tokenizer, text, reference=generate.reference_tokenizer(model, {}))
     assert generate.reference_tokenizer(str(tmp_path), {"local_files_only": True}) is None
 
 
@@ -770,18 +738,14 @@ def test_special_tokens_are_neither_doubled_nor_trailing(single, text):
             assert ids[:2] != [0, 0] and (len(ids) < 2 or ids[-1] != 1)
 
 
-def test_rendered_chats_are_checked_too(bpe_model, tmp_path, capfd):
-    problems = write_prompts(tmp_path / "p.jsonl", [{"id": "a", "messages": [turn("3 * 4")]}])
-    templates = {"{{ bos_token }}" + TEMPLATE: "it begins with <s> twice",
-                 "{{ messages[0]['content'] }}</s>": "it ends with the end-of-text token </s>"}
-    for number, (template, message) in enumerate(templates.items()):
-        model = copy_of(bpe_model, tmp_path / f"model-{number}")
-        (tmp_path / f"model-{number}" / "chat_template.jinja").write_text(template)
-        assert message in refused(capfd, model, problems, tmp_path / "out.jsonl")
-    rendered = [turn("<s>[user] 3 * 4")]  # a text that was rendered before
-    with pytest.raises(ValueError, match="twice"):
-        ids_of_prompt(bpe_tokenizer(template="{{ bos_token }}{{ messages[0]['content'] }}"),
-                      messages=rendered)
+def test_rendered_chats_are_checked_too():
+    content = "{{ messages[0]['content'] }}"
+    for template, text, message in [
+            ("{{ bos_token }}" + TEMPLATE, "3 * 4", "it begins with <s> twice"),
+            (content + "</s>", "3 * 4", "it ends with the end-of-text token </s>"),
+            ("{{ bos_token }}" + content, "<s>[user] 3 * 4", "twice")]:  # rendered before
+        with pytest.raises(ValueError, match=message):
+            ids_of_prompt(bpe_tokenizer(template=template), messages=[turn(text)])
 
 
 TRIMMED = TEMPLATE.replace("turn['content']", "turn['content'] | trim")
@@ -795,28 +759,10 @@ def test_an_assistant_who_speaks_last_is_continued(template, begun):
     chat = [turn("3 * 4?"), turn("12", "assistant"), turn("and * 5?")]
     asked = ids_of_prompt(tokenizer, messages=chat)
     ids = ids_of_prompt(tokenizer, messages=[*chat, turn(begun, "assistant")])
-    text = tokenizer.decode(asked) + begun
+    text, expected = tokenizer.decode(ids), tokenizer.decode(asked) + begun
     if template is TRIMMED:
-        assert tokenizer.decode(ids).rstrip() == (tokenizer.decode(asked) + begun.strip()).rstrip()
-    else:
-        assert tokenizer.decode(ids) == text
-    assert begun or ids == asked
-
-
-def test_chats_get_one_bos_and_templates_see_every_key(bpe_model, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(bpe_model)
-    turns = [turn("be brief", "system"), turn("what is 3 * 4?")]
-    problems = write_prompts(tmp_path / "p.jsonl", [
-        {"id": "chat", "messages": turns, "answer": "12"}, {"id": "text", "prompt": "3 * 4 is"}])
-    chat, text = run(bpe_model, problems, tmp_path / "out.jsonl", "--n", 1)
-    assert tokenizer.decode(chat["prompt_ids"]) == (
-        "<s>[system] be brief\n[user] what is 3 * 4?\n[assistant] ")
-    assert tokenizer.decode(text["prompt_ids"]) == "<s>3 * 4 is"
-    assert chat["messages"] == turns and chat["answer"] == "12" and "prompt" not in chat
-    assert gap(reload(bpe_model), [chat, text], 1) < 1e-5
-    named = bpe_tokenizer(template="{{ messages[0]['name'] }}: {{ messages[0]['content'] }}")
-    ids = ids_of_prompt(named, messages=[turn("3 * 4", name="Ann")])
-    assert named.decode(ids) == "Ann: 3 * 4"
+        text, expected = text.rstrip(), (tokenizer.decode(asked) + begun.strip()).rstrip()
+    assert text == expected and (begun or ids == asked)
 
 
 CHATS = {  # spellings of one chat
@@ -829,14 +775,22 @@ CHATS = {  # spellings of one chat
                      "messages": None, "tools": None, "source": None}}
 
 
-def test_columns_as_data_sets_have_them(bpe_model, tmp_path):
+def test_chats_in_the_columns_of_data_sets(bpe_model, tmp_path):
+    """One <s>; fields pass through as they were; templates see every key of a turn."""
+    turns = [turn("be brief", "system"), turn("what is 3 * 4?")]
     problems = write_prompts(tmp_path / "p.jsonl", [
         *({"id": name, **fields} for name, fields in CHATS.items()),
-        {"id": "text", "prompt": "[user] 3 * 4?\n[assistant] ", "messages": None}])
+        {"id": "text", "prompt": "[user] 3 * 4?\n[assistant] ", "messages": None},
+        {"id": "system", "messages": turns, "answer": "12"}])
     rows = run(bpe_model, problems, tmp_path / "out.jsonl", "--n", 1)
-    assert len(rows) == 7 and len({tuple(row["prompt_ids"]) for row in rows}) == 1
-    for row, before in zip(rows, read(problems)):  # fields pass through as they were
-        assert row.items() >= before.items()
+    assert len(rows) == 8 and len({tuple(row["prompt_ids"]) for row in rows[:7]}) == 1
+    for row, before in zip(rows, read(problems)):
+        assert row.items() >= before.items() and ("prompt" in row) == ("prompt" in before)
+    assert AutoTokenizer.from_pretrained(bpe_model).decode(rows[-1]["prompt_ids"]) == (
+        "<s>[system] be brief\n[user] what is 3 * 4?\n[assistant] ")
+    assert gap(reload(bpe_model), rows, 1) < 1e-5
+    named = bpe_tokenizer(template="{{ messages[0]['name'] }}: {{ messages[0]['content'] }}")
+    assert named.decode(ids_of_prompt(named, messages=[turn("3 * 4", name="Ann")])) == "Ann: 3 * 4"
 
 
 def test_values_for_the_chat_template(bpe_model, prompts, tmp_path, capfd):
@@ -853,9 +807,10 @@ def test_values_for_the_chat_template(bpe_model, prompts, tmp_path, capfd):
     assert meta_of(out)["flags"]["chat_template_kwargs"] == {"enable_thinking": False}
     assert "made with other chat_template_kwargs" in refused(capfd, model, problems, out, "--n", 1)
     for values, file, message in [
-            ('{"enable_thought": false}', problems, "the model's chat template has no 'enable_th"),
+            ('{"enable_thought": false}', problems, "'enable_thought' reaches no chat template"),
             ('{"enable_thinking": false}', prompts, "no prompt is a chat"),
-            ("[1]", problems, "'[1]' is no JSON object"), ("{", problems, "'{' is no JSON object")]:
+            ("[1]", problems, "invalid json_object value: '[1]'"),
+            ("{", problems, "invalid json_object value: '{'")]:
         assert message in refused(capfd, model, file, tmp_path / "none.jsonl",
                                   "--chat-template-kwargs", values)
 
@@ -888,8 +843,8 @@ def test_rows_are_spliced_byte_for_byte(tiny_model, tmp_path):
         "in.jsonl", "out.jsonl", "out.jsonl.meta.json"]
 
 
-def test_a_prompt_file_that_changes_meanwhile_is_refused(tiny_model, prompts, tmp_path,
-                                                         monkeypatch, capfd):
+def test_a_prompt_file_that_changes_meanwhile_changes_no_row(tiny_model, prompts, tmp_path,
+                                                             monkeypatch):
     path, run_chunk = tmp_path / "in.jsonl", generate.run_chunk
     shutil.copy(prompts, path)
 
@@ -898,14 +853,12 @@ def test_a_prompt_file_that_changes_meanwhile_is_refused(tiny_model, prompts, tm
         return run_chunk(*args)
 
     monkeypatch.setattr(generate, "run_chunk", meddled)
-    with pytest.raises(SystemExit):
-        run(tiny_model, path, tmp_path / "out.jsonl", "--n", 1)
-    assert f"{path}:3: changed while" in capfd.readouterr().err
-    assert not (tmp_path / "out.jsonl").exists()
+    rows = run(tiny_model, path, tmp_path / "out.jsonl", "--n", 1)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in read(prompts)]
 
 
 def test_overlong_prompts_are_skipped_on_demand(tiny_model, prompts, base, tmp_path, capfd):
-    """They are left out and counted, and change nothing of the others."""
+    """They are left out, counted, and change nothing of the others."""
     rows = read(prompts)
     path = write_prompts(tmp_path / "in.jsonl", [
         {"id": "first", "prompt": "1" * 240}, *rows[:5], {"id": "long", "prompt": "1" * 300},
@@ -914,8 +867,8 @@ def test_overlong_prompts_are_skipped_on_demand(tiny_model, prompts, base, tmp_p
     flags = ["--temperature", 0.7, "--overlong", "skip", "--max-batch-tokens", 700]
     assert ids_of(run(tiny_model, path, out, *flags)) == ids_of(base[1])
     summary = capfd.readouterr().err
-    assert f"{path}: 2 of 14 problems skipped" in summary and "96 rows" in summary
-    assert "12 prompts x 8 samples" in summary and meta_of(out)["overlong"] == 2
+    assert "12 prompts (2 too long ones skipped) x 8 samples" in summary
+    assert "96 rows" in summary and meta_of(out)["overlong"] == 2
     long = write_prompts(tmp_path / "long.jsonl", [{"id": "long", "prompt": "1" * 300}])
     assert "no prompt leaves room for 24 new tokens" in refused(
         capfd, tiny_model, long, tmp_path / "none.jsonl", "--overlong", "skip")
@@ -953,18 +906,18 @@ def test_a_run_cut_short_and_resumed_ends_byte_equal(tiny_model, prompts, tmp_pa
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
-def another_day(turns, tokenizer, template):
-    return "of another day: " + RENDER(turns, tokenizer, template)
+def another_day(*args):
+    return [5, *PROMPT_IDS(*args)]
 
 
 def cut_by_another_version(lengths, n, *args):
     return data.chunks.chunks_of(lengths, n, *args)[::-1]
 
 
-RENDER = generate.render
+PROMPT_IDS = generate.prompt_ids
 
 
-@pytest.mark.parametrize("name, changed", [("render", another_day),
+@pytest.mark.parametrize("name, changed", [("prompt_ids", another_day),
                                            ("chunks_of", cut_by_another_version)])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_restart_that_encodes_or_cuts_otherwise_is_refused(name, changed, rank, bpe_model,
@@ -1133,7 +1086,7 @@ BAD_ROWS = {
     "messages empty": ([{"id": "a", "messages": []}], ":1: field 'messages': Expected array of"),
     "content missing": ([{"id": "a", "messages": [{"role": "user"}]}], "missing field 'content'"),
     "content a picture": ([{"id": "a", "messages": [turn([{"type": "image"}])]}],
-                          "field 'messages[0].content': a part of type 'image'; only text can"),
+                          "field 'messages[0].content[0].type': Invalid enum value 'image'"),
     "turns of from and value": ([{"id": "a", "messages": [{"from": "human", "value": "x"}]}],
                                 "missing field 'role'; write \"messages\": [{\"role\": "),
     "not an object": ([[1, 2]], ":1: not a valid JSON row"),
@@ -1198,136 +1151,66 @@ def test_a_broken_environment_is_one_line(variables, tiny_model, prompts, tmp_pa
     assert "in the environment: " in refused(capfd, tiny_model, prompts, tmp_path / "out.jsonl")
 
 
-def missing_folder(tiny_model, path):
-    return str(path / "none"), "no such model folder"
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
 
 
-def a_file(tiny_model, path):
-    (path / "model.bin").write_bytes(b"x")
-    return str(path / "model.bin"), "no such model folder"
+def without(*names):
+    return lambda folder: [os.remove(folder / name) for name in names]
 
 
-def empty_folder(tiny_model, path):
-    (path / "model").mkdir()
-    return str(path / "model"), "no config.json"
+def weights(change):
+    """Change the weights of a folder in place, {name: tensor}."""
+    def apply(folder):
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return apply
 
 
-def pickle_only(tiny_model, path):
-    folder = copy_of(tiny_model, path / "model")
-    os.remove(f"{folder}/model.safetensors")
-
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(path / "executed"),)
-
-    torch.save({"weight": Bomb()}, f"{folder}/pytorch_model.bin")
-    return folder, "no *.safetensors"
+def a_file(folder):
+    shutil.rmtree(folder)
+    folder.write_bytes(b"x")
 
 
-def pickle_beside_safetensors(tiny_model, path):
+def pickle_only(folder):
+    os.remove(folder / WEIGHTS)
+    torch.save({"weight": Bomb()}, folder / "pytorch_model.bin")
+
+
+def pickle_beside_safetensors(folder):
     """Safetensors of something else do not make the library take the pickle, however harmless."""
-    folder = copy_of(tiny_model, path / "model")
-    torch.save(load_file(f"{folder}/model.safetensors"), f"{folder}/pytorch_model.bin")
-    os.rename(f"{folder}/model.safetensors", f"{folder}/adapter.safetensors")
-    return folder, "cannot be loaded"
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    os.rename(folder / WEIGHTS, folder / "adapter.safetensors")
 
 
-AUTO_MAP = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}
+def code_in_auto_map(folder):
+    auto_map = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}
+    change_json(folder, config={"model_type": "mine", "auto_map": auto_map},
+                tokenizer_config={"auto_map": {"AutoTokenizer": ["code.Mine", None]}})
+    (folder / "code.py").write_text("import os\nos.mkdir('executed')\nclass Mine: pass\n")
 
 
-def code_in_auto_map(tiny_model, path):
-    folder = copy_of(tiny_model, path / "model",
-                     config={"model_type": "mine", "auto_map": AUTO_MAP},
-                     tokenizer_config={"auto_map": {"AutoTokenizer": ["code.Mine", None]}})
-    (path / "model" / "code.py").write_text(
-        f"import os\nos.mkdir({str(path / 'executed')!r})\nclass Mine: pass\n")
-    return folder, "cannot be loaded"
-
-
-def truncated_weights(tiny_model, path):
-    folder = copy_of(tiny_model, path / "model")
-    weights = f"{folder}/model.safetensors"
-    os.truncate(weights, os.path.getsize(weights) // 2)
-    return folder, "cannot be loaded"
-
-
-def flipped_header(tiny_model, path):
-    folder = copy_of(tiny_model, path / "model")
-    with open(f"{folder}/model.safetensors", "r+b") as file:
+def flipped_header(folder):
+    with open(folder / WEIGHTS, "r+b") as file:
         file.seek(20)
         file.write(b"\xff\xff\xff")
-    return folder, "cannot be loaded"
 
 
-def damaged(change):
-    def make(tiny_model, path):
-        folder = copy_of(tiny_model, path / "model")
-        weights = load_file(f"{folder}/model.safetensors")
-        message = change(weights)
-        save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
-        return folder, message
-    make.__name__ = change.__name__
-    return make
+def another_vocabulary(folder):
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["="] = 900
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
 
 
-@damaged
-def nan_weight(weights):
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
-    return "weight model.layers.1.mlp.up_proj.weight is not finite"
-
-
-@damaged
-def infinite_weight(weights):
-    weights["model.norm.weight"][0] = math.inf
-    return "weight model.norm.weight is not finite"
-
-
-@damaged
-def missing_weights(weights):
-    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.2.mlp.up_proj.weight"):
-        del weights[name]
-    return "2 weights are missing, model.layers.0.self_attn.q_proj.weight among them"
-
-
-@damaged
-def wrong_shape(weights):
-    weights["model.norm.weight"] = torch.ones(7)
-    return "model"
-
-
-def broken_config(tiny_model, path):
-    folder = copy_of(tiny_model, path / "model")
-    (path / "model" / "config.json").write_text('{"model_type": "qwen2", ')
-    return folder, "cannot be loaded"
-
-
-def no_tokenizer(tiny_model, path):
-    folder = copy_of(tiny_model, path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        os.remove(f"{folder}/{name}")
-    return folder, "a tokenizer without a vocabulary"
-
-
-def tokenizer_of_another_model(tiny_model, path):
-    folder = copy_of(tiny_model, path / "model")
-    tokenizer = json.loads((path / "model" / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["="] = 900
-    (path / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return folder, "token id 900 is beyond the model's vocabulary"
-
-
-def a_state_that_is_no_cache_of_keys(tiny_model, path):
-    folder = copy_of(tiny_model, path / "model")
-    os.remove(f"{folder}/config.json")
+def recurrent(folder):
     transformers.MambaForCausalLM(transformers.MambaConfig(
         vocab_size=22, hidden_size=16, num_hidden_layers=1, eos_token_id=0)).save_pretrained(folder)
-    return folder, "unsupported architecture"
 
 
-def longrope_past_its_turn(tiny_model, path):
+def longrope(folder):
     """Past the original length its rotation of every earlier key changes, but not in the cache."""
-    folder = copy_of(tiny_model, path / "model")
-    os.remove(f"{folder}/config.json")
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
             "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
     transformers.Phi3ForCausalLM(transformers.Phi3Config(
@@ -1335,16 +1218,41 @@ def longrope_past_its_turn(tiny_model, path):
         intermediate_size=16, max_position_embeddings=256, original_max_position_embeddings=32,
         eos_token_id=0, pad_token_id=1, bos_token_id=None, rope_parameters=rope)
     ).save_pretrained(folder)
-    return folder, "exceed the model's 32 positions"
 
 
-@pytest.mark.parametrize("make", [
-    missing_folder, a_file, empty_folder, pickle_only, pickle_beside_safetensors, code_in_auto_map,
-    truncated_weights, flipped_header, nan_weight, infinite_weight, missing_weights, wrong_shape,
-    broken_config, no_tokenizer, tokenizer_of_another_model, a_state_that_is_no_cache_of_keys,
-    longrope_past_its_turn], ids=lambda make: make.__name__)
-def test_bad_models_end_with_one_line_and_run_no_code(make, tiny_model, prompts, tmp_path, capfd):
-    folder, message = make(tiny_model, tmp_path)
+WEIGHTS, UP = "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+BAD_MODELS = {
+    "missing": (shutil.rmtree, "no such model folder"),
+    "a file": (a_file, "no such model folder"),
+    "no config": (without("config.json"), "no config.json"),
+    "pickle only": (pickle_only, "no *.safetensors"),
+    "pickle beside safetensors": (pickle_beside_safetensors, "cannot be loaded"),
+    "code": (code_in_auto_map, "cannot be loaded"),
+    "torn weights": (lambda folder: os.truncate(folder / WEIGHTS, 9999), "cannot be loaded"),
+    "flipped header": (flipped_header, "cannot be loaded"),
+    "nan": (weights(lambda tensors: tensors[UP][3].fill_(math.nan)), f"weight {UP} is not finite"),
+    "infinite": (weights(lambda tensors: tensors["model.norm.weight"][:1].fill_(math.inf)),
+                 "weight model.norm.weight is not finite"),
+    "missing weights": (weights(lambda tensors: (tensors.pop(UP), tensors.pop(
+        "model.norm.weight"))), f"2 weights are missing, {UP} among them"),
+    "shape": (weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)})),
+              "weight model.norm.weight has the shape [7] in its file"),
+    "broken config": (lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2",'),
+                      "cannot be loaded"),
+    "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"),
+                     "a tokenizer without a vocabulary"),
+    "another vocabulary": (another_vocabulary, "token id 900 is beyond the model's vocabulary"),
+    "recurrent": (recurrent, "unsupported architecture"),
+    "longrope": (longrope, "exceed the model's 32 positions"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_models_end_with_one_line_and_run_no_code(case, tiny_model, prompts, tmp_path, capfd,
+                                                      monkeypatch):
+    (change, message), folder = BAD_MODELS[case], copy_of(tiny_model, tmp_path / "model")
+    change(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
     line = refused(capfd, folder, prompts, tmp_path / "out.jsonl")
     assert (folder in line or prompts in line) and message in line
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out.jsonl").exists()
@@ -1384,20 +1292,21 @@ def test_a_model_in_a_folder_needs_no_network(tiny_model, prompts, tmp_path, mon
 
 
 def test_errors_of_a_process_are_one_line_too(tiny_model, tmp_path):
-    """Started as people start it; --help and wrong flags answer without importing torch."""
-    path = write_prompts(tmp_path / "p.jsonl", [GOOD, {"id": "b"}])
-    done = subprocess.run([sys.executable, "generate.py", "--model", tiny_model, "--prompts",
-                           str(path), "--out", str(tmp_path / "o")],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"generate.py: error: {path}:2: {NEITHER} id;")
-    for script, (flag, code) in itertools.product(
-            ("generate.py", "data/make_tiny.py"), {"--help": 0, "--what": 2}.items()):
-        done = subprocess.run([sys.executable, "-X", "importtime", script, flag], cwd=ROOT,
+    """Started as people start it; --help does not wait for torch."""
+    def start(*argv):
+        return subprocess.run([sys.executable, "-X", "importtime", *argv], cwd=ROOT,
                               capture_output=True, text=True)
-        assert done.returncode == code
+
+    path = write_prompts(tmp_path / "p.jsonl", [GOOD, {"id": "b"}])
+    done = start("generate.py", "--model", tiny_model, "--prompts", path, "--out", tmp_path / "o")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert (done.returncode, done.stdout, len(lines)) == (2, "", 1)
+    assert lines[0].startswith(f"generate.py: error: {path}:2: {NEITHER} id;")
+    for script in ("generate.py", "data/make_tiny.py"):
+        done = start(script, "--help")
+        assert done.returncode == 0
         assert " torch" not in done.stderr and " transformers" not in done.stderr
-        if script == "generate.py" and flag == "--help":  # its groups are in the code's order
+        if script == "generate.py":  # its groups are in the code's order
             order = ["\nfiles:", "\nprompts:", "\nsampling:", "\nmachine:"]
             places = [done.stdout.index(group) for group in order]
             assert places == sorted(places) and "--out rollouts.jsonl \\\n" in done.stdout
