@@ -122,7 +122,7 @@ def fail(message, code=2):
 
 
 def say(text):
-    """Print, as long as somebody reads: a stage | head still completes its output, and quietly."""
+    """Print as long as somebody reads: `stage | head` still completes its output, quietly."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -130,10 +130,7 @@ def say(text):
 
 
 def end_on_signals():
-    """Make Ctrl-C and SIGTERM end the process with one line.
-
-    A stage calls this before it reads its flags: importing torch takes seconds, in which Ctrl-C
-    would show a traceback."""
+    """Make Ctrl-C and SIGTERM end the process with one line, also while it imports torch."""
     def end(what, code):
         return lambda *_: fail(f"{what}; the same command carries on from here", code)
 
@@ -147,12 +144,11 @@ class Parser(argparse.ArgumentParser):
 
     file: the __file__ of the stage, whose name stands in all messages and metas."""
 
-    def __init__(self, file=None, **options):
+    def __init__(self, file, **options):
         global STAGE
-        if file:
-            STAGE = os.path.basename(file)
-            if os.path.basename(sys.argv[0]) == STAGE:  # started by itself, not called by a program
-                end_on_signals()
+        STAGE = os.path.basename(file)
+        if os.path.basename(sys.argv[0]) == STAGE:  # started by itself, not called by a program
+            end_on_signals()
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                          **options)
         # Python 3.11 takes -0.5 for a number but -1e-3 for a flag.
@@ -197,8 +193,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main, args):
-    """Call main(args); a full disk, a missing file, Ctrl-C and SIGTERM end it with one line."""
-    end_on_signals()
+    """Call main(args); a full disk or a missing file ends it with one line."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names may hold bytes that are not UTF-8
     try:
         main(args)
     except OSError as error:
