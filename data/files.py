@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -314,13 +315,9 @@ def stamp(path, unread=()):
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats] or path
 
 
-def describe(args, inputs, unread=(), **more):
-    """The meta of an output: what made it and from what.
-
-    inputs: files or folders, whose sha256 it holds, or names that stand for themselves, such as a
-    Hub id at a commit; unread: as `files_of` takes it; more: further entries. It reads all of the
-    inputs: where several processes share a stage, rank 0 alone calls it.
-    """
+@functools.cache
+def software():
+    """{"git": the commit of this code, or None, "versions": of Python and the packages}."""
     def version(package):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
@@ -331,10 +328,19 @@ def describe(args, inputs, unread=(), **more):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     packages = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numpy",
                 "math-verify")
-    versions = {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
-    digests = {path: digest(path, unread) for path in inputs}
-    return {"stage": STAGE, "argv": sys.argv, "flags": vars(args), "git": commit,
-            "inputs": digests, "versions": versions, **more}
+    return {"git": commit, "versions": {"python": sys.version.split()[0],
+                                        **{name: version(name) for name in packages}}}
+
+
+def describe(args, inputs, unread=(), **more):
+    """The meta of an output: what made it and from what.
+
+    inputs: files or folders, whose sha256 it holds, or names that stand for themselves, such as a
+    Hub id at a commit; unread: as `files_of` takes it; more: further entries. It reads all of the
+    inputs: where several processes share a stage, rank 0 alone calls it.
+    """
+    return {"stage": STAGE, "argv": sys.argv, "flags": vars(args), **software(),
+            "inputs": {path: digest(path, unread) for path in inputs}, **more}
 
 
 def claim(out, meta, ignore=(), folder=False):

@@ -120,9 +120,9 @@ def test_meta_names_flags_inputs_and_versions(tmp_path, monkeypatch):
     # no repository, and then no git program either: not known
     monkeypatch.setattr(stage, "__file__", str(tmp_path / "files.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert stage.describe(flags, [])["git"] is None
+    assert stage.software.__wrapped__()["git"] is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert stage.describe(flags, [])["git"] is None
+    assert stage.software.__wrapped__()["git"] is None
 
 
 # ---- claim and publish ---------------------------------------------------------------------------
