@@ -26,11 +26,10 @@ How it works, in the order of the code:
   2. in a batch each prompt is computed once (`sample`); its samples share its key-value cache, or
      get copies of it (--attention); finished rows are dropped;
   3. prompts become token ids (`encode`); end-of-text ids and --stop end a completion;
-  4. every (problem, sample) is an item; items are sorted by prompt length and cut into chunks of at
-     most --max-batch-tokens (data/chunks.py);
-  5. rank r of W samples the chunks r, r + W, ...; each finished chunk is one file in OUT.partial/,
-     so that a restart loses one chunk at most; ranks share nothing but the file system;
-  6. when all chunks are there, rank 0 merges them in the problems' order and publishes the file.
+  4. all (problem, sample), sorted by prompt length, are cut into chunks of at most
+     --max-batch-tokens, each of which becomes a file in OUT.partial/ (data/chunks.py): a restart
+     loses one at most; of W ranks, which share nothing but the file system, rank r takes the
+     chunks r, r + W, ...; rank 0 merges them in the problems' order.
 """
 import argparse
 import hashlib
@@ -97,9 +96,9 @@ def check_flags(parser, args):
                     limit=1)
     if not 0 < args.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
-    if "" in args.stop:
-        parser.error("--stop takes texts that are not empty")
     for text in args.stop:
+        if not text:
+            parser.error("--stop takes texts that are not empty")
         if escape := re.search(r"\\[nrt](?![a-z])", text):  # before a letter: LaTeX
             parser.error(f"--stop {text}: {escape[0]} is a backslash and a letter here; bash "
                          f"writes the character as $'{escape[0]}'")
@@ -124,7 +123,7 @@ from transformers.cache_utils import DynamicCache
 
 from data.chunks import (begin, chunks_of, merge, publish_merged, run_chunks, wait_for_chunks,
                          wait_for_folder)
-from data.models import (OF_TRAINING, check_model, device_and_dtype, example_chat, load,
+from data.models import (OF_TRAINING, check_model, device_and_dtype, example_chat, hidden_ids, load,
                          load_errors, load_model, load_tokenizer, positions_of,
                          reference_tokenizer, source_of, special_tokens)
 
@@ -306,10 +305,7 @@ def load_problems(path, limit=None):
 
 
 def encode(problems, tokenizer, reference, config, args):
-    """Token ids of every prompt, unpadded; none of one that --overlong skips.
-
-    reference: `reference_tokenizer`; config: the text model's.
-    """
+    """Unpadded token ids of every prompt; none of one that --overlong skips."""
     positions, encoded = positions_of(config), []
     for where, _, problem in tqdm(problems, "tokenizing", disable=None):
         try:
@@ -337,7 +333,7 @@ def encode(problems, tokenizer, reference, config, args):
 def prompt_ids(problem, tokenizer, reference, variables):
     """The token ids of one prompt; ValueError where they are not what the model was trained with.
 
-    variables: of the chat template.
+    reference: `reference_tokenizer`; variables: of the chat template.
     """
     # 1. The text. A chat goes on with a new turn of the assistant's, or with the one it ends in.
     text, turns = problem.prompt, problem.messages
@@ -394,26 +390,8 @@ def end_ids(args, options, config, tokenizer):
         named = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
         ends |= {token for token in named if isinstance(token, int) and 0 <= token < vocab}
         if not ends and not args.stop:
-            fail(f"{args.model}: neither the tokenizer nor generation_config.json names an "
-                 f"end-of-text token; give --stop or --ignore-eos")
+            fail(f"{args.model}: names no end-of-text token; give --stop or --ignore-eos")
     return sorted(ends)
-
-
-def hidden_ids(tokenizer, ends=()):
-    """The tokens that a completion's text leaves out: those that end, pad or begin a text and those
-    that separate turns, but no tags such as <answer> and </answer>.
-
-    ends: ids that end a completion.
-    """
-    special, chat = special_tokens(tokenizer), example_chat(tokenizer)
-    names = {token: token.strip("</>") for token in special if re.fullmatch("<[^<|>]+>", token)}
-    tags = {special[token] for token, name in names.items()
-            if {f"<{name}>", f"</{name}>"} <= names.keys()
-            or len(name) > 1 and name.isalpha() and token not in chat}
-    separators = {special[token] for token in special if not chat or token in chat}
-    return ({*ends, *separators} - tags) | {
-        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,
-        tokenizer.unk_token_id}
 
 
 def text_of(ids, tokenizer, hidden):
@@ -435,10 +413,10 @@ def plan(args):
     config = load(transformers.AutoConfig, args.model, options)
     tokenizer = load_tokenizer(args.model, options)
     chats = any(problem.messages for _, _, problem in problems)
+    template = str(tokenizer.chat_template) if chats else ""
     for name in args.chat_template_kwargs or ():
-        if not chats or name not in str(tokenizer.chat_template):
-            fail(f"--chat-template-kwargs: {name!r} reaches no chat template: " + (
-                "the model's has no such variable" if chats else "no prompt is a chat"))
+        if name not in template:
+            fail(f"--chat-template-kwargs: no prompt is a chat whose template has {name!r}")
     encoded = encode(problems, tokenizer, reference_tokenizer(args.model, options),
                      config.get_text_config(), args)
     ends = end_ids(args, options, config, tokenizer)
@@ -464,8 +442,7 @@ def run_chunk(chunk, work, model, args):
         model, [work.encoded[problem] for problem in place], [place[item[0]] for item in chunk],
         uniform, work.ends, stopped if args.stop else None, args)
     if not torch.isfinite(logprobs).all():
-        fail(f"{args.model}: logits that are not finite, for the prompt {identities[0]!r} or near "
-             f"it")
+        fail(f"{args.model}: logits that are not finite, near the prompt {identities[0]!r}")
     rows = zip(chunk, tokens.tolist(), logprobs.tolist(), lengths, stops)
     return [json_row(item, ids[:length], logp[:length], "stop" if stop else "length", work)
             for item, ids, logp, length, stop in rows]
@@ -532,8 +509,7 @@ def main(args):
         print_summary(args, meta, work)
 
     # 4. This rank's chunks; then rank 0 merges all of them.
-    run_chunks(lambda chunk: run_chunk(chunk, work, model, args), work.chunks, args.out, rank,
-               world)
+    run_chunks(lambda chunk: run_chunk(chunk, work, model, args), work.chunks, args.out)
     if rank == 0:
         wait_for_chunks(folder, len(work.chunks), args.rank_timeout)
         merge([line for _, line, _ in work.problems], folder, work.chunks, SAMPLED)

@@ -133,13 +133,13 @@ def wait_for_folder(args, dtype, work):
         time.sleep(0.1)
 
 
-def run_chunks(sample_chunk, chunks, out, rank=0, world=1):
+def run_chunks(sample_chunk, chunks, out):
     """Write this rank's chunks that are not there yet; print the tokens a second.
 
     sample_chunk: from a chunk to its JSONL lines (str).
     """
-    tokens, seconds, mine = 0, 0.0, range(rank, len(chunks), world)
-    for number in tqdm(mine, "chunks", disable=None if rank == 0 else True):
+    tokens, seconds, (rank, world) = 0, 0.0, rank_and_world()
+    for number in tqdm(range(rank, len(chunks), world), "chunks", disable=rank > 0 or None):
         path = chunk_path(out + ".partial", number)
         if os.path.exists(path) or os.path.exists(out):  # rank 0 may even have merged it
             continue

@@ -191,6 +191,23 @@ def example_chat(tokenizer):
     return ""
 
 
+def hidden_ids(tokenizer, ends=()):
+    """The tokens that a completion's text leaves out: those that end, pad or begin a text and those
+    that separate turns, but no tags such as <answer> and </answer>.
+
+    ends: ids that end a completion.
+    """
+    special, chat = special_tokens(tokenizer), example_chat(tokenizer)
+    names = {token: token.strip("</>") for token in special if re.fullmatch("<[^<|>]+>", token)}
+    tags = {special[token] for token, name in names.items()
+            if {f"<{name}>", f"</{name}>"} <= names.keys()
+            or len(name) > 1 and name.isalpha() and token not in chat}
+    separators = {special[token] for token in special if not chat or token in chat}
+    return ({*ends, *separators} - tags) | {
+        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,
+        tokenizer.unk_token_id}
+
+
 def load_model(name, dtype, device, options):
     """A causal language model in eval mode; every weight must be there, fit and be finite."""
     model, info = load(transformers.AutoModelForCausalLM, name, options, dtype=dtype,

@@ -16,8 +16,7 @@ the trainer (train.py)      `shared_hidden` runs the distinct prompts, repeats t
     models whose cache cannot be repeated: prompt and completion in one row.
 
 Prompts are padded on the left (`pad_left`), so that all of them end at the same place, where the
-completions begin. Rows are samples; `owner` (rows,) is the index of each row's
-prompt.
+completions begin. Rows are samples; `owner` (rows,) is the index of each row's prompt.
 """
 import copy
 import functools

@@ -23,7 +23,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-import data.chunks
 import generate
 from data.files import claim
 from shared_prompt import (RoomyLayer, SharedLayer, attention_of, cache_keyword, set_layer_class,
@@ -69,18 +68,6 @@ def refused(capfd, model, prompts, out, *flags):
 def release():
     """Give up the lock of an output, as the end of a process does."""
     os.close(claim.lock)
-
-
-def interrupted(*args):
-    raise KeyboardInterrupt
-
-
-def begin(monkeypatch, *args):
-    """Start a run that ends in its first chunk."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generate, "run_chunk", interrupted)
-        run(*args)
-    release()
 
 
 def write_prompts(path, rows):
@@ -232,7 +219,8 @@ def test_several_ends(tiny_model, prompts, base, tmp_path):
     assert ended == {0, 5, 9}
 
 
-def test_no_logits_are_kept(tiny_model, prompts, tmp_path, monkeypatch):
+def test_ignore_eos_goes_on_to_the_limit_and_no_logits_are_kept(tiny_model, prompts, base,
+                                                                tmp_path, monkeypatch):
     seen, draw = [], generate.draw
 
     def spy(logits, *args):
@@ -241,8 +229,12 @@ def test_no_logits_are_kept(tiny_model, prompts, tmp_path, monkeypatch):
         return draw(logits, *args)
 
     monkeypatch.setattr(generate, "draw", spy)
-    run(tiny_model, prompts, tmp_path / "out.jsonl", "--ignore-eos", "--n", 2)
+    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7, "--ignore-eos")
     assert len(seen) == 3 + 24  # the steps on trial, and all
+    for row, before in zip(rows, base[1], strict=True):
+        assert len(row["completion_ids"]) == 24 and row["finish_reason"] == "length"
+        assert row["completion_ids"][:len(before["completion_ids"])] == before["completion_ids"]
+    assert any(0 in row["completion_ids"][:-1] for row in rows)
 
 
 def test_every_row_has_a_stream_of_its_own(tiny_model, prompts, base, tmp_path):
@@ -273,52 +265,6 @@ def test_the_batch_size_changes_no_stream(budget, limit, tiny_model, prompts, ba
     assert ids_of(rows) == ids_of(base[1][:8 * limit])
     assert max(abs(x - y) for a, b in zip(rows, base[1])
                for x, y in zip(a["logprobs"], b["logprobs"])) < 1e-5
-
-
-def test_ranks_change_no_bit(tiny_model, prompts, tmp_path, monkeypatch):
-    """Ranks take whole chunks. Here rank 1 works while rank 0 waits for its chunks."""
-    flags = ["--temperature", 0.7, "--max-batch-tokens", 400, "--n", 4]
-    run(tiny_model, prompts, tmp_path / "one.jsonl", *flags)
-    out, wait, chunks = tmp_path / "two.jsonl", generate.wait_for_chunks, {}
-    write_synced = data.chunks.write_synced
-
-    def rank_1_works(*args):
-        monkeypatch.setenv("RANK", "1")
-        generate.main(ARGS)
-        wait(*args)
-
-    def counted(path, lines, rank=0):
-        if path.endswith(".jsonl"):
-            chunks.setdefault(rank, []).append(path)
-        write_synced(path, lines, rank)
-
-    ARGS = generate.parse_args([*map(str, (
-        "--model", tiny_model, "--prompts", prompts, "--out", out, "--device", "cpu",
-        "--max-new-tokens", 24, *flags))])
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(generate, "wait_for_chunks", rank_1_works)
-    monkeypatch.setattr(data.chunks, "write_synced", counted)
-    generate.main(ARGS)
-    assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
-    assert meta_of(out)["world_size"] == 2 and not os.path.exists(f"{out}.partial")
-    assert len(chunks[0]) + len(chunks[1]) == meta_of(out)["chunks"]
-    assert abs(len(chunks[0]) - len(chunks[1])) <= 1 < len(chunks[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_of_torchrun_change_no_bit(ranks, tiny_model, prompts, tmp_path):
-    flags = ["--temperature", "0.7", "--max-batch-tokens", "300"]
-    run(tiny_model, prompts, tmp_path / "one.jsonl", *flags)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(ranks), "generate.py", "--model", tiny_model, "--prompts", prompts, "--out",
-         str(tmp_path / "many.jsonl"), "--device", "cpu", "--max-new-tokens", "24", *flags],
-        cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"on cpu x {ranks}" in done.stderr and " 1 chunks" not in done.stderr
-    assert (tmp_path / "many.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
 def test_prompts_are_computed_once_and_finished_rows_dropped(tiny_model, prompts, base, tmp_path,
@@ -373,13 +319,9 @@ def test_nucleus_equals_a_loop(top_p, top_k):
     expected = [cut_by_loop(row, top_p, top_k) for row in probs.double().tolist()]
     kept = generate.nucleus(probs.clone(), top_p, top_k)
     assert torch.allclose(kept, torch.tensor(expected).float(), atol=1e-7)
-
-
-def test_the_likeliest_token_is_always_kept():
-    probs = torch.tensor([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]])
-    for top_p in (1e-46, 1e-9):  # the first is zero in fp32
-        kept = generate.nucleus(probs, top_p, 0)
-        assert torch.equal(kept, torch.tensor([[0.0, 0.5, 0.0], [1.0, 0.0, 0.0]]))
+    probs = torch.tensor([[0.2, 0.5, 0.3]])
+    for tiny in (1e-46, 1e-9):  # the likeliest is always kept; the first is zero in fp32
+        assert generate.nucleus(probs, tiny, 0).tolist() == [[0.0, 0.5, 0.0]]
 
 
 @pytest.mark.parametrize("temperature, top_p, top_k", [
@@ -426,30 +368,6 @@ def test_a_large_vocabulary_loses_no_token_to_rounding():
     ids, logp = generate.draw(torch.zeros(1, 150_000).expand(7, -1), middle, 1.0)
     assert ids.tolist() == tokens.tolist()
     assert torch.allclose(logp, torch.tensor(-math.log(150_000)))
-
-
-def test_the_first_token_follows_the_softmax_end_to_end(tiny_model, prompts, tmp_path):
-    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--limit", 1, "--n", 3000,
-               "--max-new-tokens", 1)
-    share = forced(reload(tiny_model), rows[0], 1)[0].exp().double()
-    drawn = torch.tensor([row["completion_ids"][0] for row in rows])
-    count, often = torch.bincount(drawn, minlength=len(share)), share * len(rows) > 5
-    chi = ((count - share * len(rows)) ** 2 / (share * len(rows)))[often].sum()
-    assert chi < often.sum() + 4 * (2 * often.sum()) ** 0.5
-
-
-def test_chunks_hold_every_item_once_and_keep_to_the_budget():
-    lengths = [5, 3, 9, 3, 40, 1, 9]
-    for budget in (1, 50, 64, 200, 10**6):
-        chunks = generate.chunks_of(lengths, 4, 8, budget)
-        items = [item for chunk in chunks for item in chunk]
-        assert sorted(items) == [(problem, k) for problem in range(7) for k in range(4)]
-        order = [lengths[problem] for problem, _ in items]
-        assert order == sorted(order)
-        assert all(len(chunk) == 1 or
-                   len(chunk) * (max(lengths[problem] for problem, _ in chunk) + 8) <= budget
-                   for chunk in chunks)
-    assert len(chunks) == 1
 
 
 def test_a_logit_that_is_not_finite_is_refused(tiny_model, prompts, tmp_path, monkeypatch, capfd):
@@ -567,7 +485,7 @@ def test_stop_texts_work_across_token_boundaries(bpe_model, tmp_path):
     stops.append(rest[0][-len(rest[0]) // 2:])  # and one that spans twenty
     assert all(stop not in piece for stop in stops for row in texts for piece in row)
     rows = run(bpe_model, problems, tmp_path / "stop.jsonl", *flags, "--stop", *stops[:2],
-               "--stop", *stops[2:])  # a flag given again adds to it
+               r"\neq", "--stop", *stops[2:])  # LaTeX is no escape; a flag given again adds to it
     for row, before in zip(rows, plain):
         ids = before["completion_ids"]
         ends = [k for k in range(1, 41) if any(
@@ -646,22 +564,13 @@ def test_a_row_that_stops_at_a_tag_holds_it(bpe_model, tmp_path):
     assert all("</s>" not in row["completion"] for row in rows)
 
 
-def test_ignore_eos_goes_on_to_the_limit(tiny_model, prompts, base, tmp_path):
-    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7, "--ignore-eos")
-    for row, before in zip(rows, base[1]):
-        assert len(row["completion_ids"]) == 24 and row["finish_reason"] == "length"
-        assert row["completion_ids"][:len(before["completion_ids"])] == before["completion_ids"]
-    assert any(0 in row["completion_ids"][:-1] for row in rows)
-
-
 def test_a_model_without_an_end_of_text_needs_a_stop_text_or_the_limit(bpe_model, prompts,
                                                                        tmp_path, capfd):
     none = {"eos_token_id": None}
     model = copy_of(bpe_model, tmp_path / "model", config=none, generation_config=none,
                     tokenizer_config={"eos_token": None})
     line = refused(capfd, model, prompts, tmp_path / "none.jsonl")
-    assert (f"{model}: neither the tokenizer nor generation_config.json names an end-of-text "
-            f"token") in line
+    assert f"{model}: names no end-of-text token; give --stop or --ignore-eos" in line
     rows = run(model, prompts, tmp_path / "stop.jsonl", "--stop", "1", "e")
     assert len({row["finish_reason"] for row in rows}) == 2
     for row in rows:
@@ -807,8 +716,8 @@ def test_values_for_the_chat_template(bpe_model, prompts, tmp_path, capfd):
     assert meta_of(out)["flags"]["chat_template_kwargs"] == {"enable_thinking": False}
     assert "made with other chat_template_kwargs" in refused(capfd, model, problems, out, "--n", 1)
     for values, file, message in [
-            ('{"enable_thought": false}', problems, "'enable_thought' reaches no chat template"),
-            ('{"enable_thinking": false}', prompts, "no prompt is a chat"),
+            ('{"enable_thought": false}', problems, "whose template has 'enable_thought'"),
+            ('{"enable_thinking": false}', prompts, "no prompt is a chat whose"),
             ("[1]", problems, "invalid json_object value: '[1]'"),
             ("{", problems, "invalid json_object value: '{'")]:
         assert message in refused(capfd, model, file, tmp_path / "none.jsonl",
@@ -874,200 +783,6 @@ def test_overlong_prompts_are_skipped_on_demand(tiny_model, prompts, base, tmp_p
         capfd, tiny_model, long, tmp_path / "none.jsonl", "--overlong", "skip")
 
 
-# ---- Cut short and started again -----------------------------------------------------------------
-def test_a_run_cut_short_and_resumed_ends_byte_equal(tiny_model, prompts, tmp_path, monkeypatch,
-                                                     capfd):
-    """With the same flags; others are refused. tests/test_crash.py kills the process."""
-    flags, out = ["--max-batch-tokens", 400, "--n", 4], tmp_path / "out.jsonl"
-    run(tiny_model, prompts, tmp_path / "whole.jsonl", *flags)
-    run_chunk, made = generate.run_chunk, []
-
-    def cut_short(chunk, *args):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(chunk)
-        return run_chunk(chunk, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generate, "run_chunk", cut_short)
-        run(tiny_model, prompts, out, *flags)
-    locks = [claim.lock]
-    assert "another run is writing it" in refused(capfd, tiny_model, prompts, out, *flags)
-    for lock in {*locks, claim.lock}:
-        os.close(lock)
-    assert "begun with other flags" in refused(capfd, tiny_model, prompts, out, *flags, "--n", 3)
-    release()
-    (tmp_path / "out.jsonl.partial" / "000002.jsonl.0").write_text('{"sample": 0, "compl')  # torn
-    monkeypatch.setattr(generate, "run_chunk",
-                        lambda chunk, *args: made.append(chunk) or run_chunk(chunk, *args))
-    run(tiny_model, prompts, out, *flags)
-    assert len(made) == meta_of(out)["chunks"] > 3  # none was done twice
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert not (tmp_path / "out.jsonl.partial").exists()
-
-
-def another_day(*args):
-    return [5, *PROMPT_IDS(*args)]
-
-
-def cut_by_another_version(lengths, n, *args):
-    return data.chunks.chunks_of(lengths, n, *args)[::-1]
-
-
-PROMPT_IDS = generate.prompt_ids
-
-
-@pytest.mark.parametrize("name, changed", [("prompt_ids", another_day),
-                                           ("chunks_of", cut_by_another_version)])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_restart_that_encodes_or_cuts_otherwise_is_refused(name, changed, rank, bpe_model,
-                                                             tmp_path, monkeypatch, capfd):
-    """A chat template may render the date: chunks of yesterday's ids are of other rows."""
-    problems = write_prompts(tmp_path / "p.jsonl", [
-        {"id": str(i), "messages": [turn("3 * 4 " * i)]} for i in range(1, 5)])
-    command = bpe_model, problems, tmp_path / "out.jsonl", "--max-batch-tokens", 100, "--n", 2
-    begin(monkeypatch, *command)
-    with monkeypatch.context() as patch:
-        patch.setattr(generate, name, changed)
-        for variable, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
-            patch.setenv(variable, str(value))
-        line = refused(capfd, *command)
-    assert "begun with other token ids of the same prompts" in line and "delete that folder" in line
-    if rank == 0:
-        release()
-    assert len(run(*command)) == 8  # the same ids are welcome
-
-
-def test_a_complete_output_is_left_alone_and_other_flags_are_refused(tiny_model, prompts, tmp_path,
-                                                                     capfd):
-    model, out = copy_of(tiny_model, tmp_path / "model"), tmp_path / "out.jsonl"
-    flags = ["--n", 2, "--limit", 4]
-    run(model, prompts, out, *flags)
-    before = out.stat().st_mtime_ns, out.read_bytes(), meta_of(out)
-    capfd.readouterr()
-    run(tiny_model, prompts, out, *flags)  # the same contents at another place
-    assert capfd.readouterr().err == f"{out}: complete, left alone\n"
-    for name in ("optimizer.safetensors", "metrics.jsonl", "trainer_state.json"):
-        (tmp_path / "model" / name).write_text("{}")  # what only train.py reads
-    run(model, prompts, out, *flags)
-    assert "complete, left alone" in capfd.readouterr().err
-    assert "made with other n;" in refused(capfd, model, prompts, out, *flags, "--n", 3)
-    assert "made with other seed, temperature;" in refused(
-        capfd, model, prompts, out, *flags, "--seed", 1, "--temperature", 0.5)
-    other = write_prompts(tmp_path / "other.jsonl", read(prompts)[:-1])
-    assert "made with other inputs;" in refused(capfd, model, other, out, *flags)
-    (tmp_path / "model" / "generation_config.json").write_text("{}")
-    assert "made with other inputs;" in refused(capfd, model, prompts, out, *flags)
-    assert (out.stat().st_mtime_ns, out.read_bytes(), meta_of(out)) == before
-    assert not (tmp_path / "out.jsonl.partial").exists()
-
-
-def as_rank_1(monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-
-
-def test_a_rank_that_comes_late_leaves_a_merged_output_alone(tiny_model, prompts, tmp_path,
-                                                             monkeypatch):
-    """Rank 0 of a restart may have merged all chunks while rank 1 still loads its model."""
-    flags, load_model = ("--max-batch-tokens", 2000, "--n", 2), generate.load_model
-    command = tiny_model, prompts, tmp_path / "out.jsonl", *flags
-
-    def rank_0_is_done_meanwhile(*args):
-        monkeypatch.setattr(generate, "load_model", load_model)
-        monkeypatch.setenv("RANK", "0")
-        monkeypatch.setenv("WORLD_SIZE", "1")
-        run(*command)
-        return load_model(*args)
-
-    begin(monkeypatch, *command)
-    monkeypatch.setattr(generate, "load_model", rank_0_is_done_meanwhile)
-    as_rank_1(monkeypatch)
-    assert len(run(*command)) == 24
-    assert not (tmp_path / "out.jsonl.partial").exists()
-
-
-def test_rank_0_alone_hashes_the_inputs(tiny_model, prompts, tmp_path, monkeypatch, capfd):
-    """Other ranks compare sizes and times, and digests where these differ."""
-    model, out = copy_of(tiny_model, tmp_path / "model"), tmp_path / "out.jsonl"
-    command = ["--model", model, "--prompts", prompts, "--out", str(out), "--device", "cpu",
-               "--max-new-tokens", "24", "--n", "1"]
-    begin(monkeypatch, model, prompts, out, "--n", 1)
-    as_rank_1(monkeypatch)
-    monkeypatch.setattr(generate, "describe", None)
-    hashed, digest = [], data.chunks.digest
-    monkeypatch.setattr(data.chunks, "digest",
-                        lambda path, unread: hashed.append(path) or digest(path, unread))
-    generate.main(generate.parse_args(command))
-    assert not hashed
-    os.utime(f"{model}/config.json", (0, 0))
-    generate.main(generate.parse_args(command))
-    assert len(hashed) == 2
-    with open(f"{model}/config.json", "a") as file:
-        file.write("\n")
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as end:  # another model, which rank 0 will refuse
-        generate.main(generate.parse_args([*command, "--rank-timeout", "0.3"]))
-    assert end.value.code == 4
-    assert capfd.readouterr().err == (
-        f"generate.py: error: rank 1: rank 0 did not begin {out}.partial in 0 s: no shared file "
-        f"system?\n")
-
-
-def test_a_rank_waits_for_a_folder_of_its_own_command(tiny_model, prompts, tmp_path, monkeypatch):
-    """What a killed run with other flags left must not start rank 1 while rank 0 refuses it."""
-    class Waiting(Exception):
-        pass
-
-    def wait(seconds):
-        raise Waiting
-
-    folder = tmp_path / "out.jsonl.partial"
-    folder.mkdir()
-    (folder / "command.json").write_text('["of another run"]')
-    as_rank_1(monkeypatch)
-    monkeypatch.setattr(generate.time, "sleep", wait)
-    with pytest.raises(Waiting):
-        run(tiny_model, prompts, tmp_path / "out.jsonl")
-    assert [path.name for path in folder.iterdir()] == ["command.json"]
-
-
-COMMITS = {"one": "1" * 40, "other": "2" * 40}
-
-
-@pytest.fixture
-def hub(tiny_model, tmp_path, monkeypatch):
-    """owner/one and owner/other, of equal shapes, in the Hub's cache, and there is no network."""
-    for name, commit in COMMITS.items():
-        folder = tmp_path / "hub" / f"models--owner--{name}"
-        copy_of(tiny_model, folder / "snapshots" / commit)
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text(commit)
-    path = folder / "snapshots" / commit / "model.safetensors"
-    weights = {key: weight * 1.1 for key, weight in load_file(path).items()}
-    save_file(weights, path, {"format": "pt"})
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-def test_another_hub_id_is_another_input(hub, prompts, tmp_path, monkeypatch, capfd):
-    """Its commit is compared: of what is complete and of what is half done."""
-    flags, out, half = ["--n", 1], tmp_path / "out.jsonl", tmp_path / "half.jsonl"
-    run("owner/one", prompts, out, *flags)
-    assert list(meta_of(out)["inputs"].values())[1] == f"owner/one@{COMMITS['one']}"
-    assert "made with other inputs;" in refused(capfd, "owner/other", prompts, out, *flags)
-    run("owner/one", prompts, out, *flags)
-    assert "complete, left alone" in capfd.readouterr().err
-    begin(monkeypatch, "owner/one", prompts, half, *flags)
-    assert "begun with other flags or inputs" in refused(capfd, "owner/other", prompts, half,
-                                                         *flags)
-    release()
-    run("owner/one", prompts, half, *flags)
-    assert half.read_bytes() == out.read_bytes()
-    assert "owner/none: cannot be loaded" in refused(capfd, "owner/none", prompts,
-                                                     tmp_path / "none.jsonl", *flags)
-
-
 # ---- Bad input -----------------------------------------------------------------------------------
 GOOD = {"id": "a", "prompt": "1 2=3:"}
 NEITHER = "needs either 'prompt' or 'messages', and has"
@@ -1077,9 +792,7 @@ BAD_ROWS = {
     "id not a string": ([{"id": 3, "prompt": "1"}],
                         ":1: field 'id': Expected str, got int; write a text, such as"),
     "no prompt": ([{"id": "a", "question": "1"}], f":1: {NEITHER} id, question; `python -m data."),
-    "null prompt": ([{"id": "a", "prompt": None}], f":1: {NEITHER} id, prompt;"),
     "both": ([{**GOOD, "messages": [turn("x")]}], f":1: {NEITHER} id, prompt, messages;"),
-    "prompt a list of texts": ([{"id": "a", "prompt": ["1"]}], ":1: field 'prompt': Expected"),
     "prompt a number": ([{"id": "a", "prompt": 3}], 'write "prompt": "a text", or "messages": ['),
     "messages a string": ([{"id": "a", "messages": "hello"}],
                           "got str; write \"messages\": [{\"role\": \"user\", \"content\": "),
@@ -1089,7 +802,6 @@ BAD_ROWS = {
                           "field 'messages[0].content[0].type': Invalid enum value 'image'"),
     "turns of from and value": ([{"id": "a", "messages": [{"from": "human", "value": "x"}]}],
                                 "missing field 'role'; write \"messages\": [{\"role\": "),
-    "not an object": ([[1, 2]], ":1: not a valid JSON row"),
     "empty prompt": ([GOOD, {"id": "b", "prompt": ""}], ":2: an empty prompt"),
     "prompt too long": ([GOOD, {"id": "b", "prompt": "1" * 240}],
                         ":2: 240 prompt tokens + 24 new ones exceed the model's 256 positions; "
@@ -1135,20 +847,6 @@ def test_bad_files_end_with_one_line(content, message, tiny_model, tmp_path, cap
     (["--limit", "0"], "--limit"), (["--what"], "--what"), (["--device", "tpu"], "--device")])
 def test_wrong_flags_end_with_one_line(flags, message, capfd):
     assert message in refused(capfd, "m", "p", "o", *flags)
-
-
-def test_a_stop_text_may_be_latex_or_a_newline():
-    flags = ["--model", "m", "--prompts", "p", "--out", "o", "--stop", r"\neq", "\n", r"\boxed"]
-    assert generate.parse_args(flags).stop == [r"\neq", "\n", r"\boxed"]
-
-
-@pytest.mark.parametrize("variables", [{"RANK": ""}, {"WORLD_SIZE": ""}, {"RANK": "one"},
-                                       {"RANK": "2", "WORLD_SIZE": "2"}])
-def test_a_broken_environment_is_one_line(variables, tiny_model, prompts, tmp_path, monkeypatch,
-                                          capfd):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert "in the environment: " in refused(capfd, tiny_model, prompts, tmp_path / "out.jsonl")
 
 
 class Bomb:
@@ -1265,22 +963,13 @@ def test_code_of_a_model_runs_with_trust_remote_code(tiny_model, prompts, base, 
                         str(tmp_path / "modules"))
     folder = copy_of(tiny_model, tmp_path / "model", config={"model_type": "mine", "auto_map": {
         "AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}})
-    (tmp_path / "model" / "mine.py").write_text(f"""import os
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
-os.makedirs({str(tmp_path / 'executed')!r}, exist_ok=True)
-
-
-class MineConfig(Qwen2Config):
-    model_type = "mine"
-
-
-class Mine(Qwen2ForCausalLM):
-    config_class = MineConfig
-""")
+    (tmp_path / "model" / "mine.py").write_text(
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+        "class MineConfig(Qwen2Config):\n    model_type = 'mine'\n"
+        "class Mine(Qwen2ForCausalLM):\n    config_class = MineConfig\n")
     rows = run(folder, prompts, tmp_path / "out.jsonl", "--trust-remote-code", "--temperature", 0.7,
                "--limit", 2)
-    assert (tmp_path / "executed").exists() and ids_of(rows) == ids_of(base[1][:16])
+    assert ids_of(rows) == ids_of(base[1][:16])
 
 
 def test_a_model_in_a_folder_needs_no_network(tiny_model, prompts, tmp_path, monkeypatch):
