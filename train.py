@@ -211,8 +211,8 @@ from tqdm import tqdm
 from data.models import (OF_TRAINING, autocast, check_model, device_and_dtype, earlier_metrics,
                          empty_model, fill, folder_of, load_errors, load_model, load_optimizer,
                          load_tokenizer, positions_of, save_round, source_of, steps_done)
-from data.rollouts import (check_ids, draw_answers, load_answers, load_rollouts, sampling_of,
-                           write_rollouts)
+from data.rollouts import (check_ids, draw_answers, load_answers, load_rollouts, plan_update,
+                           sampling_of, write_rollouts)
 
 # By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
 # installed.
@@ -518,50 +518,6 @@ def checkpoint_activations(model):
         for name in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-# ---- Micro-batches -------------------------------------------------------------------------------
-def micro_batches(rows, members, budget, share):
-    """Cut members (row indices) into micro-batches of at most `budget` tokens, at least one row.
-
-    share: the rows of a group stand together, and a prompt counts once in each micro-batch that
-    holds one of them, padded to the longest; otherwise rows stand by length, and padding counts.
-    """
-    def place(i):
-        prompt, completion = len(rows[i].prompt), len(rows[i].completion)
-        return (prompt, rows[i].group) if share else (prompt + completion, i)
-
-    batches, count, groups, tokens = [], 0, set(), 0  # the last three: of the last batch
-    for i in sorted(members, key=place):  # each is the longest so far
-        prompt, completion, group = len(rows[i].prompt), len(rows[i].completion), rows[i].group
-        count, groups, tokens = count + 1, groups | {group}, tokens + completion
-        cost = len(groups) * prompt + tokens if share else count * (prompt + completion)
-        if not batches or cost > budget:
-            batches.append([])
-            count, groups, tokens = 1, {group}, completion
-        batches[-1].append(i)
-    return batches
-
-
-def plan_update(rows, members, rank, world, budget, share):
-    """This rank's micro-batches (lists of row indices) of one update.
-
-    The ranks' shares are cut from one order of the members by their tokens. Every rank gets equally
-    many micro-batches, at least one; an empty one takes part with weight 0.
-    """
-    siblings = np.bincount([rows[i].group for i in members])
-    order = sorted((i for i in members if len(rows[i].completion)),
-                   key=lambda i: (len(rows[i].prompt), rows[i].group))
-    cost = np.cumsum([len(rows[i].completion)
-                      + len(rows[i].prompt) / (siblings[rows[i].group] if share else 1)
-                      for i in order])
-    bounds = np.linspace(0, cost[-1] if order else 0, world + 1)[1:-1]
-    bounds = [0, *np.searchsorted(cost, bounds).tolist(), len(order)]
-    plans = []
-    for start, end in zip(bounds, bounds[1:]):
-        own = [i for i in order[start:end] if rows[i].used]
-        plans.append(micro_batches(rows, own, budget, share))
-    return plans[rank] + [[]] * (max(1, *map(len, plans)) - len(plans[rank]))
 
 
 # ---- Metrics -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The rows of a scored file as the update needs them, in groups, and how they were sampled."""
+"""The rows of a scored file as the update needs them: in groups, in micro-batches, to rehearse."""
 import dataclasses
 import json
 import math
@@ -175,3 +175,47 @@ def check_sampler(path, sampling):
     if changed:
         fail(f"{path}: sampled with {', '.join(changed)}: the log-probs are not those of the "
              f"policy; sample without, or give --allow-off-policy")
+
+
+# ---- Micro-batches -------------------------------------------------------------------------------
+def micro_batches(rows, members, budget, share):
+    """Cut members (row indices) into micro-batches of at most `budget` tokens, at least one row.
+
+    share: the rows of a group stand together, and a prompt counts once in each micro-batch that
+    holds one of them, padded to the longest; otherwise rows stand by length, and padding counts.
+    """
+    def place(i):
+        prompt, completion = len(rows[i].prompt), len(rows[i].completion)
+        return (prompt, rows[i].group) if share else (prompt + completion, i)
+
+    batches, count, groups, tokens = [], 0, set(), 0  # the last three: of the last batch
+    for i in sorted(members, key=place):  # each is the longest so far
+        prompt, completion, group = len(rows[i].prompt), len(rows[i].completion), rows[i].group
+        count, groups, tokens = count + 1, groups | {group}, tokens + completion
+        cost = len(groups) * prompt + tokens if share else count * (prompt + completion)
+        if not batches or cost > budget:
+            batches.append([])
+            count, groups, tokens = 1, {group}, completion
+        batches[-1].append(i)
+    return batches
+
+
+def plan_update(rows, members, rank, world, budget, share):
+    """This rank's micro-batches (lists of row indices) of one update.
+
+    The ranks' shares are cut from one order of the members by their tokens. Every rank gets equally
+    many micro-batches, at least one; an empty one takes part with weight 0.
+    """
+    siblings = np.bincount([rows[i].group for i in members])
+    order = sorted((i for i in members if len(rows[i].completion)),
+                   key=lambda i: (len(rows[i].prompt), rows[i].group))
+    cost = np.cumsum([len(rows[i].completion)
+                      + len(rows[i].prompt) / (siblings[rows[i].group] if share else 1)
+                      for i in order])
+    bounds = np.linspace(0, cost[-1] if order else 0, world + 1)[1:-1]
+    bounds = [0, *np.searchsorted(cost, bounds).tolist(), len(order)]
+    plans = []
+    for start, end in zip(bounds, bounds[1:]):
+        own = [i for i in order[start:end] if rows[i].used]
+        plans.append(micro_batches(rows, own, budget, share))
+    return plans[rank] + [[]] * (max(1, *map(len, plans)) - len(plans[rank]))
