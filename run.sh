@@ -2,14 +2,11 @@
 # Loop the stages: sample, verify, update, R times; then evaluate on held-out problems.
 #
 #   bash run.sh     # runs/demo-grpo (GRPO) beside runs/demo (DS-GRPO, rehearsal), a core each
-#   bash run.sh --name grpo --method grpo --rounds 25 --seed 1
-#   bash run.sh --name cd --model DIR --prompts cd.jsonl --eval-prompts held-out.jsonl --nproc 8 \
-#     --lr 1e-6 --max-new-tokens 1024 --generate "--stop '</answer>'"
+#   bash run.sh --name cd --model DIR --lr 1e-6 --max-new-tokens 999 --generate "--stop '</answer>'"
 #
-# runs/NAME/, beside this script, has the flags in settings; of each round (001/, 002/, ...) its
-# problems.jsonl, rollouts.jsonl, scored.jsonl and the model policy/; rehearsal/; and eval/ with
-# base.scored.jsonl, 005.scored.jsonl, eval-005.json, passk.png, training.png. A stopped run goes on
-# by the same command, also with other --rounds, --keep, --nproc, --eval-* flags (to eval-LABEL/).
+# Writes runs/NAME/, beside this script: settings; of each round (001/, 002/, ...) problems.jsonl,
+# rollouts.jsonl, scored.jsonl and the model policy/; rehearsal/; eval/. The same command continues
+# a stopped run, also with other --rounds, --keep, --nproc, --eval-* flags (then to eval-LABEL/).
 # Flags in quotes are split as by a shell, not expanded; paths in them are relative to this script.
 #
 #   --name N                run folder runs/N                                   (demo)
@@ -23,7 +20,6 @@
 #   --n N                   samples a problem                                   (16)
 #   --temperature T         of all sampling, in training and evaluation         (1.0)
 #   --max-new-tokens L      longest completion; needed with a model of yours    (24)
-#   --attention A           of the sampler: auto | model | shared               (auto)
 #   --updates U             optimizer steps a round                             (4)
 #   --lr LR                 learning rate; needed with a model of yours         (2e-4)
 #   --rehearse N            rehearse the base's right answers to N problems     (0: off)
@@ -42,102 +38,115 @@ set -euo pipefail
 die() { echo "run.sh: error: $*" >&2; exit 2; }
 stop() { trap '' INT TERM HUP; kill $(jobs -p) 2> /dev/null || true; wait; exit "$1"; }
 rooted() { realpath -ms --relative-to="$root" -- "$1"; }  # one path, whoever calls from wherever
-policy() { if (($1)); then printf '%s/%03d/policy' "$dir" "$1"; else echo "$model"; fi; }
+write() { cat > "$1.partial"; mv "$1.partial" "$1"; }  # FILE: stdin, atomically
+number() { printf %03d "$1"; }
+policy() { if (($1)); then echo "$dir/$(number "$1")/policy"; else echo "$model"; fi; }
 
-stage() {  # FILE.py|data.NAME FLAGS..: in the background, so that `stop` can end it
-  local start=(python3); [[ "$1" != data.* ]] || start+=(-m)
-  [[ "$nproc" -eq 1 || ! "$1" =~ ^(generate|train)\.py$ || "$*" = *" --check-flags" ]] ||
-    start=(torchrun --standalone --nproc-per-node "$nproc" --)  # --: --n is no flag of torchrun's
-  [[ "$*" = *" --check-"* ]] || echo "+ ${start[*]} $*" >&2
-  "${start[@]}" "$@" & wait $!
-}
-
-last_round() {  # RUN: the number of its last finished round, or 0
-  (cd "$1" 2> /dev/null && ls -d [0-9]*/policy 2> /dev/null; echo 0) |
-    sed -n 's|^0*\([0-9]\+\)\(/policy\)\?$|\1|p' | sort -n | tail -n 1
-}
-
-prune() {  # ROUND: keep the K rounds up to it
-  for path in "$dir"/*/; do
-    [[ ! "$path" =~ /([0-9]+)/$ || 10#${BASH_REMATCH[1]} -gt $1-keep ]] || rm -rf "$path"
-  done
-}
-
-draw() {  # ROUND COUNT OUT: training problems
-  local from=(data.countdown --split train --seed $((seed * 100000 + $1)) "${drawing[@]}")
+draw() {  # ROUND COUNT OUT: training problems; 0 is the rehearsal
+  local problems=(data.countdown --split train --seed $((seed * 100000 + $1)) "${drawing[@]}")
   [ -z "$prompts" ] ||
-    from=(data.select --prompts "$prompts" --seed "$seed" --round $(($1 > 0 ? $1 : 1)))
-  stage "${from[@]}" --n "$2" --out "$3"
+    problems=(data.select --prompts "$prompts" --seed "$seed" --round $(($1 > 0 ? $1 : 1)))
+  mkdir -p "$(dirname "$3")"
+  stage "${problems[@]}" --n "$2" --out "$3"
 }
 
-sample() {  # MODEL PROMPTS N STREAM OUT MORE..: OUTrollouts.jsonl and OUTscored.jsonl
+sample() {  # MODEL PROBLEMS N STREAM OUT MORE..: OUTrollouts.jsonl and OUTscored.jsonl
   # Streams of a seed: 1, 2, ... (below 99998) the rounds, 0 and 99999 the rehearsal, 99998 eval/.
   stage "$sampler" --model "$1" --prompts "$2" --n "$3" --seed $((seed * 100000 + $4)) \
     --out "$5rollouts.jsonl" "${sampling[@]}" "${@:6}"
   stage score.py "$5rollouts.jsonl" --out "$5scored.jsonl"
 }
 
-rehearsal() {  # the base's own samples: half for all problems, half for those it hardly solved
-  local to=$dir/rehearsal all hard
-  mkdir -p "$to"
-  draw 0 "$rehearse" "$to/problems.jsonl"
-  sample "$model" "$to/problems.jsonl" "$n" 0 "$to/all."
-  stage data.select --prompts "$to/problems.jsonl" --out "$to/hard.jsonl" --at-most 1 \
-    --scored "$to/all.scored.jsonl"
-  all=$(wc -l < "$to/all.scored.jsonl") hard=$(wc -l < "$to/hard.jsonl")
-  ((hard == 0)) || sample "$model" "$to/hard.jsonl" $((all / hard)) 99999 "$to/hard."
-  cat "$to"/*.scored.jsonl > "$to/scored.jsonl.partial"
-  mv "$to/scored.jsonl.partial" "$to/scored.jsonl"
-}
-
 one_round() {  # ROUND
-  local to=$dir/$(printf %03d "$1") before=$(policy $(($1 - 1))) coef=${rehearse_coef%,*} lines
-  mkdir -p "$to"; SECONDS=0
-  draw "$1" "$prompts_per_round" "$to/problems.jsonl"
-  sample "$before" "$to/problems.jsonl" "$n" "$1" "$to/"
-  (($1 < coef_from)) || coef=${rehearse_coef#*,}
-  coef=(--rehearse "$dir/rehearsal/scored.jsonl" --rehearse-coef "${coef%@*}")
-  ((rehearse)) || coef=()
-  stage train.py --model "$before" --rollouts "$to/scored.jsonl" --out "$to/policy" \
-    "${updating[@]}" "${coef[@]}" > "$to/means.txt"
-  mapfile -t lines < "$to/means.txt"
-  printf '%s\n' "$(printf %3d "$1")  ${lines[0]}  $SECONDS s  $name" "${lines[@]:1}" >&3
+  local folder=$dir/$(number "$1") before=$(policy $(($1 - 1))) coef=${coefs[0]} rehearsed=()
+  SECONDS=0
+  draw "$1" "$prompts_per_round" "$folder/problems.jsonl"
+  sample "$before" "$folder/problems.jsonl" "$n" "$1" "$folder/"
+  (($1 < later_round)) || coef=${coefs[1]}
+  ((rehearse == 0)) || rehearsed=(--rehearse "$dir/rehearsal/scored.jsonl" --rehearse-coef "$coef")
+  stage train.py --model "$before" --rollouts "$folder/scored.jsonl" --out "$folder/policy" \
+    "${updating[@]}" "${rehearsed[@]}" > "$folder/means.txt"
+  printf '%3d  %s  %d s  %s\n' "$1" "$(head -n 1 "$folder/means.txt")" "$SECONDS" "$name" >&3
+  tail -n +2 "$folder/means.txt" >&3
   prune "$1"
 }
 
+rehearsal() {  # the base's own samples: half for all problems, half for those it hardly solved
+  local folder=$dir/rehearsal all hard
+  draw 0 "$rehearse" "$folder/problems.jsonl"
+  sample "$model" "$folder/problems.jsonl" "$n" 0 "$folder/all."
+  stage data.select --prompts "$folder/problems.jsonl" --out "$folder/hard.jsonl" --at-most 1 \
+    --scored "$folder/all.scored.jsonl"
+  all=$(wc -l < "$folder/all.scored.jsonl") hard=$(wc -l < "$folder/hard.jsonl")
+  ((hard == 0)) || sample "$model" "$folder/hard.jsonl" $((all / hard)) 99999 "$folder/hard."
+  cat "$folder"/*.scored.jsonl | write "$folder/scored.jsonl"
+}
+
+stage() {  # FILE.py or data.NAME, and its flags
+  local start=(python3)
+  [[ "$1" != data.* ]] || start=(python3 -m)
+  [[ "$nproc" -eq 1 || ! "$1" =~ ^(generate|train)\.py$ ]] ||
+    start=(torchrun --standalone --nproc-per-node "$nproc" --)  # --: --n is no flag of torchrun's
+  echo "+ ${start[*]} $*" >&2
+  "${start[@]}" "$@" & wait $!  # in the background, so that `stop` can end it
+}
+
+curve() {  # NAME ID MODEL: one more curve; a round that is gone was sampled before
+  [[ ! -d "$3" && -e "$eval/$2.scored.jsonl" ]] ||
+    sample "$3" "$problems" "$eval_n" 99998 "$eval/$2." --limit "$eval_problems"
+  names+=("$1") files+=("$eval/$2.scored.jsonl")
+}
+
 evaluate() {  # ROUND LINES: of the base, --against and all rounds so far; the table's last LINES
-  local problems=${eval_prompts:-$eval/problems.jsonl} names=() files=() id round label=$label out
-  mkdir -p "$eval"; [ -s "$eval/label" ] || echo "$eval_label" > "$eval/label"
-  [ -n "$eval_prompts" ] || stage data.countdown --n "$eval_problems" --out "$problems" \
-    --seed 1 --split test "${drawing[@]}"
-  curve() {  # NAME ID MODEL; a round that is gone was sampled before
-    [[ ! -d "$3" && -e "$eval/$2.scored.jsonl" ]] ||
-      sample "$3" "$problems" "$eval_n" 99998 "$eval/$2." --limit "$eval_problems"
-    names+=("$1") files+=("$eval/$2.scored.jsonl")
-  }
+  local problems=${eval_prompts:-$eval/problems.jsonl} names=() files=() id round newest=$label out
+  mkdir -p "$eval"; [ -s "$eval/label" ] || write "$eval/label" <<< "$eval_label"
+  [ -n "$eval_prompts" ] || stage data.countdown --split test --seed 1 "${drawing[@]}" \
+    --n "$eval_problems" --out "$problems"
   curve base base "$model"
-  id=$(printf %03d "$(last_round "runs/$against")")
+  id=$(number "$(last_round "runs/$against")")
   [ -z "$against" ] || curve "$against" "$against-$id" "runs/$against/$id/policy"
   for ((round = 1; round < $1; round++)); do
-    id=$(printf %03d "$round")
-    [ ! -e "$eval/$id.scored.jsonl" ] || { curve "$round" "$id" "$(policy "$round")"; label=$1; }
+    id=$(number "$round")
+    [ ! -e "$eval/$id.scored.jsonl" ] || { curve "$round" "$id" "$dir/$id/policy"; newest=$1; }
   done
-  id=$(printf %03d "$1") out=$eval/eval-$id${against:+-$against}.json
-  curve "$label" "$id" "$(policy "$1")"
-  for id in "${files[@]}"; do [ "$out" -nt "$id" ] || rm -f "$out"; done  # it lacks a newer curve
+  id=$(number "$1") out=$eval/eval-$id${against:+-$against}.json
+  curve "$newest" "$id" "$(policy "$1")"
+  rm -f "$out"  # it may lack a curve
   stage evaluate.py "${files[@]}" --names "${names[@]}" --out "$out" --plot "$eval/passk.png" \
     > "$eval/table.txt"
   stage evaluate.py --training "$dir" --plot "$eval/training.png"
   tail -n "$2" "$eval/table.txt" >&3
 }
 
+last_round() {  # RUN: the number of its last finished round, or 0
+  { ls -d "$1"/[0-9]*/policy 2> /dev/null || true; } |
+    awk -F/ '$(NF - 1) + 0 > last { last = $(NF - 1) + 0 } END { print last + 0 }'
+}
+
+prune() {  # ROUND: keep the K rounds up to it
+  for folder in "$dir"/*/; do
+    [[ ! "$folder" =~ /([0-9]+)/$ || 10#${BASH_REMATCH[1]} -gt $1-keep ]] || rm -rf "$folder"
+  done
+  rm -f "$dir"/*/policy.partial.lock  # of a train.py that was killed at its last step
+}
+
+claim_folder() {  # a run's folder belongs to one set of flags
+  settings=$(for flag in model method seed prompts prompts_per_round n temperature max_new_tokens \
+      updates lr rehearse rehearse_coef sampler generate train countdown; do
+    echo "$flag=${!flag//$'\n'/\\n}"
+  done)
+  other=$(grep -vxFf <(echo "$settings") "$dir/settings" 2> /dev/null | tr '\n' ' ') || true
+  [ -z "$other" ] || die "$dir was begun with other flags (${other% }); delete it or change --name"
+  mkdir -p "$dir"; [ -s "$dir/settings" ] || write "$dir/settings" <<< "$settings"
+}
+
 read_flags() {
   name=demo model=data/weak-countdown method=ds-grpo rounds=8 seed=0 keep=2 prompts=''
-  prompts_per_round=192 n=16 temperature=1.0 max_new_tokens=24 attention=auto updates=4 lr=2e-4
+  prompts_per_round=192 n=16 temperature=1.0 max_new_tokens=24 updates=4 lr=2e-4
   rehearse=0 rehearse_coef=1.0 sampler=generate.py generate='' train='' countdown=''
   eval_prompts='' eval_problems=300 eval_n=64 eval_every=0 against='' nproc=1 given=''
-  for ((; $# > 0; )); do
-    case "$1" in -h|--help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" >&3; exit ;; esac
+  while [ $# -gt 0 ]; do
+    case $1 in -h | --help) sed '1d; /^set /Q; s/^# \?//' "$0" >&3; exit ;; esac
     [[ "$1" =~ ^--[a-z-]+$ ]] && grep -q "^#   $1 " "$0" || die "unknown flag $1 (see --help)"
     [ $# -gt 1 ] || die "$1 needs a value"
     key=${1#--} value=$2 given+="$1 "
@@ -147,18 +156,21 @@ read_flags() {
     printf -v "${key//-/_}" %s "$value"
     shift 2
   done
+  cd "$root"
 }
 
 split_flags() {  # NAME ARRAY: append the words of the quoted flags
-  local text="${!1} " word='' begun='' own
+  local text="${!1} " word='' begun='' flag own
   local part=$'^(\'([^\']*)\'|"([^"]*)"|\\\\(.)|([^[:space:]\'"\\\\])|([[:space:]]+))'
-  local -n words=$2 found=BASH_REMATCH
+  local -n words=$2 match=BASH_REMATCH
   own=" --rollouts --out --limit --split -h --help $(grep -o '^#   --[a-z-]*' run.sh | tr '\n' ' ')"
   while [[ "$text" =~ $part ]]; do
-    text=${text:${#found}}
-    if [ -z "${found[6]}" ]; then word+=${found[2]}${found[3]}${found[4]}${found[5]} begun=1
+    text=${text:${#match}}
+    if [ -z "${match[6]}" ]; then
+      word+=${match[2]}${match[3]}${match[4]}${match[5]} begun=1
     elif [ -n "$begun" ]; then
-      [[ -z "$word" || "$own" != *" ${word%%=*} "* ]] || die "--$1: ${word%%=*} is run.sh's own flag"
+      flag=${word%%=*}
+      [[ -z "$flag" || "$own" != *" $flag "* ]] || die "--$1: $flag is run.sh's own flag"
       words+=("$word") word='' begun=''
     fi
   done
@@ -166,19 +178,19 @@ split_flags() {  # NAME ARRAY: append the words of the quoted flags
 }
 
 check_flags() {
-  local key coef=()
+  local key least coef=()
   for key in rounds keep seed prompts_per_round n max_new_tokens updates rehearse eval_problems \
       eval_n eval_every nproc; do
-    [[ "${!key}" =~ ^[0-9]{1,9}$ ]] || die "--${key//_/-} must be a whole number, not '${!key}'"
-    printf -v "$key" %d "$((10#${!key}))"
-    [[ "$key" =~ ^(seed|rehearse|eval_problems|eval_every)$ || "${!key}" -gt 0 ]] ||
-      die "--${key//_/-} must be at least 1"
+    [[ "$key" =~ ^(seed|rehearse|eval_problems|eval_every)$ ]] && least=0 || least=1
+    [[ "${!key}" =~ ^(0|[1-9][0-9]{0,8})$ && "${!key}" -ge least ]] ||
+      die "--${key//_/-} must be a whole number of at least $least, not '${!key}'"
   done
   ((updates <= prompts_per_round)) || die "--updates: more than --prompts-per-round"
   [[ "$name" =~ ^[^/.-][^/]*$ ]] || die "--name is a folder's name in runs/, not '$name'"
-  [[ "$rehearse_coef" =~ ^[^,@\ ]+(,[^,@\ ]+@([2-9]|[1-9][0-9]{1,8}))?$ ]] ||
+  [[ "$rehearse_coef" =~ ^([^,@\ ]+)(,([^,@\ ]+)@([2-9]|[1-9][0-9]{1,8}))?$ ]] ||
     die "--rehearse-coef is C, or C,D@R with D from round R > 1 on, not '$rehearse_coef'"
-  coef_from=${BASH_REMATCH[2]:-99998} dir=runs/$name eval=$dir/eval label=${method##*:}
+  coefs=(${BASH_REMATCH[1]} ${BASH_REMATCH[3]}) later_round=${BASH_REMATCH[4]:-99998}
+  dir=runs/$name eval=$dir/eval label=${method##*:}
   [[ "$rehearse" -gt 0 || "$given" != *-coef* ]] || die "--rehearse-coef belongs to --rehearse"
   ((!rehearse)) || label+=+rehearsal
   [[ "$label" != base && "$label" != "$against" && ! "$against" =~ ^(base|[0-9]+)$ ]] ||
@@ -192,30 +204,17 @@ check_flags() {
   eval_label=$(tr / _ <<< "${eval_prompts:-test}-${eval_problems}x$eval_n")
   [ ! -s "$eval/label" ] || [ "$(cat "$eval/label")" = "$eval_label" ] || eval+=-$eval_label
   sampling=(--temperature "$temperature" --max-new-tokens "$max_new_tokens")
-  sampling+=(--attention "$attention") drawing=()
-  updating=(--method "$method" --updates "$updates" --lr "$lr" --seed "$seed")
+  updating=(--method "$method" --updates "$updates" --lr "$lr" --seed "$seed") drawing=()
   split_flags generate sampling; split_flags train updating; split_flags countdown drawing
-  stage "$sampler" --model . --prompts . --out . --n "$n" "${sampling[@]}" --check-flags
-  for key in ${rehearse_coef//,/ }; do
-    ((!rehearse)) || coef=(--rehearse . --rehearse-coef "${key%@*}")
-    stage train.py --model . --rollouts . --out . --temperature "$temperature" "${updating[@]}" \
+  python3 "$sampler" --model . --prompts . --out . --n "$n" "${sampling[@]}" --check-flags
+  for key in "${coefs[@]}"; do
+    ((rehearse == 0)) || coef=(--rehearse . --rehearse-coef "$key")
+    python3 train.py --model . --rollouts . --out . --temperature "$temperature" "${updating[@]}" \
       "${coef[@]}" --check-flags
   done
-  stage data.countdown --out . "${drawing[@]}" --check-flags
-  [ -z "$prompts" ] || stage score.py "$prompts" --check-problems "$updates"
-  [ -z "$eval_prompts" ] || stage score.py "$eval_prompts" --check-problems
-}
-
-claim_folder() {  # a run's folder belongs to one set of flags
-  local key settings other
-  settings=$(for key in model method seed prompts prompts_per_round n temperature max_new_tokens \
-      attention updates lr rehearse rehearse_coef sampler generate train countdown; do
-    printf '%s=%s\n' "$key" "${!key//$'\n'/\\n}"
-  done)
-  other=$(grep -vxFf <(echo "$settings") "$dir/settings" 2> /dev/null | tr '\n' ' ') || true
-  [ -z "$other" ] ||
-    die "$dir was begun with other flags (${other% }); choose another --name or delete it"
-  mkdir -p "$dir"; [ -s "$dir/settings" ] || echo "$settings" > "$dir/settings"
+  python3 -m data.countdown --out . "${drawing[@]}" --check-flags
+  [ -z "$prompts" ] || python3 score.py "$prompts" --check-problems "$updates"
+  [ -z "$eval_prompts" ] || python3 score.py "$eval_prompts" --check-problems
 }
 
 demonstration() {  # two runs side by side, then three curves
@@ -228,10 +227,12 @@ demonstration() {  # two runs side by side, then three curves
 
 main() {
   [ $# -gt 0 ] || { demonstration; return; }
-  read_flags "$@"; cd "$root"; check_flags; claim_folder
+  read_flags "$@"
+  check_flags
+  claim_folder
   last=$(last_round "$dir")
   [[ "$eval_problems" -eq 0 || "$rounds" -ge "$last" || -d "$(policy "$rounds")" ||
-    -e "$eval/$(printf %03d "$rounds").scored.jsonl" ]] ||
+    -e "$eval/$(number "$rounds").scored.jsonl" ]] ||
     die "round $rounds was pruned; evaluate $last, or train with another --name and a larger --keep"
   ((rounds < last)) || prune "$last"
   ((rounds <= last || rehearse == 0)) || rehearsal
