@@ -5,8 +5,7 @@
     python score.py prompts.jsonl --check-problems              # are these problems of a task?
 
 Reads one sample a line: `id`, `sample`, `completion`, `finish_reason`, `task`, and the task's own
-fields. Every other field passes untouched; a row that was scored before is scored afresh. Writes
-the rows in order, each with
+fields. Writes the rows in order, every other field untouched, each with
 
     pred        the extracted answer, or null
     correct     what Pass@k counts and what the sign of the smoothing term comes from
@@ -15,22 +14,20 @@ the rows in order, each with
     solution    where the task counts distinct solutions: the canonical text of a right answer, or
                 null; two answers that are one solution share it
 
-The file of the task defines what an answer is and which one is right: data/countdown.py,
-data/maths.py, data/gym.py. A task is a file that holds
-
-    Row                        its rows: a Rollout with the fields that its verdict needs
-    verify(completion, row)    the Verdict, or a Pending one for a process that can be killed
-                               (data/sandbox.py)
-
-and one line in TASKS below; data/README.md shows one being made. A completion that was cut at the
-length limit is right if its answer is complete and right; otherwise it is `truncated`. `timeout` is
-an answer that was still being judged after --timeout seconds, or used up a worker's memory.
+A task is a file with `Row`, a Rollout with the fields that its verdict needs, and `verify(
+completion, row)`, which returns a Verdict, or a Pending one for a process that can be killed
+(data/sandbox.py); and a line in TASKS below. data/README.md shows one being made. A completion that was cut at the length limit is right if its answer is complete and right;
+otherwise it is `truncated`. `timeout` is an answer that was still being judged after --timeout
+seconds, or used up a worker's memory.
 """
 import collections
+import contextlib
+import functools
 import itertools
 import math
 import os
 import re
+import statistics
 import time
 import typing
 from importlib import import_module
@@ -42,15 +39,6 @@ from data.files import (REASONS, Parser, Problem, Rollout, Verdict, claim, descr
                         read_rows, run, sampling_of, say)
 from data.sandbox import Pending, Workers
 
-TASKS = {  # what stands in a row's `task`: the file that judges it
-    "countdown": import_module("data.countdown"),
-    "math": import_module("data.maths"),
-    "gym": import_module("data.gym"),
-}
-ROW = typing.Union[tuple(task.Row for task in TASKS.values())]
-VERIFY = {task.Row: task.verify for task in TASKS.values()}
-WAITING = 256  # rows that may wait behind a verdict that is still being made
-
 
 def parse_args(argv=None):
     parser = Parser(__file__, description=__doc__)
@@ -61,8 +49,7 @@ def parse_args(argv=None):
     add("--check-problems", nargs="?", type=int, const=1, metavar="N",
         help="check a file of problems instead: at least N (default 1), each of a task that has "
              "all of its fields; prints nothing if they are right")
-    add = parser.add_argument_group("answers that are judged in processes of their own")
-    add = add.add_argument
+    add = parser.add_argument_group("answers that are judged in processes").add_argument
     add("--workers", type=int, default=len(os.sched_getaffinity(0)),
         help="processes that judge (default: the CPU cores, %(default)s here)")
     add("--timeout", type=float, default=10, help="seconds for one answer (default %(default)s)")
@@ -81,15 +68,14 @@ def parse_args(argv=None):
 
 
 # ---- Verdicts ----------------------------------------------------------------------------------
-def unique(rows):
-    """The rows; ends the stage where one (id, sample) stands twice."""
-    seen = {}  # id -> the samples met so far, a bit each
-    for where, line, row in rows:
-        samples, bit = seen.get(row.id, 0), 1 << row.sample
-        if samples & bit:
-            fail(f"{where}: id {row.id[:80]!r}, sample {row.sample} stands twice")
-        seen[row.id] = samples | bit
-        yield line, row
+TASKS = {  # what stands in a row's `task`: the file that judges it
+    "countdown": import_module("data.countdown"),
+    "math": import_module("data.maths"),
+    "gym": import_module("data.gym"),
+}
+ROW = typing.Union[tuple(task.Row for task in TASKS.values())]
+VERIFY = {task.Row: task.verify for task in TASKS.values()}
+BLOCK = 256  # rows that are held while workers judge them
 
 
 def mark_truncated(row, verdict):
@@ -99,39 +85,29 @@ def mark_truncated(row, verdict):
     return verdict
 
 
-def judge_rows(rows, pools, workers, timeout):
-    """Yield (line, row, Verdict) in the rows' order. Most are judged at once; while workers are at
-    it, a bounded number of rows waits behind theirs. pools: {Judge: its Workers}, filled here."""
-    waiting = collections.deque()  # (line, row, Verdict or Pending, list for its word or None)
-
-    def finished(most):
-        while waiting and (len(waiting) > most or waiting[0][3] != []):
-            line, row, verdict, word = waiting[0]
-            if word == []:
-                pools[verdict.judge].wait()
-                continue
-            waiting.popleft()
+def judge_rows(rows, workers):
+    """Yield (line, Verdict) of each (line, row), in order. workers(judge): the processes for a
+    Pending verdict."""
+    while block := list(itertools.islice(rows, BLOCK)):
+        verdicts = [VERIFY[type(row)](row.completion, row) for _, row in block]
+        words = [workers(verdict.judge).submit(verdict) if isinstance(verdict, Pending) else None
+                 for verdict in verdicts]  # a word is a list, empty until it has come
+        for (line, row), verdict, word in zip(block, verdicts, words):
+            while word == []:
+                workers(verdict.judge).wait()
             verdict = Verdict(verdict.pred, word[0]) if word else verdict
-            yield line, row, mark_truncated(row, verdict)
-
-    for line, row in rows:
-        verdict = VERIFY[type(row)](row.completion, row)
-        if isinstance(verdict, Pending):
-            if verdict.judge not in pools:
-                pools[verdict.judge] = Workers(verdict.judge, workers, timeout)
-            word = pools[verdict.judge].submit(verdict)
-        elif waiting:
-            word = None
-        else:
-            yield line, row, mark_truncated(row, verdict)
-            continue
-        waiting.append((line, row, verdict, word))
-        yield from finished(WAITING)
-    yield from finished(0)
+            yield line, mark_truncated(row, verdict)
 
 
 # ---- Rows --------------------------------------------------------------------------------------
-SCORED = re.compile(rb'"(?:pred|correct|reason|reward|solution)"').search  # a first, quick look
+def unique(rows):
+    """The rows; ends the stage where one (id, sample) stands twice."""
+    seen = collections.defaultdict(int)  # id -> the samples met so far, a bit each
+    for where, line, row in rows:
+        if seen[row.id] >> row.sample & 1:
+            fail(f"{where}: id {row.id[:80]!r}, sample {row.sample} stands twice")
+        seen[row.id] |= 1 << row.sample
+        yield line, row
 
 
 def fields_of(verdict):
@@ -144,20 +120,20 @@ def fields_of(verdict):
     return fields
 
 
-def as_json(value):
-    return msgspec.json.format(msgspec.json.encode(value), indent=0)
+SCORED = re.compile(rb'"(?:pred|correct|reason|reward|solution)"').search  # a first, quick look
 
 
 def with_fields(line, fields):
     """The row's bytes with the new fields at its end; only one scored before is written anew."""
-    if SCORED(line):
-        row = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
-        if row.keys() & fields.keys():
-            return as_json({**{name: row[name] for name in row if name not in fields}, **fields})
-    return line[:-1] + b", " + as_json(fields)[1:]
+    row = msgspec.json.decode(line, type=dict[str, msgspec.Raw]) if SCORED(line) else {}
+    before = {name: value for name, value in row.items() if name not in fields}
+    rewrite = len(before) < len(row)
+    new = msgspec.json.encode({**before, **fields} if rewrite else fields)
+    new = msgspec.json.format(new, indent=0)
+    return new if rewrite else line[:-1] + b", " + new[1:]
 
 
-# ---- What people look at -----------------------------------------------------------------------
+# ---- What is shown -----------------------------------------------------------------------------
 class ScoredRow(msgspec.Struct):
     """What --show needs of a line of scored.jsonl to choose it."""
     id: str
@@ -165,28 +141,22 @@ class ScoredRow(msgspec.Struct):
     reason: str
 
 
-def keep(kept, reason, line, args):
-    """Keep the first rows of each reason, {reason: lines}, for `show`."""
-    if args.reason in (None, reason) and len(kept[reason]) < args.show:
-        kept[reason].append(line)
-
-
 def show(kept, n):
-    """Print n of the rows, the reasons in turn."""
-    reasons = sorted(kept, key=lambda reason: (reason != "ok", reason))
+    """Print n of the rows, {reason: lines}, the reasons in turn."""
+    reasons = sorted(kept, key=lambda reason: reason != "ok")
     turns = itertools.zip_longest(*(kept[reason] for reason in reasons))
     for line in [line for turn in turns for line in turn if line][:n]:
-        row = msgspec.json.decode(line)
-        task, logprobs = TASKS.get(str(row.get("task"))), row.get("logprobs")
-        own = [name for name in (task.Row.__struct_fields__ if task else ()) if name in row]
-        gold = {name: row[name] for name in own if name not in Rollout.__struct_fields__}
-        numbers = logprobs if isinstance(logprobs, list) else []
-        numbers = [one for one in numbers if isinstance(one, float | int)] or [math.nan]
+        row, logp = msgspec.json.decode(line), math.nan
+        task = TASKS.get(str(row.get("task")))
+        own = set(task.Row.__struct_fields__) - set(Rollout.__struct_fields__) if task else ()
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # of another program
+            logp = statistics.fmean(row["logprobs"])
+        gold = {name: value for name, value in row.items() if name in own}
         say(f"{readable(row['id'])} sample {row.get('sample')}: {readable(gold)[1:-1]}\n"
             f"  prompt      {readable(row.get('prompt') or row.get('messages'))}\n"
             f"  completion  {readable(row.get('completion', ''), 1000)}\n"
             f"  answer {readable(repr(row.get('pred')))}: {row['reason']}, "
-            f"reward {row.get('reward')}, log-prob a token {sum(numbers) / len(numbers):.3f}")
+            f"reward {row.get('reward')}, log-prob a token {logp:.3f}")
 
 
 def readable(value, length=300):
@@ -197,8 +167,12 @@ def readable(value, length=300):
 
 def check_problems(path, least):
     """End the stage at the first row that is no problem of one of TASKS."""
+    prompts = [(name, Problem.__annotations__[name], None) for name in ("prompt", "messages")]
+    sampled = [("sample", int, 0), ("completion", str, ""), ("finish_reason", str, "stop")]
+    kinds = [msgspec.defstruct("Row", [*prompts, *sampled], bases=(task.Row,), kw_only=True)
+             for task in TASKS.values()]
     seen = {}
-    for where, _, row in read_rows(path, Problem):
+    for where, _, row in read_rows(path, typing.Union[tuple(kinds)]):
         if (row.prompt in (None, "")) == (row.messages is None):
             fail(f"{where}: needs either 'prompt' or 'messages'")
         if row.id in seen:
@@ -206,49 +180,43 @@ def check_problems(path, least):
         seen[row.id] = where
     if len(seen) < least:
         fail(f"{path}: {len(seen)} problems, fewer than {least}")
-    blank = [("sample", int, 0), ("completion", str, ""), ("finish_reason", str, "stop")]
-    kinds = [msgspec.defstruct("Problem", blank, bases=(task.Row,), kw_only=True)
-             for task in TASKS.values()]
-    collections.deque(read_rows(path, typing.Union[tuple(kinds)]), maxlen=0)
 
 
 def main(args):
     if args.check_problems:
         return check_problems(args.rollouts, args.check_problems)
     kept = collections.defaultdict(list)
+
+    def keep(reason, line):  # the first rows of each reason, to be shown
+        if args.reason in (None, reason) and len(kept[reason]) < args.show:
+            kept[reason].append(line)
+
     if not args.out:
         for _, line, row in read_rows(args.rollouts, ScoredRow):
-            keep(kept, row.reason, line, args)
+            keep(row.reason, line)
         return show(kept, args.show)
 
-    start = time.monotonic()
+    start, reasons = time.monotonic(), collections.Counter(dict.fromkeys(REASONS, 0))
     meta = describe(args, [args.rollouts], sampling=sampling_of(args.rollouts), device="cpu",
                     world_size=1)
     partial = claim(args.out, meta, ignore=("rollouts", "out", "workers", "show", "reason"))
     if partial is None:
         return
-    reasons, pools = collections.Counter(), {}
     rows = unique(read_rows(args.rollouts, ROW))
-    try:
-        with open(partial, "wb") as file:
-            verdicts = judge_rows(rows, pools, args.workers, args.timeout)
-            for line, row, verdict in tqdm(verdicts, unit=" rows", disable=None):
-                fields = fields_of(verdict)
-                line = with_fields(line, fields)
-                file.write(line + b"\n")
-                keep(kept, verdict.reason, line, args)
-                reasons[verdict.reason] += 1
-    finally:
-        for pool in pools.values():
-            pool.close()
-    total = reasons.total()
-    counts = {reason: reasons[reason] for reason in REASONS}
-    publish(args.out, {**meta, "rows": total, "reasons": counts,
-                       "wall_s": time.monotonic() - start})
+    with contextlib.ExitStack() as pools, open(partial, "wb") as file:
+        workers = functools.cache(lambda judge: pools.enter_context(
+            contextlib.closing(Workers(judge, args.workers, args.timeout))))
+        for line, verdict in tqdm(judge_rows(rows, workers), unit=" rows", disable=None):
+            line = with_fields(line, fields_of(verdict))
+            file.write(line + b"\n")
+            keep(verdict.reason, line)
+            reasons[verdict.reason] += 1
+    total, wall = reasons.total(), time.monotonic() - start
+    publish(args.out, {**meta, "rows": total, "reasons": reasons, "wall_s": wall})
     show(kept, args.show)
     say(f"{args.out}: {total} rows, {reasons['ok'] / total:.1%} correct")
-    for reason in REASONS:
-        say(f"  {reason:10}{reasons[reason]:10}{reasons[reason] / total:8.1%}")
+    for reason, count in reasons.items():
+        say(f"  {reason:10}{count:10}{count / total:8.1%}")
 
 
 if __name__ == "__main__":
