@@ -14,11 +14,12 @@ fields. Writes the rows in order, every other field untouched, each with
     solution    where the task counts distinct solutions: the canonical text of a right answer, or
                 null; two answers that are one solution share it
 
-A task is a file with `Row`, a Rollout with the fields that its verdict needs, and `verify(
-completion, row)`, which returns a Verdict, or a Pending one for a process that can be killed
-(data/sandbox.py); and a line in TASKS below. data/README.md shows one being made. A completion that was cut at the length limit is right if its answer is complete and right;
-otherwise it is `truncated`. `timeout` is an answer that was still being judged after --timeout
-seconds, or used up a worker's memory.
+A task is a file with `Row`, a Rollout with the fields that its verdict needs, and a function
+`verify(completion, row)`, which returns a Verdict, or a Pending one for a process that can be
+killed (data/sandbox.py); and a line in TASKS below. data/README.md shows one being made. A
+completion that was cut at the length limit is right if its answer is complete and right; otherwise
+it is `truncated`. `timeout` is an answer that was still being judged after --timeout seconds, or
+used up a worker's memory.
 """
 import collections
 import contextlib
