@@ -39,9 +39,8 @@ import os
 import re
 import sys
 import time
-import types
 
-from data.files import Parser, Problem, describe, fail, rank_and_world, read_rows, run
+from data.files import Parser, Problem, describe, fail, rank_and_world, read_rows, run, stamp
 
 
 def add_flags(parser):
@@ -114,7 +113,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and a wrong flag answer at once
 
-import msgspec
 import numpy as np
 import torch
 import transformers
@@ -291,7 +289,7 @@ def load_problems(path, limit=None):
         if problem.prompt == "" and problem.messages:  # an empty column
             problem.prompt = None
         if (problem.prompt is None) == (problem.messages is None):
-            fields = ", ".join(msgspec.json.decode(line, type=dict[str, msgspec.Raw]))
+            fields = ", ".join(json.loads(line))
             fail(f"{where}: needs either 'prompt' or 'messages', and has {fields}; `python -m "
                  f"data.maths` converts questions with answers")
         if not isinstance(problem.prompt, str):
@@ -408,6 +406,7 @@ def plan(args):
     `hidden`, those that its text leaves out; the `options` of from_pretrained; and the model's
     `source`, a folder or a commit of the Hub.
     """
+    before = stamp(args.prompts)
     problems = load_problems(args.prompts, args.limit)
     options = check_model(args.model, args.trust_remote_code)
     config = load(transformers.AutoConfig, args.model, options)
@@ -420,7 +419,9 @@ def plan(args):
     encoded = encode(problems, tokenizer, reference_tokenizer(args.model, options),
                      config.get_text_config(), args)
     ends = end_ids(args, options, config, tokenizer)
-    return types.SimpleNamespace(
+    if stamp(args.prompts) != before:  # its digest would be another file's
+        fail(f"{args.prompts}: changed while it was read; start again")
+    return argparse.Namespace(
         problems=problems, encoded=encoded, tokenizer=tokenizer, ends=ends,
         hidden=hidden_ids(tokenizer, ends), options=options, source=source_of(args.model, options),
         chunks=chunks_of(list(map(len, encoded)), args.n, args.max_new_tokens,
@@ -430,9 +431,8 @@ def plan(args):
 def run_chunk(chunk, work, model, args):
     """The JSONL lines (str) of one chunk's items: the fields that this stage adds."""
     place = {problem: i for i, problem in enumerate(dict.fromkeys(item[0] for item in chunk))}
-    identities = [work.problems[problem][2].id for problem, _ in chunk]
-    uniform = np.stack([uniforms(args.seed, identity, k, args.max_new_tokens)
-                        for identity, (_, k) in zip(identities, chunk)])
+    uniform = np.stack([uniforms(args.seed, work.problems[problem][2].id, k, args.max_new_tokens)
+                        for problem, k in chunk])
 
     def stopped(ids):
         text = text_of(ids, work.tokenizer, work.hidden)
@@ -442,7 +442,7 @@ def run_chunk(chunk, work, model, args):
         model, [work.encoded[problem] for problem in place], [place[item[0]] for item in chunk],
         uniform, work.ends, stopped if args.stop else None, args)
     if not torch.isfinite(logprobs).all():
-        fail(f"{args.model}: logits that are not finite, near the prompt {identities[0]!r}")
+        fail(f"{args.model}: logits that are not finite, near {work.problems[chunk[0][0]][0]}")
     rows = zip(chunk, tokens.tolist(), logprobs.tolist(), lengths, stops)
     return [json_row(item, ids[:length], logp[:length], "stop" if stop else "length", work)
             for item, ids, logp, length, stop in rows]

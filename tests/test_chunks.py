@@ -1,6 +1,7 @@
 """data/chunks.py by generate.py: what happens when a run is cut short, started again, or shared by
 several ranks. tests/test_crash.py kills processes."""
 import os
+import shutil
 import subprocess
 import sys
 
@@ -277,3 +278,23 @@ def test_another_hub_id_is_another_input(hub, prompts, tmp_path, monkeypatch, ca
     assert half.read_bytes() == out.read_bytes()
     assert "owner/none: cannot be loaded" in refused(capfd, "owner/none", prompts,
                                                      tmp_path / "none.jsonl", *flags)
+
+
+@pytest.mark.parametrize("name", ["encode", "run_chunk"])
+def test_a_prompt_file_that_changes_meanwhile_changes_no_row(name, tiny_model, prompts, tmp_path,
+                                                             monkeypatch, capfd):
+    """Rows are of the file as it was read; before its digest is taken a change ends the stage."""
+    path, out, called = tmp_path / "in.jsonl", tmp_path / "out.jsonl", getattr(generate, name)
+    shutil.copy(prompts, path)
+
+    def meddled(*args):
+        path.write_bytes(path.read_bytes().replace(b"4 6=24:", b"4 6=100:"))
+        return called(*args)
+
+    monkeypatch.setattr(generate, name, meddled)
+    if name == "encode":
+        assert "changed while it was read" in refused(capfd, tiny_model, path, out, "--n", 1)
+        return
+    rows = run(tiny_model, path, out, "--n", 1)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in read(prompts)]
+    assert "made with other inputs" in refused(capfd, tiny_model, path, out, "--n", 1)

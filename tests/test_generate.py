@@ -752,20 +752,6 @@ def test_rows_are_spliced_byte_for_byte(tiny_model, tmp_path):
         "in.jsonl", "out.jsonl", "out.jsonl.meta.json"]
 
 
-def test_a_prompt_file_that_changes_meanwhile_changes_no_row(tiny_model, prompts, tmp_path,
-                                                             monkeypatch):
-    path, run_chunk = tmp_path / "in.jsonl", generate.run_chunk
-    shutil.copy(prompts, path)
-
-    def meddled(*args):
-        path.write_bytes(path.read_bytes().replace(b"4 6=24:", b"4 6=10:"))
-        return run_chunk(*args)
-
-    monkeypatch.setattr(generate, "run_chunk", meddled)
-    rows = run(tiny_model, path, tmp_path / "out.jsonl", "--n", 1)
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in read(prompts)]
-
-
 def test_overlong_prompts_are_skipped_on_demand(tiny_model, prompts, base, tmp_path, capfd):
     """They are left out, counted, and change nothing of the others."""
     rows = read(prompts)
