@@ -23,7 +23,6 @@ from fused_entropy import fused_entropy
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-VOCABS = [1, 2, 63, 64, 65, 211]  # around BLOCK, and several blocks with a short last one
 V = 211
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
@@ -83,13 +82,34 @@ def error(got, want):
     return ((got.double() - want).abs() / want.abs().clamp(min=1)).max().item()
 
 
-@pytest.mark.parametrize("vocab, temperature", [
-    *((vocab, 0.7) for vocab in VOCABS), *((V, temperature) for temperature in (0.1, 1, 2.0))])
-def test_closed_form(backend, vocab, temperature):
-    x, y, upstream = draw(4, vocab)
-    results = run(x, y, temperature, upstream, backend)
-    for got, want in zip(results, closed_form(x, y, temperature, upstream)):
+def check(results, x, y, temperature, upstream):
+    """The four results are the closed form's; nothing but the log-prob of a masked target is -inf.
+    """
+    wanted = closed_form(x, y, temperature, upstream)
+    masked = wanted[0] < -1e29
+    assert torch.equal(results[0] == -float("inf"), masked)
+    results[0].data[masked] = wanted[0][masked] = 0
+    for got, want in zip(results, wanted):
         assert got.shape == want.shape and got.dtype == torch.float32 and error(got, want) <= 2e-6
+
+
+@pytest.mark.parametrize("vocab, temperature, case", [
+    *((vocab, 0.7, "") for vocab in (1, 2, 63, 64, 65, V)), (V, 0.1, ""), (V, 2.0, ""),
+    *((V, 0.7, case) for case in ("far", "peaked", "masked", "0", "1", "2"))])
+def test_closed_form(backend, vocab, temperature, case):
+    """Vocabularies around BLOCK; "0" to "2": one upstream gradient alone."""
+    x, y, upstream = draw(4, vocab)
+    if case == "far":  # at logits near 1e4 lse - E[x] would lose three digits of H
+        x += 1e4
+    elif case == "peaked":
+        x[range(4), y] += 60
+    elif case == "masked":  # half of a row, its first blocks, all but one token, the target
+        x[0, ::2] = x[1, :150] = x[2, 1:] = x[3, y[3]] = -float("inf")
+        y[0], y[1], y[2] = 1, 200, 0
+    elif case:
+        upstream *= torch.eye(3, device=DEVICE)[int(case)][:, None]
+    results = run(x, y, temperature, upstream, backend)
+    check(results, x, y, temperature, upstream)
     logp, entropy, _, grad = results
     assert (logp <= 1e-6).all()
     assert (entropy >= -1e-6).all() and (entropy <= math.log(vocab) + 1e-5).all()
@@ -98,97 +118,36 @@ def test_closed_form(backend, vocab, temperature):
     assert sums.abs().max() < 2e-5 / min(temperature, 1)
 
 
-@pytest.mark.parametrize("only", [0, 1, 2])
-def test_one_upstream_gradient_alone(backend, only):
-    x, y, upstream = draw(3, V)
-    upstream *= torch.eye(3, device=DEVICE)[only][:, None]
-    for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
-        assert error(got, want) <= 2e-6
-
-
-@pytest.mark.parametrize("spread", [0.1, 3, 8])
+@pytest.mark.parametrize("spread", [0.1, 8])
 def test_the_largest_vocabulary(backend, spread, monkeypatch):
     """Summed in the wrong order, 152k terms cost more than the 2e-6 (eager PyTorch: 1e-5 in H, 3e-5
     in gradients)."""
     monkeypatch.undo()
-    x, y, upstream = draw(2 if INTERPRETED else 4, 151936, spread)
-    for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
-        assert error(got, want) <= 2e-6
+    x, y, upstream = draw(2, 151936, spread)
+    check(run(x, y, 0.7, upstream, backend), x, y, 0.7, upstream)
 
 
 def test_gradcheck(backend):
-    x = torch.randn(4, 90, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    y = torch.tensor([3, -1, 0, 89], device=DEVICE)
-    check = dict(fast_mode=True) if INTERPRETED else {}
-    assert torch.autograd.gradcheck(lambda x: fused_entropy(x, y, 0.7, backend=backend), x, **check)
-    x = torch.randn(2, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: fused_entropy(x, y[:2], 1.3, backend=backend), x)
-
-
-def test_masked_logits(backend):
-    """-inf for half of a row, for its first blocks, for all but one token, for the target: nothing
-    but logp is -inf."""
-    x, y, upstream = draw(5, V)
-    x[0, ::2] = x[1, :150] = x[2, 1:] = x[3, y[3]] = -float("inf")
-    y[0], y[1], y[2] = 1, 200, 0
-    results = run(x, y, 0.7, upstream, backend)
-    wanted = closed_form(x, y, 0.7, upstream)
-    assert results[0][3] == -float("inf")
-    results[0][3] = wanted[0][3] = 0
-    for got, want in zip(results, wanted):
-        assert torch.isfinite(got).all() and error(got, want) <= 2e-6
-    assert results[1][2] == 0 and (results[3][x == -float("inf")][:-1] == 0).all()
-
-
-def test_logits_far_from_zero(backend):
-    """At logits near 1e4 lse - E[x] would lose three digits; H relative to the maximum does not."""
-    x, y, upstream = draw(3, V)
-    x += 1e4
-    for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
-        assert error(got, want) <= 2e-6
-    naive = x.logsumexp(1) - (x.softmax(1) * x).sum(1)
-    assert error(naive, closed_form(x, y, 1, upstream)[1]) > 1e-4
-
-
-def test_peaked_rows(backend):
-    x, y, upstream = draw(3, V)
-    x[range(3), y] += 60
-    results = run(x, y, 1, upstream, backend)
-    for got, want in zip(results, closed_form(x, y, 1, upstream)):
-        assert error(got, want) <= 2e-6
-    assert (results[1] >= 0).all() and (results[0] <= 0).all()
+    """In fp64, which stays fp64."""
+    x = torch.randn(3, 70, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = torch.tensor([3, -1, 69], device=DEVICE)
+    assert torch.autograd.gradcheck(lambda x: fused_entropy(x, y, 0.7, backend=backend), x,
+                                    fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(backend, dtype):
     """fp32 inside: the ratio of two log-probs is good to 1e-6, where log_softmax in bf16 is off by
     per cents."""
-    x, y, upstream = draw(5, V, dtype=dtype)
-    upstream[:, 1] = 0
+    x, y, upstream = draw(3, V, dtype=dtype)
     *results, grad = run(x, y, 1, upstream, backend)
     *wanted, want_grad = closed_form(x, y, 1, upstream)
     for got, want in zip(results, wanted):
         assert got.dtype == torch.float32 and error(got, want) <= 2e-6
-    assert grad.dtype == dtype
     # The interpreter truncates where the GPU rounds.
     ulp = torch.finfo(dtype).eps * (1 if INTERPRETED else 0.5)
+    assert grad.dtype == dtype
     assert ((grad.double() - want_grad).abs() <= ulp * 1.001 * want_grad.abs() + 1e-7).all()
-
-    leaf = x.detach().requires_grad_()
-    logps = leaf.log_softmax(1)
-    plain = logps.gather(1, y[:, None])[:, 0], -(logps.exp() * logps).sum(1)
-    plain_grad, = torch.autograd.grad(plain, leaf, list(upstream[:2].to(dtype)))
-    upstream[2] = 0
-    mine = run(x, y, 1, upstream, backend)[3]
-    want_grad = closed_form(x, y, 1, upstream)[3]
-    assert error(plain[0], wanted[0]) > 1e-3 / (8 if dtype == torch.float16 else 1)
-    assert error(mine, want_grad) <= error(plain_grad, want_grad)
-
-
-def test_fp64_stays_fp64(backend):
-    x, y, upstream = draw(3, 90, dtype=torch.float64)
-    for got, want in zip(run(x, y, 0.7, upstream, backend), closed_form(x, y, 0.7, upstream)):
-        assert got.dtype == torch.float64 and error(got, want) <= 1e-13
 
 
 def test_strides_and_shapes(backend):
@@ -207,40 +166,32 @@ def test_strides_and_shapes(backend):
         assert got[0].shape == y.shape and got[3].shape == x.shape
 
 
-def test_ignored_rows_are_not_read(backend):
-    x, y, upstream = draw(5, V)
-    want = run(x[::2], y[::2], 0.7, upstream[:, ::2], backend)
-    y[1::2] = -100
-    x[1::2] = float("nan")
-    upstream[:, 1] = float("nan")
-    for got, kept in zip(run(x, y, 0.7, upstream, backend), want):
-        assert (got[1::2] == 0).all() and torch.equal(got[::2], kept)
+def test_ignored_and_bad_rows_leave_the_others_alone(backend):
+    """Row 1 has no target and is not read; row 2 has a NaN, row 4 masks every token."""
+    x, y, upstream = draw(6, V)
+    want = run(x, y, 0.7, upstream, backend)
+    y[1], x[1], upstream[:, 1] = -100, float("nan"), float("nan")
+    x[2, 100], x[4] = float("nan"), -float("inf")
+    others = torch.tensor([0, 3, 5], device=DEVICE)
+    for got, clean in zip(run(x, y, 0.7, upstream, backend), want):
+        assert torch.equal(got[others], clean[others]) and (got[1] == 0).all()
+        assert not torch.isfinite(got[[2, 4]]).any()
     everything = run(x, torch.full_like(y, -1), 0.7, upstream, backend)
     assert all((one == 0).all() for one in everything)
 
 
-def test_a_nan_row_stays_alone(backend):
-    x, y, upstream = draw(6, V)
-    want = run(x, y, 0.7, upstream, backend)
-    x[2, 100] = float("nan")
-    x[4] = -float("inf")  # every token masked: no distribution
-    others = torch.tensor([0, 1, 3, 5], device=DEVICE)
-    for got, clean in zip(run(x, y, 0.7, upstream, backend), want):
-        assert not torch.isfinite(got[[2, 4]]).any() and torch.equal(got[others], clean[others])
-
-
-@pytest.mark.parametrize("vocab", [1003, 40000])
-def test_a_row_does_not_depend_on_its_company(backend, vocab, monkeypatch):
+def test_a_row_does_not_depend_on_its_company(backend, monkeypatch):
     """Bit for bit, alone or in any batch, on one thread or two (PyTorch splits the sum of a lone
     row among threads)."""
     monkeypatch.undo()
-    x, y, upstream = draw(5, vocab)
+    vocab = 40000
+    x, y, upstream = draw(3, vocab)
     want = run(x, y, 0.7, upstream, backend)
     torch.set_num_threads(2)
     chunks = (vocab, 2 * vocab, 2**20) if backend == "torch" else (2**20,)  # CHUNK is PyTorch's
     for chunk in chunks:
         monkeypatch.setattr(kernel, "CHUNK", chunk)
-        for rows in (slice(0, 1), slice(3, 5), slice(0, 5)):
+        for rows in (slice(0, 1), slice(1, 3), slice(0, 3)):
             got = run(x[rows], y[rows], 0.7, upstream[:, rows], backend)
             assert all(torch.equal(one, other[rows]) for one, other in zip(got, want))
 
@@ -252,21 +203,19 @@ def test_no_rows(backend):
     assert all(one.shape == (0,) for one in results) and x.grad.shape == (0, 10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sliced", [False, True])
-def test_in_place(backend, dtype, sliced):
-    """The same bits, in the logits' memory; the logits are gone, so a second backward raises."""
+@pytest.mark.parametrize("dtype, rows", [(torch.float32, 3), (torch.bfloat16, 2)])
+def test_in_place(backend, dtype, rows):
+    """The same bits, in the logits' memory, also of a slice; the logits are gone, so a second
+    backward raises. Out of place it gives the same bits again."""
     leaf = torch.randn(2, 3, 90, device=DEVICE, requires_grad=True)
-    rows = slice(0, 2 if sliced else 3)
-    y = torch.randint(-1, 90, (2, 3), device=DEVICE)[:, rows]
+    y = torch.randint(-1, 90, (2, 3), device=DEVICE)[:, :rows]
     upstream = torch.randn(3, *y.shape, device=DEVICE).unbind()
-
-    def logits():
-        return (leaf * 1).to(dtype)[:, rows]
-
-    x = logits()
-    want, = torch.autograd.grad(fused_entropy(x, y, 0.7, backend=backend), x, upstream)
-    x = logits()
+    x = (leaf * 1).to(dtype)[:, :rows]
+    results = fused_entropy(x, y, 0.7, backend=backend)
+    want, again = (torch.autograd.grad(results, x, upstream, retain_graph=True)[0]
+                   for _ in range(2))
+    assert torch.equal(want, again)
+    x = (leaf * 1).to(dtype)[:, :rows]
     before = x.detach().clone()
     results = fused_entropy(x, y, 0.7, inplace_backward=True, backend=backend)
     assert torch.equal(x, before)
@@ -291,15 +240,6 @@ def test_differentiating_twice_raises(backend):
     x.requires_grad_()
     with pytest.raises(RuntimeError, match="only once"):
         torch.autograd.grad(fused_entropy(x, y, backend=backend)[1].sum(), x, create_graph=True)
-
-
-def test_backward_twice_out_of_place(backend):
-    x, y, upstream = draw(3, 90)
-    x.requires_grad_()
-    results = fused_entropy(x, y, backend=backend)
-    first, second = (torch.autograd.grad(results, x, upstream.unbind(), retain_graph=True)[0]
-                     for _ in range(2))
-    assert torch.equal(first, second)
 
 
 X, Y = torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)
@@ -332,31 +272,35 @@ def test_target_beyond_the_vocabulary(backend):
             fused_entropy(x, y, backend=backend)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the size in bytes of the largest memory that an operation allocates."""
+class Watch(TorchDispatchMode):
+    """Counts matrix products by their number of multiplications, and notes the largest memory that
+    is allocated beside `known`, in bytes."""
     def __init__(self, *known):
         super().__init__()
-        self.known, self.bytes = {one.untyped_storage().data_ptr() for one in known}, 0
+        self.known = {one.untyped_storage().data_ptr() for one in known}
+        self.products, self.largest = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[:2] if name == "mm" else args[1:3]
+            self.products += a.shape[0] * a.shape[1] * b.shape[1]
         for one in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(one, torch.Tensor):
-                memory = one.untyped_storage()
-                if memory.data_ptr() not in self.known:
-                    self.bytes = max(self.bytes, memory.nbytes())
+            memory = one.untyped_storage() if isinstance(one, torch.Tensor) else None
+            if memory is not None and memory.data_ptr() not in self.known:
+                self.largest = max(self.largest, memory.nbytes())
         return out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_does_not_grow_with_the_rows(dtype, monkeypatch):
+def test_memory_does_not_grow_with_the_rows(monkeypatch):
     monkeypatch.setattr(kernel, "CHUNK", 2**14)
-    x = torch.randn(512, 1000, requires_grad=True).to(dtype) * 1
+    x = torch.randn(512, 1000, requires_grad=True).bfloat16() * 1
     y = torch.randint(1000, (512,))
-    with LargestTensor(x) as largest:
+    with Watch(x) as watch:
         results = fused_entropy(x, y, 0.7, inplace_backward=True, backend="torch")
         torch.autograd.grad([one.sum() for one in results[:2]], x)
-    assert 0 < largest.bytes <= 2 * 2**14 * 4
+    assert 0 < watch.largest <= 2 * 2**14 * 4
 
 
 def test_the_choice_of_backend_is_told_once(capsys):
@@ -399,8 +343,7 @@ def test_triton_kernels_truly_run(monkeypatch):
     monkeypatch.setattr(kernel, "softmax_chunks", None)
     monkeypatch.setattr(kernel, "launch", noted)
     x, y, upstream = draw(4, 90)
-    for got, want in zip(run(x, y, 0.7, upstream, "triton"), closed_form(x, y, 0.7, upstream)):
-        assert error(got, want) <= 2e-6
+    check(run(x, y, 0.7, upstream, "triton"), x, y, 0.7, upstream)
     assert launched == [kernel.forward_kernel, kernel.backward_kernel]
     assert type(kernel.forward_kernel).__name__ == (
         "InterpretedFunction" if INTERPRETED else "JITFunction")
@@ -417,7 +360,7 @@ def test_triton_through_the_interpreter():
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
                           capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and passed and int(passed[1]) >= 45, done.stdout + done.stderr
+    assert done.returncode == 0 and passed and int(passed[1]) >= 40, done.stdout + done.stderr
 
 
 NAMES = """

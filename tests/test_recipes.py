@@ -1,5 +1,6 @@
 """Every command of experiments/recipes.md, as it stands there, with toy numbers: models of the Hub
 are a random one."""
+import collections
 import json
 import os
 import re
@@ -14,17 +15,18 @@ import crash
 from test_models import make_folder
 from test_run import Loop, warm  # noqa: F401  the fixture
 
+PYTHON = os.path.dirname(sys.executable)
 TOY = {  # flag: its value in the dry run; all others stay as they are
     "--prompts-per-round": "4", "--n": "4", "--max-new-tokens": "8", "--eval-problems": "3",
     "--eval-n": "2", "--nproc": "2", "--at-most": "1", "--rehearse-coef": "1.0,0.3@2"}
 
 
 def recipes():
-    """[(heading, text of its bash blocks)] of the file."""
+    """{heading: its bash blocks} of the file."""
     with open(os.path.join(crash.ROOT, "experiments", "recipes.md"), encoding="utf-8") as file:
         parts = re.split(r"^## ", file.read(), flags=re.M)[1:]
-    return [(part.partition("\n")[0], "".join(re.findall(r"```bash\n(.*?)```", part, re.S)))
-            for part in parts]
+    return {part.partition("\n")[0]: "".join(re.findall(r"```bash\n(.*?)```", part, re.S))
+            for part in parts}
 
 
 def toy(commands):
@@ -39,11 +41,10 @@ def toy(commands):
 
 
 def test_toy_changes_values_alone_and_every_recipe_has_commands():
-    found = recipes()
-    assert len(found) == 12 and all(commands for _, commands in found)
-    for _, commands in found:
+    assert len(recipes()) == 12
+    for commands in recipes().values():
         flags = re.compile(r"(?<!\S)\"?(--[a-z-]+)")
-        assert flags.findall(toy(commands)) == flags.findall(commands)
+        assert flags.findall(commands) and flags.findall(toy(commands)) == flags.findall(commands)
         assert max(map(len, commands.splitlines())) <= 100
 
 
@@ -58,20 +59,18 @@ def loop(tmp_path_factory, warm):  # noqa: F811
     make_folder("qwen2", loop.folder / "model", max_position_embeddings=1024)
     problems = [{"problem": f"What is {i} + 1?", "answer": str(i + 1), "id": i} for i in range(6)]
     long = {"problem": "What is 1 + 1? " * 200, "answer": "2", "id": 9}
-    for name, rows in (("math_train", [*problems, long]),
-                       ("math500", [*problems[:2], long])):
-        (loop.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, part in (("math_train", [*problems, long]), ("math500", [*problems[:2], long])):
+        (loop.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return loop
 
 
-def run(loop, commands, folder=None):
-    """folder: where `python` is; default: the stand-in of a warm process, which has no packages for
-    a script on stdin."""
+def run(loop, heading, folder=None, change=toy):
+    """Run the commands of a recipe with toy numbers. folder: where `python` is; default: the
+    stand-in of a warm process, which has no packages for a script on stdin."""
     environment = {**os.environ, "PATH": f"{folder or loop.bin}:{os.environ['PATH']}", "KILL": ""}
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=loop.folder,
-                          env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", change(recipes()[heading])],
+                          cwd=loop.folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done
 
 
 def report(loop, name):
@@ -79,93 +78,91 @@ def report(loop, name):
         return json.load(file)
 
 
+def rows(loop, name):
+    return [json.loads(line) for line in (loop.folder / name).read_text().splitlines()]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(4), ids=[heading for heading, _ in recipes()[:4]])
-def test_the_recipe_runs(loop, number):
-    """In their order: the last one goes on with what the one before it has made."""
-    commands = toy(recipes()[number][1])
-    if number == 3:
-        run(loop, toy(recipes()[2][1]))  # leaves alone what is there
-    run(loop, commands)
-    if number == 0:
-        runs = report(loop, "math-1.5b/eval/eval-001.json")["runs"]
-        assert [one["problems"] for one in runs] == [2, 2] and runs[0]["n"] == 2
-        meta = report(loop, "math-1.5b/001/rollouts.jsonl.meta.json")
-        assert meta["flags"]["stop"] == ["<|im_end|>", "<|endoftext|>"]
-        assert meta["flags"]["overlong"] == "skip"
-        assert meta["flags"]["max_batch_tokens"] == 1048576
-        assert report(loop, "math-1.5b/001/policy.meta.json")["flags"]["smooth_level"] == "share"
-        assert report(loop, "math-1.5b-grpo/001/policy.meta.json")["flags"]["method"] == "grpo"
-        assert (loop.folder / "passk.png").exists()
-        assert len((loop.folder / "math.jsonl").read_text().splitlines()) == 6  # without the long
-    elif number == 1:
-        meta = report(loop, "math-7b/001/policy.meta.json")
-        assert meta["world_size"] == 2 and meta["flags"]["shard"]
-    elif number == 2:
-        assert report(loop, "cd/eval/eval-001.json")["runs"][0]["problems"] == 3
-        assert report(loop, "cd/001/rollouts.jsonl.meta.json")["flags"]["stop"] == [
-            "</answer>", "Problem:"]
-    else:
-        assert report(loop, "cd/eval/eval-002.json")["runs"][0]["n"] == 2
-        assert (loop.folder / "runs/cd/002/policy").is_dir()
-        assert (loop.folder / "training.png").exists()
+def test_maths(loop):
+    run(loop, "Maths, Qwen2.5-Math-1.5B, one 80 GiB GPU")
+    runs = report(loop, "math-1.5b/eval/eval-001.json")["runs"]
+    assert [one["problems"] for one in runs] == [2, 2] and runs[0]["n"] == 2
+    flags = report(loop, "math-1.5b/001/rollouts.jsonl.meta.json")["flags"]
+    assert flags["stop"] == ["<|im_end|>", "<|endoftext|>"]
+    assert flags["overlong"] == "skip" and flags["max_batch_tokens"] == 1048576
+    assert report(loop, "math-1.5b/001/policy.meta.json")["flags"]["smooth_level"] == "share"
+    assert report(loop, "math-1.5b-grpo/001/policy.meta.json")["flags"]["method"] == "grpo"
+    assert (loop.folder / "passk.png").exists()
+    assert len(rows(loop, "math.jsonl")) == 6  # without the long one
+    run(loop, "Maths, Qwen2.5-Math-7B, a node of eight 80 GiB GPUs")
+    meta = report(loop, "math-7b/001/policy.meta.json")
+    assert meta["world_size"] == 2 and meta["flags"]["shard"]
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.mark.slow
+def test_countdown_goes_on(loop):
+    run(loop, "Countdown, Qwen2.5-1.5B, one 80 GiB GPU")
+    assert report(loop, "cd/eval/eval-001.json")["runs"][0]["problems"] == 3
+    flags = report(loop, "cd/001/rollouts.jsonl.meta.json")["flags"]
+    assert flags["stop"] == ["</answer>", "Problem:"]
+    run(loop, "Stop, look, go on")
+    assert report(loop, "cd/eval/eval-002.json")["runs"][0]["n"] == 2
+    assert (loop.folder / "runs/cd/002/policy").is_dir()
+    assert (loop.folder / "training.png").exists()
 
 
 @pytest.mark.slow
 def test_hard_problems_come_twice(loop):
-    run(loop, toy(recipes()[4][1]), os.path.dirname(sys.executable))
+    run(loop, "Hard problems sampled twice", PYTHON)
     for number in (1, 2):
-        both, hard = (rows(loop.folder / f"{name}-{number}.jsonl") for name in ("both", "renamed"))
-        right = {id: sum(row["correct"] for row in both if row["id"] == id)
-                 for id in {row["id"] for row in both}}
-        once = [id for id in right if not id.endswith("/again")]
+        both, hard = (rows(loop, f"{name}-{number}.jsonl") for name in ("both", "renamed"))
+        right = collections.Counter()
+        for row in both:
+            right[row["id"]] += row["correct"]
+        once = {id for id in right if not id.endswith("/again")}
         assert len(once) == 4 and len(both) == 4 * len(right)
-        assert {row["id"] for row in hard} == {f"{id}/again" for id in once if right[id] <= 1}
-        assert hard and {row["id"] for row in hard} == set(right) - set(once)
-    with open(loop.folder / "dars-2" / "trainer_state.json", encoding="utf-8") as file:
-        assert json.load(file)["step"] == 8
+        again = {row["id"] for row in hard}
+        assert again == {f"{id}/again" for id in once if right[id] <= 1} == set(right) - once
+        assert again
+    assert json.loads((loop.folder / "dars-2/trainer_state.json").read_text())["step"] == 8
 
 
 @pytest.mark.slow
 def test_what_is_rehearsed(loop):
     fewer = {"1500": "8", "32": "16", "124": "6"}
-    commands = re.sub(r"(?<=--n )\d+", lambda found: fewer[found[0]], recipes()[5][1])
-    run(loop, commands, os.path.dirname(sys.executable))
-    once, more, both = (rows(loop.folder / f"{name}.jsonl")
+    run(loop, "Rehearsal of the base's right answers", PYTHON, lambda commands: re.sub(
+        r"(?<=--n )\d+", lambda found: fewer[found[0]], commands))
+    once, more, both = (rows(loop, f"{name}.jsonl")
                         for name in ("once.scored", "more.scored", "rehearse"))
-    hard = {row["id"] for row in rows(loop.folder / "few.jsonl")}
+    hard = {row["id"] for row in rows(loop, "few.jsonl")}
     assert both == once + more and hard == {row["id"] for row in more} and 0 < len(hard) < 8
-    metrics = rows(loop.folder / "rehearsed" / "metrics.jsonl")
+    metrics = rows(loop, "rehearsed/metrics.jsonl")
     assert len(metrics) == 4 and all(line["rehearse_nll"] > 0 for line in metrics)
 
 
 @pytest.mark.slow
 def test_rehearsal_with_a_smaller_weight_later(loop):
-    run(loop, toy(recipes()[6][1]))
-    rounds = [report(loop, f"far/00{number}/policy.meta.json")["flags"] for number in (1, 2)]
-    assert [flags["rehearse_coef"] for flags in rounds] == [1.0, 0.3]
+    run(loop, "Rehearsal with a smaller weight later")
+    assert [report(loop, f"far/00{number}/policy.meta.json")["flags"]["rehearse_coef"]
+            for number in (1, 2)] == [1.0, 0.3]
     assert report(loop, "far/eval/eval-002.json")["runs"][1]["problems"] == 3
 
 
 @pytest.mark.slow
 def test_negative_first_and_many_samples(loop):
-    run(loop, toy(recipes()[7][1]))
-    last = report(loop, "negative-grpo/001/policy.meta.json")
-    assert last["flags"]["method"] == "grpo" and "runs/negative/001/policy" in last["flags"]["model"]
+    run(loop, "Negative rollouts first")
+    last = report(loop, "negative-grpo/001/policy.meta.json")["flags"]
+    assert last["method"] == "grpo" and "runs/negative/001/policy" in last["model"]
     first = report(loop, "negative/001/policy.meta.json")["flags"]
     assert first["arm"] == {"positive_weight": 0} and first["method"].endswith(":w_reinforce")
     assert report(loop, "negative-grpo/001/policy/trainer_state.json")["step"] == 8
-    run(loop, toy(recipes()[8][1]))
+    run(loop, "Many samples of few problems")
     assert report(loop, "broad/001/policy.meta.json")["flags"]["updates"] == 4
 
 
 @pytest.mark.slow
 def test_averaged_weights(loop):
-    run(loop, toy(recipes()[9][1]), os.path.dirname(sys.executable))
+    run(loop, "Averaged weights", PYTHON)
     folders = ("data/tiny-countdown", "runs/ends/001/policy", "averaged")
     base, trained, mixed = (load_file(loop.folder / folder / "model.safetensors")
                             for folder in folders)
@@ -178,6 +175,6 @@ def test_averaged_weights(loop):
 
 @pytest.mark.slow
 def test_dynamic_sampling_leaves_no_group_without_signal(loop):
-    commands = recipes()[11][1].replace("--n 384", "--n 12")
-    run(loop, commands, os.path.dirname(sys.executable))
-    assert {line["dead_groups"] for line in rows(loop.folder / "dynamic/metrics.jsonl")} == {0}
+    run(loop, "Dynamic sampling by files", PYTHON,
+        lambda commands: commands.replace("--n 384", "--n 12"))
+    assert {line["dead_groups"] for line in rows(loop, "dynamic/metrics.jsonl")} == {0}
