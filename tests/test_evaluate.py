@@ -113,11 +113,10 @@ def clopper_pearson(successes, number):
             bound(range(successes + 1), False) if successes < number else 1)
 
 
-@pytest.mark.parametrize("successes", [0, 1, 2, 15, 29, 30])
+@pytest.mark.parametrize("successes", [0, 2, 29, 30])
 def test_of_zeros_and_ones_the_interval_is_clopper_and_pearsons(successes):
     column = np.arange(30)[:, None] < successes
     low, high = clopper_pearson(successes, 30)
-    assert successes or high == pytest.approx(0.1157, abs=5e-5)
     draws, unseen = evaluate.bootstrap(column, 40_000, np.random.default_rng(0))
     found = np.ravel(evaluate.interval(draws, unseen, 0, 1))
     assert found == pytest.approx([low, high], abs=0.004)
@@ -130,9 +129,7 @@ def test_of_zeros_and_ones_the_interval_is_clopper_and_pearsons(successes):
     # problems, n, ks, Beta, hopeless; of a second run g, lost, gained; the plain bootstrap's worst
     ((30, 16, (1, 8, 16), (8, 2), 0.0, None), 0.7),  # all but solved
     ((30, 64, (1, 16, 64), (0.3, 3), 0.9, None), 0.9),
-    ((30, 16, (1, 4, 16), (1, 1), 0.1, None), 1),  # in the middle
-    ((30, 64, (1, 64), (8, 2), 0.03, (1, 0.01, 0)), 0.5),
-    ((100, 16, (1, 16), (1, 4), 0.3, (2, 0, 0.1)), 1)])
+    ((30, 64, (1, 64), (8, 2), 0.03, (1, 0.01, 0)), 0.5)])
 def test_intervals_cover_the_truth(setting, plain):
     """A few settings of tests/interval_coverage.py's grid."""
     methods = "evaluate.py", "plain bootstrap"
@@ -153,17 +150,6 @@ def test_differences_are_paired(tmp_path):
     assert alone["low"] == pytest.approx(two["low"], abs=1e-12)  # beside whatever other run
 
 
-def test_problems_that_are_all_alike_are_no_certainty(tmp_path):
-    """A run is exactly equal to itself alone."""
-    runs = [[row(f"p{p}", s, s < c) for p in range(30) for s in range(4)] for c in (0, 4, 2)]
-    share = clopper_pearson(0, 30)[1]
-    expected = ([0, 0, share, 0, 0, 0], [1, 1 - share, 1, 1, 1 - 2 * share, 1],
-                [0.5, 0.5 - share / 2, 0.5 + share / 2, 0.5, 0.5 - 1.5 * share, 0.5 + share / 2])
-    found = report_of(tmp_path, *runs, flags=("--resamples", 9000))
-    for one, cell in zip(found, expected):
-        assert list(one["pass_at_k"]["1"].values()) == pytest.approx(cell, abs=0.01)
-
-
 # ---- What is counted -----------------------------------------------------------------------------
 def test_more_solutions_than_exist_are_refused(tmp_path, capsys):
     rows = [row("p", s, True, solution=f"s{s}", n_solutions=3) for s in range(4)]
@@ -176,15 +162,12 @@ def test_more_solutions_than_exist_are_refused(tmp_path, capsys):
         assert (result["distinct"], result["solution_coverage"]) == (len(rows), share)
 
 
-def test_only_some_verifiers_write_the_solution_they_found(tmp_path, monkeypatch):
+def test_only_some_verifiers_write_the_solution_they_found(tmp_path):
     """A task of one's own may carry a worked-out `solution`, which the model did not find."""
     for existing in (None, 4):
         result = report_of(tmp_path, [row("p", s, True, task="reverse", solution=["worked", "out"],
                                           n_solutions=existing) for s in range(2)])[0]
         assert result["distinct"] is result["solution_coverage"] is None
-    monkeypatch.setattr(evaluate, "WITH_SOLUTIONS", ("countdown", "reverse"))
-    result = report_of(tmp_path, [row("p", s, s < 3, task="reverse") for s in range(4)])[0]
-    assert result["distinct"] == 2 and result["solution_coverage"] == 0.5
 
 
 @pytest.mark.parametrize("other", [
@@ -261,11 +244,6 @@ def test_sources_and_their_mean(tmp_path):
         [1, 0.25, (1 + 0.25) / 2])  # not (40 + 3) / 52
     alone = report_of(tmp_path, hard)[0]
     assert alone.pop("sources")["hard"] == parts[1] and parts[1].items() <= alone.items()
-    twin = [{**one, "id": one["id"] + "'", "source": "twin"} for one in hard]
-    both = report_of(tmp_path, hard + twin, flags=("--resamples", 5000))[0]
-    width, of_one = (part["pass_at_k"]["1"]["high"] - part["pass_at_k"]["1"]["low"]
-                     for part in (both, both["sources"]["hard"]))
-    assert width < 0.85 * of_one  # drawn independently
 
 
 # ---- Terminal, files, figures --------------------------------------------------------------------
@@ -323,8 +301,8 @@ def texts(axis):
     return [text.get_text() for text in axis.texts]
 
 
-def passk_figure(tmp_path, *names, n=4, flags=()):
-    files = [write(tmp_path / f"{index}.jsonl", random_rows(index, problems=5, n=n))
+def passk_figure(tmp_path, *names, flags=()):
+    files = [write(tmp_path / f"{index}.jsonl", random_rows(index, problems=5, n=4))
              for index in range(len(names))]
     main(*files, "--names", *names, "--resamples", 50, "--plot", tmp_path / "p.svg", *flags)
 
@@ -337,44 +315,42 @@ def test_passk_figure(tmp_path, figures):
         assert [axis.get_title("left") for axis in axes] == titles[:len(names)]
         for axis in axes[:2]:
             assert sorted(texts(axis)) == sorted(names) and len(axis.collections) == len(names)
-            assert axis.get_xscale() == "log"
             assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "4"]
         ends = sorted((line.get_ydata()[-1], text) for line, text in zip(left.lines, names))
         assert texts(left) == [name for _, name in ends]  # each beside its line's end
         places = [text.get_position()[1] for text in left.texts]
         assert all(later - earlier > 0.04 for earlier, later in zip(places, places[1:]))
-    assert figures[-1].get_supxlabel() == "5 problems, n = 4; bands: 95 % over problems"
     passk_figure(tmp_path, "base", "grpo", "ds-grpo", flags=("--k", 2))
     assert len(figures[-1].axes) == 2  # with one k there is nothing to draw it against
 
 
 def test_rounds_are_a_path_from_the_reference(tmp_path, figures):
-    passk_figure(tmp_path, "base", "005", "10", "15")
-    curves, path = figures[-1].axes
-    assert sorted(texts(curves)) == ["base", "round 10", "round 15", "round 5"]
-    assert texts(path) == ["base", "round 5", "round 10", "round 15"]
-    ends = [(line.get_ydata()[0], line.get_ydata()[-1]) for line in curves.lines]
-    assert [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in path.lines[::2]] == ends
-    assert [line.get_marker() for line in path.lines[1::2]] == ["*", "o", "o", "o"]
-    starts = [(line.get_xdata()[0], line.get_ydata()[0]) for line in path.lines[::2]]
+    def path_of(*names):
+        passk_figure(tmp_path, *names)
+        curves, path = figures[-1].axes[0], figures[-1].axes[-1]
+        starts, ends = ([(line.get_xdata()[at], line.get_ydata()[at]) for line in path.lines[::2]]
+                        for at in (0, -1))
+        assert [y for _, y in ends] == [line.get_ydata()[-1] for line in curves.lines]
+        return starts, ends, texts(path)
+
+    starts, ends, names = path_of("base", "005", "10", "15")
+    assert names == ["base", "round 5", "round 10", "round 15"]
     assert starts == [ends[0], *ends[:-1]]
-    passk_figure(tmp_path, "base", "5", "10", "grpo")  # no rounds: each from the reference
-    lines = figures[-1].axes[2].lines[::2]
-    assert {(line.get_xdata()[0], line.get_ydata()[0]) for line in lines} == {ends[0]}
+    starts, ends, _ = path_of("base", "5", "10", "grpo")  # no rounds: each from the reference
+    assert starts == [ends[0]] * 4
 
 
-def test_names_are_literal_and_an_error_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+def test_names_are_literal_and_an_error_leaves_nothing_behind(tmp_path, monkeypatch):
     names = ["_base", "$x", r"\frac{$", "a$b$c^2", "wo\nrd", "long" * 100]
     passk_figure(tmp_path, *names)
     drawn = (tmp_path / "p.svg").read_text()
     for name in ("_base", "$x", r"\frac{$", "a$b$c^2", "wo?rd", "longlonglon…longlonglong"):
         assert drawn.count(f"<!-- {name} -->") == 3, name  # of the glyphs, as matplotlib writes it
     assert "<!-- Pass@k minus _base, paired -->" in drawn
-    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
-        monkeypatch.setattr(os, "fsync", lambda _, error=error: (_ for _ in ()).throw(error))
-        with pytest.raises((SystemExit, KeyboardInterrupt)):
-            passk_figure(tmp_path, "a")
-        assert (tmp_path / "p.svg").read_text() == drawn
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(SystemExit):
+        passk_figure(tmp_path, "a")
+    assert (tmp_path / "p.svg").read_text() == drawn
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -394,15 +370,12 @@ def test_training_curves(tmp_path, figures, capsys):
     for source, updates in ((run, 8), (folder, 4), (folder / "metrics.jsonl", 4)):
         main("--training", source, "--plot", plot)
         axes = figures[-1].axes
-        assert [len(line.get_xdata()) for axis in axes for line in axis.lines] == [
-            *[updates] * 8, *[-(-updates // 3)] * 2, *[updates] * 4]  # updates, and running means
+        assert {len(line.get_xdata()) for line in axes[0].lines} == {updates}
         assert [sorted(texts(axis)) for axis in axes] == [
             ["Pass@1", "Pass@n"], [""], ["all", "correct", "wrong"], [""]]
-    # Older runs lack pass@n, in all rows or in the first ones.
-    for rows, drawn in ((metrics(50), 50), (metrics(50) + metrics(3, **newer), 3)):
-        write(folder / "metrics.jsonl", rows)
-        main("--training", folder, "--plot", plot)
-        assert len(figures[-1].axes[0].lines[-1].get_ydata()) == drawn
+    write(folder / "metrics.jsonl", metrics(50) + metrics(3, **newer))  # older rows lack pass@n
+    main("--training", folder, "--plot", plot)
+    assert len(figures[-1].axes[0].lines[-1].get_ydata()) == 3
     assert "no metrics.jsonl here" in refused(capsys, "--training", tmp_path, "--plot", plot)
     write(folder / "metrics.jsonl", [{"step": 1}])
     message = refused(capsys, "--training", folder, "--plot", plot)
@@ -426,16 +399,15 @@ def test_bad_rows_are_named(tmp_path, capsys, change, message):
     assert f"{scored}:2: {message}" in refused(capsys, scored)
 
 
-def test_bad_files_are_named(tmp_path, capsys):
-    assert "nowhere.jsonl: No such file" in refused(capsys, tmp_path / "nowhere.jsonl")
-    assert "no rows in this file" in refused(capsys, write(tmp_path / "a.jsonl", []))
-    twice = write(tmp_path / "b.jsonl", [row("p", 0, True)] * 2)
-    assert f"{twice}:2: sample 0 of problem 'p' stands twice" in refused(capsys, twice)
-    ragged = write(tmp_path / "c.jsonl", [row("p", 0, True), row("p", 1, True), row("q", 0, True)])
-    assert f"{ragged}: problem 'q' has 1 samples but 'p' has 2" in refused(capsys, ragged)
-    torn = tmp_path / "d.jsonl"
-    torn.write_text(json.dumps(row("p", 0, True)) + "\n" + json.dumps(row("p", 1, True))[:40])
-    assert f"{torn}:2: not a valid JSON row" in refused(capsys, torn)
+@pytest.mark.parametrize("rows, message", [
+    ([], "no rows in this file"),
+    ([row("p", 0, True)] * 2, ":2: sample 0 of problem 'p' stands twice"),
+    ([row("p", 0, True), row("p", 1, True), row("q", 0, True)],
+     "problem 'q' has 1 samples but 'p' has 2")])
+def test_bad_files_are_named(tmp_path, capsys, rows, message):
+    scored = write(tmp_path / "a.jsonl", rows)
+    error = refused(capsys, scored)
+    assert scored in error and message in error
 
 
 @pytest.mark.parametrize("argv, message", [
