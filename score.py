@@ -4,8 +4,8 @@
     python score.py scored.jsonl --show 5 [--reason value]      # look at scored rows, write nothing
     python score.py prompts.jsonl --check-problems              # are these problems of a task?
 
-Reads one sample a line: `id`, `sample`, `completion`, `finish_reason`, `task`, and the task's own
-fields. Writes the rows in order, every other field untouched, each with
+Reads one sample a line: `id`, `sample`, `completion`, `finish_reason`, `task` and the task's own
+fields. Writes the rows in order, other fields untouched, each with
 
     pred        the extracted answer, or null
     correct     what Pass@k counts and what the sign of the smoothing term comes from
@@ -59,8 +59,9 @@ def parse_args(argv=None):
         help="print N rows, some of each reason; without --out those of a scored file")
     add("--reason", choices=REASONS, help="with --show: only rows with this reason")
     args = parser.parse_args(argv)
-    if args.workers < 1 or not 0 < args.timeout < 1e6 or args.show < 0:
-        parser.error("--workers and --timeout must be above 0, --show not below")
+    parser.at_least(args, workers=1, show=0)
+    if not 0 < args.timeout < 1e6:
+        parser.error("--timeout must be above 0 and below a million")
     if bool(args.out or args.show) == bool(args.check_problems):
         parser.error("give --out SCORED.jsonl, --show N or both; or --check-problems alone")
     if args.reason and not args.show:
@@ -135,11 +136,7 @@ def with_fields(line, fields):
 
 
 # ---- What is shown -----------------------------------------------------------------------------
-class ScoredRow(msgspec.Struct):
-    """What --show needs of a line of scored.jsonl to choose it."""
-    id: str
-    correct: bool
-    reason: str
+SHOWN = [("id", str), ("correct", bool), ("reason", str)]  # what a row must have to be shown
 
 
 def show(kept, n):
@@ -193,7 +190,7 @@ def main(args):
             kept[reason].append(line)
 
     if not args.out:
-        for _, line, row in read_rows(args.rollouts, ScoredRow):
+        for _, line, row in read_rows(args.rollouts, msgspec.defstruct("Shown", SHOWN)):
             keep(row.reason, line)
         return show(kept, args.show)
 

@@ -22,11 +22,13 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import functools
 import io
 import itertools
 import json
 import os
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -40,35 +42,31 @@ EMBEDDED = os.path.join(ROOT, "data", "tiny-countdown")
 PARTS = ("generate", "score", "update", "evaluate", "growth")
 
 
-def qwen2(vocab, hidden, layers, heads, kv_heads, intermediate):
-    return {"vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-            "intermediate_size": intermediate, "tie_word_embeddings": True,
-            "bos_token_id": None, "eos_token_id": None, "pad_token_id": 1}
-
-
 # prompts; samples a prompt; times that a prompt, some 13 tokens, is repeated; new tokens; batch
-# sizes that model.generate may choose from; config of a random Qwen2, empty: the embedded model
-Size = collections.namedtuple("Size", "prompts n repeat new_tokens batches config", defaults=[{}])
+# sizes that model.generate may choose from; shape of a random Qwen2: vocabulary, hidden size,
+# layers, heads, key and value heads, intermediate size; none: the embedded model
+Size = collections.namedtuple("Size", "prompts n repeat new_tokens batches shape", defaults=[()])
 SIZES = {
-    "toy": Size(2, 4, 1, 4, (2, 4, 8), qwen2(64, 32, 2, 2, 1, 64)),  # for tests
+    "toy": Size(2, 4, 1, 4, (2, 4, 8), (64, 32, 2, 2, 1, 64)),  # for tests
     "tiny": Size(48, 16, 1, 24, (64, 256, 768)),
-    "25m": Size(4, 16, 5, 32, (16, 32, 64), qwen2(4096, 512, 8, 8, 2, 1408)),
-    "0.5b": Size(4, 16, 10, 64, (16, 32, 64), qwen2(151936, 896, 24, 14, 2, 4864)),
+    "25m": Size(4, 16, 5, 32, (16, 32, 64), (4096, 512, 8, 8, 2, 1408)),
+    "0.5b": Size(4, 16, 10, 64, (16, 32, 64), (151936, 896, 24, 14, 2, 4864)),
 }
+SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "intermediate_size")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="default: all")
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "25m"], choices=SIZES,
-                        help="models of generate and update (default: %(default)s)")
-    parser.add_argument("--rows", nargs="+", type=int, default=[1000, 4000],
-                        help="rows of the other parts (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3,
-                        help="rounds after the warm-up (default: %(default)s)")
-    parser.add_argument("--out", help="JSON file to write (default: the table alone)")
+    add = parser.add_argument
+    add("--only", nargs="+", default=PARTS, choices=PARTS, help="default: all")
+    add("--sizes", nargs="+", default=["tiny", "25m"], choices=SIZES,
+        help="models of generate and update (default: %(default)s)")
+    add("--rows", nargs="+", type=int, default=[1000, 4000],
+        help="rows of the other parts (default: %(default)s)")
+    add("--rounds", type=int, default=3, help="rounds after the warm-up (default: %(default)s)")
+    add("--out", help="JSON file to write (default: the table alone)")
     return parser.parse_args(argv)
 
 
@@ -100,8 +98,7 @@ class Meter:
         if self.cuda:
             torch.cuda.synchronize()
             return time.perf_counter()
-        used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return sum(one.ru_utime + one.ru_stime for one in used)
+        return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
     def memory(self, peak):
         """Bytes held now, or the most since __enter__."""
@@ -109,7 +106,7 @@ class Meter:
             return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
         with open("/proc/self/status", encoding="utf-8") as file:
             field = "VmHWM" if peak else "VmRSS"
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+            return 1024 * int(re.search(rf"{field}:\s+(\d+)", file.read())[1])
 
     def __enter__(self):
         if self.cuda:
@@ -136,23 +133,18 @@ class Meter:
         return call
 
 
-LEFT_OUT = [(one.__name__, one) for one in (models.load_model, models.load_tokenizer,
-                                            models.save_round, files.describe)]
+LEFT_OUT = [models.load_model, models.load_tokenizer, models.save_round, files.describe]
 
 
 def call(meter, stage, *flags):
     """Run a stage in this process. LEFT_OUT takes no time, wherever it is imported."""
-    said = io.StringIO()
     with contextlib.ExitStack() as stack:
-        for module, (name, function) in itertools.product([*sys.modules.values()], LEFT_OUT):
-            if getattr(module, "__dict__", {}).get(name) is function:
-                stack.enter_context(mock.patch.object(module, name, meter.untimed(function)))
-        stack.enter_context(contextlib.redirect_stdout(said))
-        stack.enter_context(contextlib.redirect_stderr(said))
-        try:
-            stage.main(stage.parse_args([str(flag) for flag in flags]))
-        except SystemExit:
-            sys.exit(f"bench.py: error: {stage.__name__}.py failed: {said.getvalue()[-2000:]}")
+        for module, function in itertools.product([*sys.modules.values()], LEFT_OUT):
+            if getattr(module, "__dict__", {}).get(function.__name__) is function:
+                stack.enter_context(mock.patch.object(module, function.__name__,
+                                                      meter.untimed(function)))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stage.main(stage.parse_args([str(flag) for flag in flags]))
 
 
 class Bench:
@@ -169,27 +161,26 @@ class Bench:
 
     def measure(self, name, unit, arms, made=None):
         """Run the arms in turns. arms: {name: function(meter, seed)}, ours first; each makes
-        `made` units, or as many as it returns."""
-        found, missing = {arm: [] for arm in arms}, {}
+        `made` units, or as many as it returns. An arm that cannot run gets its error for a
+        figure."""
+        entry = {arm: [] for arm in arms}  # lists of (seconds a unit, peak MiB)
         for seed in range(self.rounds + 1):
-            for arm in [arm for arm in arms if arm not in missing]:
+            for arm in [arm for arm in arms if isinstance(entry[arm], list)]:
                 try:
                     with Meter(self.device) as meter:
                         units = arms[arm](meter, seed) or made
+                    entry[arm].append((meter.seconds / units, meter.peak / 2**20))
                 except (ImportError, torch.OutOfMemoryError) as error:
-                    missing[arm] = f"{type(error).__name__}: {error}"[:120]
-                    continue
-                if seed:  # the first one warms up
-                    found[arm].append((meter.seconds / units, meter.peak / 2**20))
-        entry, ours = {}, [time for time, _ in next(iter(found.values()))]
-        for arm, results in found.items():
-            times, peaks = zip(*results) if results else ((), ())
-            ratios = sorted(time / own for time, own in zip(times, ours))
-            entry[arm] = missing.get(arm) or {
-                "a_second": float(f"{1 / statistics.median(times):.4g}"),
-                "peak_mib": round(max(peaks)),
-                "ours_is_faster": [round(one, 3) for one in (
-                    statistics.median(ratios), ratios[0], ratios[-1])]}
+                    entry[arm] = f"{type(error).__name__}: {error}"[:120]
+        ours = next(iter(entry.values()))
+        for arm, figures in entry.items():
+            if isinstance(figures, list):  # the first round warms up
+                times, peaks = zip(*figures[1:])
+                ratios = [time / own for time, (own, _) in zip(times, ours[1:])]
+                spread = statistics.median(ratios), min(ratios), max(ratios)
+                entry[arm] = {"a_second": float(f"{1 / statistics.median(times):.4g}"),
+                              "peak_mib": round(max(peaks)),
+                              "ours_is_faster": [round(one, 3) for one in spread]}
         self.entries[name] = {"unit": unit, "rounds": self.rounds, "device": self.device,
                               "arms": entry}
 
@@ -203,12 +194,14 @@ class Bench:
 def make_folder(bench, size):
     """A model folder, its tokenizer and a prompt file of this size."""
     folder = EMBEDDED
-    if size.config:
+    if size.shape:
         folder = bench.fresh("model")
         torch.manual_seed(0)
+        config = transformers.Qwen2Config(
+            **dict(zip(SHAPE, size.shape)), tie_word_embeddings=True, bos_token_id=None,
+            eos_token_id=None, pad_token_id=1,
+            initializer_range=0.05)  # not 0.02: random weights shall prefer some tokens
         with torch.device(bench.device):
-            # Wider than 0.02, so that random weights prefer some tokens over others.
-            config = transformers.Qwen2Config(**size.config, initializer_range=0.05)
             transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
         make_tiny.make_tokenizer().save_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -243,7 +236,7 @@ def bench_generate(bench, name):
     size = SIZES[name]
     folder, tokenizer, prompts = make_folder(bench, size)
     texts = [row["prompt"] for row in read_rows(prompts) for _ in range(size.n)]
-    end = None if size.config else tokenizer.eos_token_id
+    end = None if size.shape else tokenizer.eos_token_id
     dtype = torch.bfloat16 if bench.device == "cuda" else torch.float32
     settings = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=size.new_tokens,
@@ -253,7 +246,7 @@ def bench_generate(bench, name):
         out = bench.fresh("rollouts.jsonl")
         call(meter, generate, "--model", folder, "--prompts", prompts, "--out", out,
              "--n", size.n, "--max-new-tokens", size.new_tokens, "--seed", seed,
-             "--device", bench.device, *["--ignore-eos"] * bool(size.config))
+             "--device", bench.device, *["--ignore-eos"] * bool(size.shape))
         return meter.untimed(lambda: sum(len(row["completion_ids"]) for row in read_rows(out)))()
 
     def padded(batch_size, meter, seed):
@@ -269,15 +262,15 @@ def bench_generate(bench, name):
             made += sum(one.index(end) + 1 if end in one else len(one) for one in new)
         return made
 
-    def speed(batch_size):
+    def seconds(batch_size):
         with Meter(bench.device) as meter:
             made = padded(batch_size, meter, 0)
-        return made / meter.seconds
+        return meter.seconds / made
 
-    best = max(size.batches, key=speed)
+    best = min(size.batches, key=seconds)
     bench.measure(f"generate/{name}", "tokens", {
         "generate.py": ours,
-        f"model.generate, batch {best}": lambda meter, seed: padded(best, meter, seed)})
+        f"model.generate, batch {best}": functools.partial(padded, best)})
 
 
 # ---- score ---------------------------------------------------------------------------------------
@@ -338,7 +331,7 @@ def bench_update(bench, name):
     size, rng = SIZES[name], random.Random(0)
     folder, tokenizer, prompts = make_folder(bench, size)
     # The embedded model's answers have 7 to 19 tokens; a random model's fill all room.
-    least, most = (size.new_tokens, size.new_tokens) if size.config else (7, 19)
+    least, most = (size.new_tokens, size.new_tokens) if size.shape else (7, 19)
     rows = [sample_row(problem, k, tokenizer(row["prompt"])["input_ids"],
                        rng.choices(range(len(tokenizer)), k=rng.randint(least, most)), k % 2 == 0)
             for problem, row in enumerate(read_rows(prompts)) for k in range(size.n)]
