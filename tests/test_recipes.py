@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import crash
 from test_models import make_folder
-from test_run import Loop, warm  # noqa: F401  the fixture
+from test_run import Loop
 
 PYTHON = os.path.dirname(sys.executable)
 TOY = {  # flag: its value in the dry run; all others stay as they are
@@ -49,9 +49,9 @@ def test_toy_changes_values_alone_and_every_recipe_has_commands():
 
 
 @pytest.fixture(scope="module")
-def loop(tmp_path_factory, warm):  # noqa: F811
+def loop(tmp_path_factory):
     """A folder with the scripts, the files that the recipes start from and a random model."""
-    loop = Loop(tmp_path_factory.mktemp("recipes"), warm)
+    loop = Loop(tmp_path_factory.mktemp("recipes"))
     stub = (loop.bin / "python3").read_text()
     (loop.bin / "python").write_text(stub)
     (loop.bin / "python").chmod(0o755)
