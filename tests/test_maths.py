@@ -1,20 +1,18 @@
-"""data/maths.py: every field spelling of the Hub's maths sets becomes the contract's rows."""
+"""data/maths.py: every field spelling of the Hub's maths sets becomes the contract's rows; and
+numbers are equal exactly where exact arithmetic says so."""
 import json
 import math
-import os
 import pathlib
-import subprocess
 import sys
 from fractions import Fraction
 
 import pytest
+from hypothesis import Phase, assume, example, given, settings, strategies
 
 import score
 from data import latex, maths
-from hypothesis import Phase, assume, example, given, settings, strategies
 
-ROOT = pathlib.Path(score.__file__).parent
-SAMPLES = ROOT / "tests/maths_samples"
+SAMPLES = pathlib.Path(score.__file__).parent / "tests/maths_samples"
 
 
 def convert(source, out, *flags):
@@ -22,12 +20,14 @@ def convert(source, out, *flags):
     return [json.loads(line) for line in open(out, encoding="utf-8")]
 
 
-def refused(capsys, source, out, *flags):
+def refused(capsys, source, *flags):
+    """The one line of a conversion that ends with exit code 2 and without an output."""
+    out = source.parent / "refused.jsonl"
     with pytest.raises(SystemExit) as end:
         maths.main(maths.parse_args(["--input", str(source), "--out", str(out), *flags]))
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1 and err.startswith("maths.py: error: ")
-    assert not os.path.exists(out)
+    assert not out.exists()
     return err
 
 
@@ -50,6 +50,7 @@ def judge():
         yield lambda gold, pred, error=None: maths.judge(pred, [(gold, "", error)]) == "ok"
 
 
+# ---- Benchmarks ----------------------------------------------------------------------------------
 EXPECTED = {  # file: [(id, answer, extra fields)]; None for an id made of a digest
     "math": [(None, "7", {}), (None, r"\frac{1}{8}", {}), (None, "9", {})],
     "math500": [("test/geometry/1.json", "(3,5)", {}), ("test/algebra/2.json", r"5\sqrt{2}", {})],
@@ -67,13 +68,10 @@ EXPECTED = {  # file: [(id, answer, extra fields)]; None for an id made of a dig
 }
 
 
-def test_every_sample_is_expected():
-    assert {path.stem for path in SAMPLES.glob("*.jsonl")} == set(EXPECTED)
-
-
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", sorted({path.stem for path in SAMPLES.glob("*.jsonl")}))
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_every_spelling(tmp_path, name, form):
+def test_every_spelling(tmp_path, judge, name, form):
+    """Each gold, boxed, is a right answer to its own row."""
     source = SAMPLES / f"{name}.jsonl"
     if form == "parquet":
         pyarrow = pytest.importorskip("pyarrow")
@@ -91,22 +89,9 @@ def test_every_spelling(tmp_path, name, form):
                                "\\boxed{}.\n")
         assert "Answer:" not in prompt and len(prompt) > 85
         assert row == {"task": "math", "answer": answer, "source": name, **extras}
-    assert json.load(open(tmp_path / "out.jsonl.meta.json"))["flags"]["template"] == "plain"
-
-
-def test_the_golds_are_what_score_takes(tmp_path, judge):
-    """Each gold, boxed, is a right answer to its own row."""
-    rows = []
-    for name in sorted(EXPECTED):
-        rows += convert(SAMPLES / f"{name}.jsonl", tmp_path / f"{name}.jsonl")
-    for row in rows:
-        fields = {name: row[name] for name in ("answer", "unit", "error") if name in row}
-        answer = row["answer"]
-        answer = answer if isinstance(answer, str) else ", ".join(reversed(answer))
-        completion = f"It is \\boxed{{{answer}}}."
-        pending = maths.verify(completion, maths.Row("m", 0, completion, "stop", **fields))
-        assert maths.judge(*pending.arguments) == "ok", row
-    assert len(rows) == sum(map(len, EXPECTED.values()))
+        boxed = answer if isinstance(answer, str) else ", ".join(reversed(answer))
+        row = maths.Row("m", 0, "", "stop", answer, **extras)
+        assert maths.judge(*maths.verify(f"It is \\boxed{{{boxed}}}.", row).arguments) == "ok"
 
 
 def test_templates(tmp_path):
@@ -126,16 +111,16 @@ def test_templates(tmp_path):
         assert convert(source, tmp_path / f"{number}.jsonl", *flags) == [row]
 
 
-def test_ids_are_stable_texts(tmp_path):
-    """They depend on the row alone, not on its place; no file is named by them."""
+def test_ids_are_stable_texts(tmp_path, capsys):
+    """They depend on the row alone, not on its place; another run leaves the file alone."""
     rows = [{"problem": "p", "answer": 1}, {"problem": "q", "answer": 2},
             {"id": "../../x", "problem": "r", "answer": 3},
             {"id": "5", "problem": "s", "answer": 4}, {"id": "", "problem": "t", "answer": 5}]
     one = convert(write(tmp_path / "in.jsonl", *rows), tmp_path / "one.jsonl")
+    assert one == convert(tmp_path / "in.jsonl", tmp_path / "one.jsonl")
+    assert "complete, left alone" in capsys.readouterr().err
     two = convert(write(tmp_path / "in.jsonl", *rows[::-1]), tmp_path / "two.jsonl")
     assert one == two[::-1] and [row["id"] for row in one][2:4] == ["../../x", "in-5"]
-    assert sorted(os.listdir(tmp_path)) == [
-        "in.jsonl", "one.jsonl", "one.jsonl.meta.json", "two.jsonl", "two.jsonl.meta.json"]
 
 
 def test_long_problems_are_left_out_and_counted(tmp_path, capsys):
@@ -145,68 +130,56 @@ def test_long_problems_are_left_out_and_counted(tmp_path, capsys):
     assert [row["answer"] for row in new] == ["1", "5"]
     assert "2 problems; 2 longer ones left out" in capsys.readouterr().out
     source = write(tmp_path / "long.jsonl", rows[3])
-    out = tmp_path / "none.jsonl"
-    assert "no problem is left" in refused(capsys, source, out, "--max-chars", "5")
-    assert "--max-chars must be" in refused(capsys, source, out, "--max-chars", "0")
+    assert "no problem is left" in refused(capsys, source, "--max-chars", "5")
 
 
 def test_duplicates_are_errors_unless_the_first_is_kept(tmp_path, capsys):
-    rows = [{"id": 1, "problem": "p", "answer": 1}, {"id": 2, "problem": "q", "answer": 2},
-            {"id": 1, "problem": "r", "answer": 3}]
+    rows = [{"id": id, "problem": "p", "answer": answer} for id, answer in ((1, 1), (2, 2), (1, 3))]
     source = write(tmp_path / "in.jsonl", *rows)
-    err = refused(capsys, source, tmp_path / "out.jsonl")
+    err = refused(capsys, source)
     assert "in.jsonl:3: id 'in-1' is repeated" in err and "in.jsonl:1" in err
     new = convert(source, tmp_path / "kept.jsonl", "--keep-first")
     assert [row["answer"] for row in new] == ["1", "2"]
 
 
-BAD = [
-    ({"problem": "p"}, "no gold"), ({"problem": "p", "answer": ""}, "no gold"),
-    ({"problem": "p", "answer": " $ $ "}, "no gold"),
-    ({"problem": "p", "answer": None, "solution": "none boxed"}, "no gold"),
-    ({"problem": "p", "answer": "", "solution": "\\boxed{}"}, "no gold"),
-    ({"problem": "p", "answer": True}, "no gold"),
-    ({"problem": "p", "final_answer": []}, "no gold"),
-    ({"problem": "p", "final_answer": ["1", ""]}, "no gold"),
-    ({"problem": "p", "final_answer": ["1,"], "is_multiple_answer": True}, "no gold"),
-    ({"problem": "p", "answer": {"a": 1}}, "no gold"),
-    ({"problem": "p", "answer": "####"}, "no gold"),
-    ({"problem": "p", "solution": "\\boxed{"}, "no gold"),
-    ({"problem": "p", "answer": "proof"}, "no gold: 'proof' is no answer"),
-    ({"problem": "p", "answer": "Not found."}, "no gold: 'Not found.' is no answer"),
-    ({"problem": "p", "answer": ["1", "N/A"]}, "no gold: 'N/A' is no answer"),
-    ({"problem": "p", "answer": '["proof"]'}, "no gold: 'proof' is no answer"),
-    ({"problem": "p", "answer": None, "solution": "\\boxed{\\text{None}}"}, "no gold: "),
-    ({"answer": "1"}, "no problem text"), ({"problem": " ", "answer": "1"}, "no problem text"),
-    ({"problem": 3, "answer": "1"}, "no problem text"),
-    ({"prompt": [{"role": "system", "content": "s"}], "answer": "1"}, "no problem text"),
-    ({"prompt": ["x"], "answer": "1"}, "no problem text"),
-    ({"prompt": [{"role": "user", "content": None}], "answer": "1"}, "a turn's content must be"),
-    ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"},
-     "a turn's content must be"),
-    ({"problem": "p", "answer": "1", "error": "wide"}, "field 'error'"),
-    ({"problem": "p", "answer": "1", "error": -1}, "field 'error'"),
-    ({"problem": "p", "answer": "1", "error": {}}, "field 'error'"),
-    ({"problem": "p", "answer": "1", "unit": 3}, "field 'unit'")]
+BAD = [({"problem": "p", **row}, message) for row, message in [
+    ({}, "no gold"), ({"answer": ""}, "no gold"), ({"answer": " $ $ "}, "no gold"),
+    ({"answer": None, "solution": "none boxed"}, "no gold"), ({"answer": True}, "no gold"),
+    ({"answer": "", "solution": "\\boxed{}"}, "no gold"), ({"final_answer": []}, "no gold"),
+    ({"final_answer": ["1", ""]}, "no gold"), ({"answer": {"a": 1}}, "no gold"),
+    ({"final_answer": ["1,"], "is_multiple_answer": True}, "no gold"),
+    ({"answer": "####"}, "no gold"), ({"solution": "\\boxed{"}, "no gold"),
+    ({"answer": "proof"}, "no gold: 'proof' is no answer"),
+    ({"answer": "Not found."}, "no gold: 'Not found.' is no answer"),
+    ({"answer": ["1", "N/A"]}, "no gold: 'N/A' is no answer"),
+    ({"answer": '["proof"]'}, "no gold: 'proof' is no answer"),
+    ({"answer": None, "solution": "\\boxed{\\text{None}}"}, "no gold: "),
+    ({"answer": "1", "error": "wide"}, "field 'error'"),
+    ({"answer": "1", "error": -1}, "field 'error'"),
+    ({"answer": "1", "error": {}}, "field 'error'"), ({"answer": "1", "unit": 3}, "field 'unit'"),
+]] + [({"answer": "1", **row}, message) for row, message in [
+    ({}, "no problem text"), ({"problem": " "}, "no problem text"),
+    ({"problem": 3}, "no problem text"), ({"prompt": ["x"]}, "no problem text"),
+    ({"prompt": [{"role": "system", "content": "s"}]}, "no problem text"),
+    ({"prompt": [{"role": "user", "content": None}]}, "a turn's content must be"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "a turn's content must be")]]
 
 
-@pytest.mark.parametrize("row, message", BAD)
-def test_a_row_that_cannot_be_used_is_one_line(tmp_path, capsys, row, message):
-    source = write(tmp_path / "in.jsonl", {"id": 0, "problem": "fine", "answer": "1"}, row)
-    assert f"in.jsonl:2: {message}" in refused(capsys, source, tmp_path / "out.jsonl")
-
-
-def test_skip_bad_leaves_them_out_counts_them_and_names_the_first(tmp_path, capsys):
-    bad = [row for row, _ in BAD]
+def test_a_row_that_cannot_be_used_is_one_line_or_skipped_and_counted(tmp_path, capsys):
     good = [{"problem": "fine", "answer": "1"}, {"problem": "fine, too", "answer": "2"}]
+    for number, (row, message) in enumerate(BAD):
+        source = write(tmp_path / "in.jsonl", good[0], row)
+        assert f"in.jsonl:2: {message}" in refused(capsys, source), row
+        (tmp_path / "refused.jsonl.partial").unlink()
+    bad = [row for row, _ in BAD]
     source, out = write(tmp_path / "in.jsonl", good[0], *bad, good[1]), tmp_path / "out.jsonl"
     assert [row["answer"] for row in convert(source, out, "--skip-bad")] == ["1", "2"]
-    said = capsys.readouterr().out
-    assert f"2 problems; {len(bad)} bad ones left out, the first is {source}:2: no gold" in said
+    summary = capsys.readouterr().out
+    assert f"2 problems; {len(bad)} bad ones left out, the first is {source}:2: no gold" in summary
     meta = json.load(open(f"{out}.meta.json"))
     assert meta["rows"] == 2 and meta["bad"] == len(bad) and ":2: no gold" in meta["first_bad"]
     source = write(tmp_path / "all_bad.jsonl", *bad)
-    assert "no problem is left" in refused(capsys, source, tmp_path / "none.jsonl", "--skip-bad")
+    assert "no problem is left" in refused(capsys, source, "--skip-bad")
 
 
 @pytest.mark.parametrize("row, problem, answer", [
@@ -227,52 +200,49 @@ def test_skip_bad_leaves_them_out_counts_them_and_names_the_first(tmp_path, caps
     ({"problem": None, "conversations": None, "messages": [{"from": "human", "value": "p"}],
       "answer": "5"}, "p", "5"),
     ({"problem": "p", "answer": "5", "unit": None, "error": [None]}, "p", "5")])
-def test_columns_as_data_sets_have_them(tmp_path, row, problem, answer):
+def test_columns_as_data_sets_have_them(row, problem, answer):
     """Empty and null fields, lists in a text, turns whose content is a list of parts."""
-    source = tmp_path / "in.jsonl"
-    source.write_text(json.dumps(row).replace("NaN", "null"))
-    [new] = convert(source, tmp_path / "out.jsonl", "--template", "plain")
+    args = maths.parse_args(["--input", "in.jsonl", "--out", "o.jsonl", "--template", "plain"])
+    new = maths.convert(row, args)
     assert new["prompt"].startswith(f"{problem}\nPlease") and new["answer"] == answer
     assert not new.keys() & {"unit", "error"}
 
 
-def test_nan_of_a_parquet_column_is_null():
-    assert maths.first({"answer": float("nan"), "Answer": 5}, "answer", "Answer") == 5
+def test_files_and_flags_that_cannot_be_used(tmp_path, capsys, monkeypatch):
+    source = tmp_path / "in.jsonl"
+    assert "--max-chars must be" in refused(capsys, source, "--max-chars", "0")
+    assert "--system" in refused(capsys, source, "--system", "x")
+    parquet = tmp_path / "in.parquet"
+    parquet.write_bytes(b"PAR1 not at all")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        assert "needs pyarrow" in refused(capsys, parquet)
+    (tmp_path / "refused.jsonl.partial").unlink()
+    pytest.importorskip("pyarrow")
+    assert "in.parquet: not a valid Parquet file" in refused(capsys, parquet)
 
 
-# ---- Numbers -----------------------------------------------------------------------------------
+# ---- Numbers -------------------------------------------------------------------------------------
 # Exact values: (sign, rational, factors of primes, factorials and powers with their exponents),
 # where the value is sign * product of base**exponent; a root is an exponent of 1/2 or 1/3.
-BASES = strategies.sampled_from([2, 3, 5, 7, 10, "12!", "30!"])
 POWERS = strategies.lists(
-    strategies.tuples(BASES, strategies.sampled_from([
-        *map(Fraction, (1, 2, -1, -3, 23, -70, 99, -365, -2024)),
-        Fraction(1, 2), Fraction(-1, 2), Fraction(1, 3), Fraction(-7, 3)])),
+    strategies.tuples(strategies.sampled_from([2, 3, 5, 7, 10, "12!", "30!"]),
+                      strategies.sampled_from([
+                          *map(Fraction, (1, 2, -1, -3, 23, -70, 99, -365, -2024)),
+                          Fraction(1, 2), Fraction(-1, 2), Fraction(1, 3), Fraction(-7, 3)])),
     min_size=1, max_size=3, unique_by=lambda power: power[0])
 SIGNED = strategies.tuples(strategies.sampled_from([1, -1]), strategies.integers(1, 10**6),
                            strategies.integers(1, 10**6), POWERS)
 
 
-def factors(base):
-    """{prime: exponent} of one of BASES or of an integer."""
-    number, primes = (math.factorial(int(base[:-1])) if isinstance(base, str) else base), {}
-    prime = 2
-    while prime * prime <= number:
-        while number % prime == 0:
-            number //= prime
-            primes[prime] = primes.get(prime, 0) + 1
-        prime += 1
-    return {**primes, number: primes.get(number, 0) + 1} if number > 1 else primes
-
-
 def exactly(value):
-    """(sign, {prime: exponent}): equal exactly where the values are equal."""
+    """(sign, the value to the sixth): equal exactly where the values are equal."""
     sign, up, down, powers = value
-    exponents = {}
-    for base, exponent in [(up, 1), (down, -1), *powers]:
-        for prime, times in factors(base).items():
-            exponents[prime] = exponents.get(prime, 0) + times * exponent
-    return sign, {prime: one for prime, one in exponents.items() if one}
+    sixth = Fraction(up, down)**6
+    for base, power in powers:
+        base = math.factorial(int(base[:-1])) if isinstance(base, str) else base
+        sixth *= Fraction(base)**int(6 * power)
+    return sign, sixth
 
 
 def product_of_powers(value):
@@ -308,7 +278,7 @@ def changed(value, what):
             "turned": (sign, up, down, [(base, -power), *rest])}[what]
 
 
-@settings(deadline=None, max_examples=12, phases=[Phase.explicit, Phase.generate])
+@settings(deadline=None, max_examples=3, phases=[Phase.explicit, Phase.generate])
 @given(SIGNED, strategies.sampled_from(["sign", "digit", "last", "exponent", "turned"]))
 @example((1, 1, 1, [(2, Fraction(-2024))]), "sign")
 @example((1, 1, 1, [("365!", Fraction(-99))]), "exponent")
@@ -322,8 +292,8 @@ def test_numbers_are_equal_exactly_where_exact_arithmetic_says_so(judge, value, 
     assert not judge(f"(0, {product_of_powers(value)}, 1)", f"(0, {one_fraction(other)}, 1)")
 
 
-@settings(deadline=None, max_examples=12)
-@given(strategies.integers(1, 999), strategies.integers(-400, 400), strategies.integers(1, 9))
+@pytest.mark.parametrize("digits, exponent, error", [
+    (3, 0, 1), (999, 300, 9), (1, -300, 9), (7, -12, 2), (7, 400, 1), (7, -400, 1)])
 def test_an_error_is_relative_to_nothing(judge, digits, exponent, error):
     """|answer - gold| <= error, whatever their size."""
     gold, size = rf"{digits} \cdot 10^{{{exponent}}}", 10.0**max(-300, min(300, exponent))
@@ -336,39 +306,6 @@ def test_an_error_is_relative_to_nothing(judge, digits, exponent, error):
 def test_what_cannot_be_told_apart_by_float_or_chop(judge):
     assert not judge(r"\sqrt{10^{400}+1}", "10^{200}") and judge(r"\sqrt{10^{400}}", "10^{200}")
     assert not judge(r"10000!", "10000!+1") and judge(r"\sin^2(1)+\cos^2(1)", "1")
-
-
-def test_files_that_cannot_be_read(tmp_path, capsys):
-    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_bytes(b"[\n")
-    assert "in.jsonl:1: not a valid JSON row" in refused(capsys, source, out)
-    pytest.importorskip("pyarrow")
-    source = tmp_path / "in.parquet"
-    source.write_bytes(b"PAR1 not at all")
-    assert "in.parquet: not a valid Parquet file" in refused(capsys, source, out)
-
-
-def test_without_pyarrow_one_line_says_so(tmp_path):
-    (tmp_path / "pyarrow.py").write_text("raise ImportError")
-    (tmp_path / "in.parquet").write_bytes(b"PAR1")
-    command = [sys.executable, "-m", "data.maths", "--input", str(tmp_path / "in.parquet"),
-               "--out", str(tmp_path / "out.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and "needs pyarrow" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-def test_system_goes_with_chat_alone(tmp_path, capsys):
-    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    assert "--system" in refused(capsys, source, out, "--system", "x")
-
-
-def test_another_run_of_the_same_leaves_it_alone(tmp_path, capsys):
-    source = write(tmp_path / "in.jsonl", {"id": 0, "problem": "p", "answer": "1"})
-    convert(source, tmp_path / "out.jsonl")
-    convert(source, tmp_path / "out.jsonl")
-    assert "complete, left alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("asks, pattern", [step[:2] for step in latex.STEPS])

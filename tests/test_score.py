@@ -86,11 +86,11 @@ def test_nothing_else_is_an_answer():
         "1+2=3", "1+2.", "01+2", "1+02", "1_0+2", "1e0+2", "1+2 # x", "1+2\0", "1\u22122",
         "1\uff0b2", "\u0661+\u0662", "1\u0660", "\uff11+2", "1+\u00b2", "1\u00d72", "1+2\u00a0",
         "\u20031+2", "1+2\x0b", "1+2\x1c", "one+two", "1+2,", "1;2", "1%2", "1^2", "1&2", "~1+2",
-        "!1", "1<2", "abs(1)+2", "__import__('os')", "lambda:3", "1if 1else 2", "1+2" + " " * 198 + "1",
-        "(" * 100 + "1+2" + ")" * 100, "(" * 10_000, "9" * 5_000_000, "<answer>", "<answer>1+2",
-        "1+2</answer>", "</answer>1+2<answer>", "<answer></answer>", "<answer> </answer>",
-        "<ANSWER>1+2</ANSWER>", "<answer>1+2</answer", "<answer>1+2</answer><answer>2+2</answer>",
-        "<answer>1+2<b></answer>"]
+        "!1", "1<2", "abs(1)+2", "__import__('os')", "lambda:3", "1if 1else 2",
+        "1+2" + " " * 198 + "1", "(" * 100 + "1+2" + ")" * 100, "(" * 10_000, "9" * 5_000_000,
+        "<answer>", "<answer>1+2", "1+2</answer>", "</answer>1+2<answer>",
+        "<answer></answer>", "<answer> </answer>", "<ANSWER>1+2</ANSWER>", "<answer>1+2</answer",
+        "<answer>1+2</answer><answer>2+2</answer>", "<answer>1+2<b></answer>"]
     assert [answer for answer in wrong if judge(answer, [1, 2], 3)["correct"]] == []
 
 
