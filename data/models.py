@@ -42,15 +42,17 @@ def check_model(name, trust_remote_code=False):
     """Refuse what can be seen to be no model before anything is loaded.
 
     name: a folder, or a Hub id. Returns the options of every from_pretrained; of a Hub id they hold
-    the `revision`, so that whatever is loaded is of one commit.
+    the `revision`, so that whatever is loaded is of one commit: the newest, or without a network
+    the one in the local cache.
     """
-    folder = os.path.isdir(name)
-    if folder:
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": os.path.isdir(name)}
+    if os.path.isdir(name):
         check_folder(name)
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
+        return options
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
         fail(f"{name}: no such model folder (a Hub id is written owner/name)")
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": folder}
-    return options if folder else {**options, "revision": commit_of(name)}
+    with load_errors(name):
+        return {**options, "revision": os.path.basename(folder_of(name, {}))}
 
 
 def check_folder(folder):
@@ -74,13 +76,6 @@ def check_folder(folder):
             pass
 
 
-def commit_of(name):
-    """The commit of a Hub id: the newest, or without a network the one in the local cache."""
-    with load_errors(name):
-        path = transformers.utils.cached_file(name, "config.json")
-    return os.path.basename(os.path.dirname(path))  # .../snapshots/COMMIT/config.json
-
-
 def source_of(name, options):
     """What `describe` calls a model: its folder, or OWNER/NAME@COMMIT. options: check_model's."""
     return f"{name}@{options['revision']}" if "revision" in options else name
@@ -90,8 +85,8 @@ def folder_of(name, options):
     """The folder of a model: its own, or of a Hub id that of its commit in the local cache."""
     if os.path.isdir(name):
         return name
-    return os.path.dirname(transformers.utils.cached_file(
-        name, "config.json", revision=options["revision"], local_files_only=True))
+    return os.path.dirname(transformers.utils.cached_file(  # .../snapshots/COMMIT/config.json
+        name, "config.json", revision=options.get("revision")))
 
 
 def device_and_dtype(args):
@@ -164,9 +159,8 @@ def reference_tokenizer(name, options):
     transformers loads it into a class that tokenizer_config.json or the architecture names, which
     may replace how texts are split.
     """
-    options = {key: options[key] for key in ("revision", "local_files_only") if key in options}
     try:
-        path = transformers.utils.cached_file(name, "tokenizer.json", **options)
+        path = transformers.utils.cached_file(name, "tokenizer.json", revision=options.get("revision"))
     except OSError:
         return None
     tokenizer = tokenizers.Tokenizer.from_file(path)
@@ -283,29 +277,25 @@ def write_tensors(folder, stem, tensors):
 
     tensors: {name: tensor, or on all ranks DTensor}. Of DTensors every rank writes its rows, a file
     at a time, which rank 0 joins; of others rank 0 writes all."""
+    rank = rank_and_world()[0]
     split = huggingface_hub.split_torch_state_dict_into_shards(
         {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
          for name, tensor in sorted(tensors.items())},
         filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=LARGEST_FILE)
     for file, names in split.filename_to_tensors.items():
-        write_file(f"{folder}/{file}", {name: tensors[name].detach() for name in names})
-    if split.is_sharded and rank_and_world()[0] == 0:
+        path, part = f"{folder}/{file}", {name: tensors[name].detach() for name in names}
+        if any(isinstance(tensor, DTensor) for tensor in part.values()):
+            dcp.save(part, storage_writer=dcp.HuggingFaceStorageWriter(
+                f"{path}.parts", save_distributed=True, enable_consolidation=True))
+            if rank == 0:
+                os.replace(f"{path}.parts/model-00001-of-00001.safetensors", path)
+                shutil.rmtree(f"{path}.parts")
+        elif rank == 0:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in part.items()}, path)
+    if split.is_sharded and rank == 0:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         with open(f"{folder}/{stem}.safetensors.index.json", "w", encoding="utf-8") as file:
             json.dump(index, file, indent=1)
-
-
-def write_file(path, tensors):
-    """One safetensors file of write_tensors."""
-    rank, parts = rank_and_world()[0], f"{path}.parts"
-    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(
-            parts, save_distributed=True, enable_consolidation=True))
-        if rank == 0:
-            os.replace(f"{parts}/model-00001-of-00001.safetensors", path)
-            shutil.rmtree(parts)
-    elif rank == 0:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 # ---- Models that no rank could hold --------------------------------------------------------------
@@ -430,46 +420,38 @@ def config_of(source, model):
     return config
 
 
-def steps_done(folder):
-    """(updates in the life of an earlier round's model, those since its moments began); (0, 0)
-    where `folder` is no round."""
-    if not os.path.exists(f"{folder}/trainer_state.json"):
-        return 0, 0
+def earlier_round(folder):
+    """(updates in the life of an earlier round's model, those since its moments began, its lines of
+    metrics.jsonl); (0, 0, []) where `folder` is no round."""
+    path = f"{folder}/trainer_state.json"
+    if not os.path.exists(path):
+        return 0, 0, []
     try:
-        with open(f"{folder}/trainer_state.json", encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             state = json.load(file)
         steps = state["step"], state.get("optimizer_step", state["step"])
         if not all(type(step) is int and step >= 0 for step in steps):
             raise ValueError(f"steps {steps}")
     except Exception as error:
-        fail(f"{folder}/trainer_state.json: not a valid state ({type(error).__name__}: {error})")
-    return steps
+        fail(f"{path}: not a valid state ({type(error).__name__}: {error})")
+    if not os.path.exists(f"{folder}/metrics.jsonl"):
+        return *steps, []
+    with open(f"{folder}/metrics.jsonl", encoding="utf-8", errors="replace") as file:
+        return *steps, file.readlines()
 
 
 def load_optimizer(optimizer, policy, folder, step):
-    """Put the moments of an earlier round, of `step` optimizer steps, into `optimizer`.
-
-    Nothing is loaded where `folder` is no round.
-    """
-    if not os.path.exists(f"{folder}/trainer_state.json"):
-        return
+    """Put the moments of an earlier round, of `step` optimizer steps, into `optimizer`."""
+    weights = dict(policy.model.named_parameters())
     try:
         moments = {f"{name}.{key}": torch.empty_like(weight, requires_grad=False)
-                   for name, weight in policy.model.named_parameters() for key in MOMENTS}
+                   for name, weight in weights.items() for key in MOMENTS}
         read_tensors(tensor_files(folder, "optimizer"), moments)
-        for name, weight in policy.model.named_parameters():
-            # The fused optimizer of a GPU counts its steps there.
-            where = weight.device if weight.device.type == "cuda" else "cpu"
-            optimizer.state[weight] = {"step": torch.tensor(float(step), device=where),
-                                       **{key: moments[f"{name}.{key}"] for key in MOMENTS}}
     except (Exception, CheckpointException) as error:
         fail(f"{folder}: the optimizer cannot be carried on ({explain(error)}); mend it or give "
              f"--reset-optimizer")
-
-
-def earlier_metrics(folder):
-    """The lines of metrics.jsonl of an earlier round; [] where `folder` is none."""
-    if not os.path.exists(f"{folder}/metrics.jsonl"):
-        return []
-    with open(f"{folder}/metrics.jsonl", encoding="utf-8", errors="replace") as file:
-        return file.readlines()
+    for name, weight in weights.items():
+        # The fused optimizer of a GPU counts its steps there.
+        where = weight.device if weight.device.type == "cuda" else "cpu"
+        optimizer.state[weight] = {"step": torch.tensor(float(step), device=where),
+                                   **{key: moments[f"{name}.{key}"] for key in MOMENTS}}

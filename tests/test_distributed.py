@@ -9,6 +9,7 @@ import contextlib
 import glob
 import json
 import os
+import pathlib
 import random
 import re
 import socket
@@ -22,9 +23,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import test_train
+from test_train import (TIMINGS, VERDICTS, Round, distance, make_model, make_rows, run,
+                        same_metrics, write)
 from train import over_ranks
-from test_train import (TIMINGS, VERDICTS, Round, distance, fp64, make_model,  # noqa: F401
-                        make_rows, model, rollouts, run, same_metrics, write)
+
+model, rollouts, fp64 = test_train.model, test_train.rollouts, test_train.fp64  # fixtures
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RANKS = f"""
@@ -114,8 +118,6 @@ CASES = {  # name: (rows, flags); {all} is the file of those rows
     "no rows at all": ("few", ["--truncated", "mask", "--lr", 1e-3]),
 }
 NEXT = ["--lr", 0.01, "--updates", 2]
-# A rank has 15 seconds to answer.
-DISTURBED = ["--updates", 2, "--lr", 0.01, "--micro-batch-tokens", 20, "--rank-timeout", 15]
 
 
 def flags_of(name, files):
@@ -153,7 +155,6 @@ def ranks(request, model, files, tmp_path_factory):
     save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].flip(0)},
               f"{untied}/model.safetensors", {"format": "pt"})
     job("fp32", "untied sharded", untied, "all", [*CASES["one update"][1], "--shard"])
-    job("fp32", "undisturbed", model, "all", DISTURBED)
     for kind, more in ("plain", []), ("sharded", ["--shard"]):
         for name, (rows, _) in CASES.items():
             job("fp64", f"{name} {kind}", model, rows, flags_of(name, files) + more)
@@ -198,9 +199,8 @@ def test_shards_in_one_file_and_in_many(ranks):
                       ("after fp32 sharded", "after many files")):
         for stem in "model", "optimizer":
             expected, files = tensors_of(f"{ranks.folder}/{one}", stem)
-            assert files == 1
-            found, files = tensors_of(f"{ranks.folder}/{many}", stem)
-            assert (files > 1) == (many == "many files")
+            found, parts = tensors_of(f"{ranks.folder}/{many}", stem)
+            assert files == 1 and (parts > 1) == (many == "many files")
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], expected[name]) for name in expected)
     folder = f"{ranks.folder}/many files"
@@ -302,43 +302,26 @@ def test_the_memory_of_the_largest_of_four_ranks(tmp_path):
 
 
 # ---- Faults --------------------------------------------------------------------------------------
-def check_fault(kind, world, stage, flags, folder, out, says):
-    """Rank 1 of `world` is killed, stopped or raises in the middle: torchrun ends by itself (a
-    stopped rank costs --rank-timeout and torchrun's 30 s), the others say in a line of ours what
-    happened, without a traceback, and nothing has the final name."""
-    code, stderr = finish(start(folder, world, stage, [("fp32", [*flags, "--out", out])],
-                                f"{kind},1,2"))
+def launch(world, stage, flags, folder, out, fault=""):
+    return finish(start(folder, world, stage, [("fp32", [*flags, "--out", out])], fault))
+
+
+def disturbed(stage, world, kind, flags, folder, stopped):
+    """Rank 1 is killed, stopped or raises in the middle: torchrun ends by itself (a stopped rank
+    costs --rank-timeout and torchrun's 30 s), the others say in a line of ours what happened,
+    without a traceback, and nothing has the final name. The same command then makes it."""
+    out, says = f"{folder}/{kind}", stopped if kind == "stop" else "another rank ended|terminated"
+    code, stderr = launch(world, stage, flags, folder, out, f"{kind},1,2")
     lines = re.findall(rf"^{stage}\.py: error: .*$", stderr, re.MULTILINE)
     assert code != 0 and any(re.search(says, line) for line in lines), stderr
     assert all("; the same command " in line for line in lines), stderr
     tracebacks = set(re.findall(r"^\[rank(\d)\]:", stderr, re.MULTILINE))
     assert tracebacks <= ({"1"} if kind == "raise" else set()), stderr
     assert not os.path.exists(out) and not os.path.exists(f"{out}.meta.json")
-
-
-def again(world, stage, flags, folder, out):
-    code, stderr = finish(start(folder, world, stage, [("fp32", [*flags, "--out", out])]))
+    code, stderr = launch(world, stage, flags, folder, out)
     assert code == 0, stderr
-
-
-def same_bytes(a, b):
-    with open(a, "rb") as one, open(b, "rb") as two:
-        assert one.read() == two.read()
-
-
-def train_fault(kind, world, flags, folder, undisturbed):
-    says = "did not answer in 15 s" if kind == "stop" else "another rank ended|terminated"
-    check_fault(kind, world, "train", flags, folder, f"{folder}/out", says)
-    again(world, "train", flags, folder, f"{folder}/out")
-    for name in "model.safetensors", "optimizer.safetensors":
-        same_bytes(f"{folder}/out/{name}", f"{undisturbed}/{name}")
-
-
-@pytest.mark.slow
-def test_a_killed_rank_ends_the_others_and_the_round_is_done_again(ranks, model, rollouts,
-                                                                   tmp_path):
-    flags = ["--model", model, "--rollouts", rollouts, *DISTURBED]
-    train_fault("kill", ranks.world, flags, str(tmp_path), f"{ranks.folder}/undisturbed")
+    assert not os.path.exists(f"{out}.partial")
+    return pathlib.Path(out)
 
 
 def test_a_rank_without_rank_0_does_not_wait_for_ever(model, rollouts, tmp_path, monkeypatch,
@@ -353,11 +336,16 @@ def test_a_rank_without_rank_0_does_not_wait_for_ever(model, rollouts, tmp_path,
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--shard"]], ids=["plain", "sharded"])
 def test_faults_of_one_of_four_ranks_in_train(more, model, rollouts, tmp_path):
-    flags = ["--model", model, "--rollouts", rollouts, *DISTURBED, *more]
-    again(4, "train", flags, str(tmp_path), f"{tmp_path}/undisturbed")
+    """A rank has 15 seconds to answer; the round is then done again."""
+    flags = ["--model", model, "--rollouts", rollouts, "--updates", 2, "--lr", 0.01,
+             "--micro-batch-tokens", 20, "--rank-timeout", 15, *more]
+    code, stderr = launch(4, "train", flags, str(tmp_path), f"{tmp_path}/undisturbed")
+    assert code == 0, stderr
     for kind in "kill", "stop", "raise":
-        os.mkdir(tmp_path / kind)
-        train_fault(kind, 4, flags, str(tmp_path / kind), f"{tmp_path}/undisturbed")
+        out = disturbed("train", 4, kind, flags, str(tmp_path), "did not answer in 15 s")
+        for name in "model.safetensors", "optimizer.safetensors":
+            expected = (tmp_path / "undisturbed" / name).read_bytes()
+            assert (out / name).read_bytes() == expected, (kind, name)
 
 
 @pytest.mark.slow
@@ -366,29 +354,34 @@ def test_faults_of_one_of_four_ranks_in_generate(tiny_model, prompts, tmp_path):
     with the bytes of one process."""
     flags = ["--model", tiny_model, "--prompts", prompts, "--n", 4, "--max-new-tokens", 12,
              "--max-batch-tokens", 100, "--rank-timeout", 15]
-    again(1, "generate", flags, str(tmp_path), f"{tmp_path}/undisturbed")
+    code, stderr = launch(1, "generate", flags, str(tmp_path), f"{tmp_path}/undisturbed")
+    assert code == 0, stderr
     for kind in "kill", "stop", "raise":
-        says = "did not come from the other ranks in 15 s" if kind == "stop" else "terminated"
-        check_fault(kind, 4, "generate", flags, str(tmp_path), f"{tmp_path}/{kind}", says)
-        again(4, "generate", flags, str(tmp_path), f"{tmp_path}/{kind}")
-        same_bytes(f"{tmp_path}/{kind}", f"{tmp_path}/undisturbed")
-        assert not os.path.exists(f"{tmp_path}/{kind}.partial")
+        out = disturbed("generate", 4, kind, flags, str(tmp_path),
+                        "did not come from the other ranks in 15 s")
+        assert out.read_bytes() == (tmp_path / "undisturbed").read_bytes()
 
 
 # ---- Two nodes -----------------------------------------------------------------------------------
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--shard"]], ids=["plain", "sharded"])
-def test_two_nodes_on_loopback(more, model, rollouts, tmp_path):
-    """Two torchruns of two ranks each that meet at an address: the gradient of one process."""
-    flags = ["--max-grad-norm", 1e9, "--lr", 1e-3]
+def two_nodes(folder, ranks, *flags):
+    """(exit code, stderr) of two torchruns that meet on this machine's loopback."""
     options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
                f"127.0.0.1:{free_port()}", "--rdzv-id", "round"]
-    jobs = [("fp32", ["--model", model, "--rollouts", rollouts, "--out", tmp_path / "two", *flags,
-                      *more])]
-    nodes = [start(str(tmp_path), 2, "train", jobs, options=options) for _ in range(2)]
-    for node in nodes:
-        code, stderr = finish(node)
+    nodes = [start(str(folder), ranks, "train", [("fp32", flags)], options=options) for _ in "ab"]
+    return [finish(node) for node in nodes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("each, more", [(1, []), (2, []), (2, ["--shard"])],
+                         ids=["one each", "plain", "sharded"])
+def test_two_nodes_on_loopback(each, more, model, rollouts, tmp_path):
+    """The gradient of one process."""
+    flags = ["--max-grad-norm", 1e9, "--lr", 1e-3]
+    for code, stderr in two_nodes(tmp_path, each, "--model", model, "--rollouts", rollouts, "--out",
+                                  tmp_path / "two", *flags, *more):
         assert code == 0, stderr
+    with open(tmp_path / "two.meta.json", encoding="utf-8") as file:
+        assert json.load(file)["world_size"] == 2 * each
     one = run(model, rollouts, tmp_path / "one", *flags)
     assert distance(Round(tmp_path / "two").gradient, one.gradient) < 1e-6
 
@@ -396,33 +389,8 @@ def test_two_nodes_on_loopback(more, model, rollouts, tmp_path):
 @pytest.mark.slow
 def test_bad_input_ends_both_nodes(model, rollouts, tmp_path):
     """Rank 0 says what is wrong; the ranks of the other node do not wait for it for ever."""
-    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-               f"127.0.0.1:{free_port()}", "--rdzv-id", "round"]
-    jobs = [("fp32", ["--model", model, "--rollouts", rollouts, "--out", tmp_path / "out",
-                      "--updates", 8, "--rank-timeout", 15])]
-    nodes = [finish(node) for node in [start(str(tmp_path), 2, "train", jobs, options=options)
-                                       for _ in range(2)]]
+    nodes = two_nodes(tmp_path, 2, "--model", model, "--rollouts", rollouts, "--out",
+                      tmp_path / "out", "--updates", 8, "--rank-timeout", 15)
     assert all(code != 0 for code, _ in nodes)
     assert sum(stderr.count("7 groups cannot be dealt into --updates 8")
                for _, stderr in nodes) == 1
-
-
-# ---- Nodes ---------------------------------------------------------------------------------------
-@pytest.mark.slow
-def test_two_nodes_of_one_rank_each_are_two_ranks(model, rollouts, tmp_path):
-    """Two agents of torchrun that meet on this machine's loopback: the gradient of one process."""
-    flags = ["--model", model, "--rollouts", rollouts, "--device", "cpu", "--max-grad-norm", 1e9]
-    meet = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "nodes",
-            "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
-    nodes = []
-    for node in "ab":
-        os.mkdir(tmp_path / node)
-        job = ("fp32", [*flags, "--out", tmp_path / "two"])
-        nodes.append(start(str(tmp_path / node), 1, "train", [job], options=meet))
-    for node in nodes:
-        code, stderr = finish(node)
-        assert code == 0, stderr
-    one, two = run(model, rollouts, tmp_path / "one", *flags[4:]), Round(tmp_path / "two")
-    with open(tmp_path / "two.meta.json", encoding="utf-8") as file:
-        assert json.load(file)["world_size"] == 2
-    assert distance(two.gradient, one.gradient) < 1e-6

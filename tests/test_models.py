@@ -19,7 +19,6 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-import evaluate
 import generate
 import score
 import train
@@ -70,8 +69,6 @@ ARCHITECTURES = {
 NOT_SHARED = ("qwen2-window", "mistral", "ministral", "gemma2", "gemma3", "phi3", "cohere2",
               "gpt-oss",
               "deepseek")  # what it caches is not yet its keys and values
-# these run the pipeline in the ordinary tests, the others in the slow ones
-ORDINARY = ("qwen2", "gemma2")
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
@@ -189,30 +186,25 @@ def test_sampled_logprobs_equal_a_plain_pass(name, attention):
         assert (logp - logprobs[row, :length]).abs().max() < 1e-5
 
 
-LOCAL = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4,
-         "window_size": 8}
-
-
-def prepared(model, lengths=(9, 3, 20), rows=4):
-    """What generate.prepare makes of a model: the name of its attention."""
-    flags = ["--model", "m", "--prompts", "p", "--out", "o", "--max-new-tokens", "16",
-             "--temperature", "0"]
-    rng = np.random.default_rng(1)
-    # the last one is skipped
-    encoded = [rng.integers(15, 64, length).tolist() for length in lengths] + [[]]
-    generate.prepare(model, "cpu", rows, encoded, generate.parse_args(flags))
-    return model.config._attn_implementation
-
-
 def test_what_a_batch_samples_otherwise_than_alone_is_refused():
+    """generate.prepare's trial: it also chooses the attention."""
+    rng = np.random.default_rng(1)
+
+    def prepared(model, lengths=(9, 3, 20), rows=4):
+        flags = ["--model", "m", "--prompts", "p", "--out", "o", "--max-new-tokens", "16",
+                 "--temperature", "0"]
+        encoded = [rng.integers(15, 64, length).tolist() for length in lengths]
+        # the empty one is skipped
+        generate.prepare(model, "cpu", rows, [*encoded, []], generate.parse_args(flags))
+        return model.config._attn_implementation
+
     with pytest.raises(ValueError,
                        match="unsupported architecture: log-probs of a batch differ by"):
         prepared(build("Roberta", is_decoder=True, pad_token_id=1))  # its positions begin at 2
-
-
-def test_the_trial_lets_others_pass():
     assert prepared(build("qwen2")) == "shared" and prepared(build("gemma2")) == "eager"
-    assert prepared(build("GPTNeo", **LOCAL)) == "eager"  # plain sampling has the window right
+    local = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4,
+             "window_size": 8}
+    assert prepared(build("GPTNeo", **local)) == "eager"  # plain sampling has the window right
     # its layers make masks of their own, which `shared` would not see
     assert prepared(build("Doge")) == "sdpa"
     assert prepared(build("qwen2"), rows=1) == prepared(build("qwen2"), lengths=(5,)) == "shared"
@@ -250,10 +242,9 @@ def test_shared_and_repeated_prompts_equal_a_plain_pass(name):
 
 
 LONGROPE = {"max_position_embeddings": 512, "original_max_position_embeddings": 64,
-            "rope_parameters": {
-    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4,
-    "original_max_position_embeddings": 64}}
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0,
+                                "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+                                "original_max_position_embeddings": 64}}
 
 
 @pytest.mark.parametrize("kind, flags", [("gpt2", {"max_position_embeddings": 64}),
@@ -261,79 +252,83 @@ LONGROPE = {"max_position_embeddings": 512, "original_max_position_embeddings": 
 def test_rows_up_to_the_last_position(kind, flags, capfd):
     """Padding of a short completion after a long prompt lies past the last position: it may neither
     raise nor turn the others."""
-    model = build(kind, **flags)
-    policy = train.Policy(model, 1.0, True)
-    rng = np.random.default_rng(0)
-    prompts, completions = [rng.integers(6, 64, length).tolist()
-                            for length in (60, 4)], [rng.integers(6, 64, length)
-                                                     for length in (4, 60)]
-
-    def row(prompt, completion):
-        return argparse.Namespace(prompt=prompt, completion=np.asarray(completion), where="rows:1")
-
-    policy.check(kind, [row(*both) for both in zip(prompts, completions)])
+    policy, rng = train.Policy(build(kind, **flags), 1.0, True), np.random.default_rng(0)
+    pairs = [(rng.integers(6, 64, length).tolist(), rng.integers(6, 64, 64 - length))
+             for length in (60, 4)]
+    rows = [argparse.Namespace(prompt=prompt, completion=completion, where="rows:1")
+            for prompt, completion in pairs]
+    policy.check(kind, rows)
     for policy.share in (True, False):
         with torch.no_grad():
-            logp, _ = policy(prompts, completions)
-            expected = torch.cat([forced(model, *both, 1.0)[0]
-                                  for both in zip(prompts, completions)])
+            logp, _ = policy(*map(list, zip(*pairs)))
+            expected = torch.cat([forced(policy.model, *pair, 1.0)[0] for pair in pairs])
         assert (logp - expected).abs().max() < 1e-5
+    rows[0].completion = np.arange(5)
     assert "rows:1: 65 tokens of prompt and completion exceed the 64 positions" in refusal(
-        capfd, policy.check, kind, [row(prompts[0], [7] * 5)])
+        capfd, policy.check, kind, rows)
 
 
-def test_a_decoder_without_hidden_states_is_refused_aloud(capfd):
-    model = build("Llama4Text", head_dim=8, num_local_experts=2, attention_chunk_size=8,
-                  intermediate_size_mlp=48, no_rope_layers=[1, 0])
-    policy = train.Policy(model, 1.0, False)
-    assert "its decoder returns no hidden states" in refusal(capfd, policy.check, "llama4")
-
-
-@pytest.mark.parametrize("name", ["gemma2", "phi", "cohere2", "granite"])
-def test_the_head_is_the_models_own(name):
-    """Soft-capping, bias and scaling of the logits are not left out: without them the outcome would
-    be another one."""
-    policy = train.Policy(build(name), 1.0, False)
-    prompt, completion = [7, 8, 9], np.arange(10, 20)
-    with torch.no_grad():
-        right = policy([prompt], [completion])[0]
-        assert torch.allclose(right, forced(policy.model, prompt, completion, 1.0)[0], atol=1e-5)
-        policy.cap, policy.scale = None, 1.0
-        if policy.head.bias is not None:
-            policy.head.bias = None
-        assert (policy([prompt], [completion])[0] - right).abs().max() > 1e-2
-
-
-def test_an_unsupported_head_is_refused_aloud(capfd):
-    model = build("llama")
-    head = model.lm_head
-    model.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
-    policy = train.Policy(model, 1.0, True)
-    assert "not a linear layer but Sequential" in refusal(capfd, policy.check, "sequential")
-    model.lm_head = head
+def shifted(model):
+    """A bias that is no part of the head."""
     plain = model.forward
 
-    def shifted(*args, **kwargs):  # a bias that is no part of the head
+    def forward(*args, **kwargs):
         output = plain(*args, **kwargs)
         output.logits = output.logits + torch.linspace(0, 1, 64)
         return output
-
-    model.forward = shifted
-    policy = train.Policy(model, 1.0, True)
-    assert "unsupported head: its logits" in refusal(capfd, policy.check, "shifted")
-    multiplied = build("HyperCLOVAX", logits_scaling=4.0)  # where Granite divides
-    policy = train.Policy(multiplied, 1.0, True)
-    assert "unsupported head: its logits" in refusal(capfd, policy.check, "multiplied")
+    model.forward = forward
+    return model
 
 
-def test_pictures_are_refused_aloud(capfd):
+def capped(model, scale_last):
+    """A soft cap before or after the scaling of the logits."""
+    model.config.final_logit_softcapping, model.config.logits_scaling = 3.0, 0.25
+    plain = model.forward
+
+    def forward(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        logits = output.logits * (1 if scale_last else 4)
+        output.logits = 3 * torch.tanh(logits / 3) * (4 if scale_last else 1)
+        return output
+    model.forward = forward
+    return model
+
+
+def with_tanh(model):
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Tanh())
+    return model
+
+
+def with_pictures():
     text = build("gemma3").config.to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
               "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    line = refusal(capfd, train.Policy(model, 1.0, True).check, "pictures")
-    assert "belongs neither to the text decoder nor to its head" in line
+    return AutoModelForCausalLM.from_config(
+        transformers.Gemma3Config(text_config=text, vision_config=vision), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("make, told", [
+    (lambda: build("Llama4Text", head_dim=8, num_local_experts=2, attention_chunk_size=8,
+                   intermediate_size_mlp=48, no_rope_layers=[1, 0]),
+     "its decoder returns no hidden states"),
+    (lambda: with_tanh(build("llama")), "not a linear layer but Sequential"),
+    (lambda: shifted(build("llama")), "unsupported head: its logits"),
+    (lambda: build("HyperCLOVAX", logits_scaling=4.0),  # multiplied, where Granite divides
+     "unsupported head: its logits"),
+    (lambda: capped(build("llama"), scale_last=False), "unsupported head: its logits"),
+    (with_pictures, "belongs neither to the text decoder nor to its head"),
+], ids=["decoder", "tanh", "shifted", "multiplied", "capped last", "pictures"])
+def test_what_the_policy_would_compute_otherwise_is_refused(make, told, capfd):
+    assert told in refusal(capfd, train.Policy(make(), 1.0, False).check, "m")
+
+
+def test_a_scale_after_the_cap_is_right():
+    policy = train.Policy(capped(build("llama"), scale_last=True), 1.0, False)
+    policy.check("both")
+    prompt, completion = [7, 8, 9], np.arange(10, 20)
+    with torch.no_grad():
+        expected, _ = forced(policy.model, prompt, completion, 1.0)
+        assert (policy([prompt], [completion])[0] - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind, flags", [
@@ -367,141 +362,93 @@ PROBLEMS = [{"id": f"maths/{i}.json", "task": "math", "source": "made-up", "answ
                           for i in range(4)]
 
 
-@pytest.mark.parametrize("name", [name if name in ORDINARY
-                                  else pytest.param(name, marks=pytest.mark.slow)
-                                  for name in ARCHITECTURES])
+@pytest.mark.parametrize("name", ["qwen2", *(pytest.param(name, marks=pytest.mark.slow)
+                                             for name in ARCHITECTURES if name != "qwen2")])
 def test_the_whole_pipeline(name, tmp_path, monkeypatch):
-    """Maths rows, chat template, generate, score, two updates, another round, evaluate."""
-    folder = make_folder(name, tmp_path / "model")
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(problem) + "\n"
-                                                    for problem in PROBLEMS))
-    paths = {stage: str(tmp_path / f"{stage}.jsonl")
-             for stage in ("prompts", "rollouts", "scored", "after", "scored-after")}
+    """Maths rows, chat template, generate, score, two updates, another round."""
+    folder, kept, save_round = make_folder(name, tmp_path / "model"), {}, train.save_round
+    paths = {name: str(tmp_path / name) for name in ("prompts", "rollouts", "scored", "one", "two")}
+    with open(paths["prompts"], "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(problem) + "\n" for problem in PROBLEMS)
 
-    def sample(model, out):
-        generate.main(generate.parse_args(["--model", model, "--prompts", paths["prompts"], "--out",
-                                           out, "--n", "6", "--temperature", "0.7",
-                                           "--max-new-tokens", "16", "--device", "cpu",
-                                           "--max-batch-tokens", "700"]))
+    def spy(out, policy, *args):
+        kept["model"] = policy.model
+        save_round(out, policy, *args)
 
-    # 1. The sampler's log-probs are the model's.
-    sample(folder, paths["rollouts"])
-    rows, model, tokenizer = read(paths["rollouts"]), load(folder), AutoTokenizer.from_pretrained(
-        folder)
+    monkeypatch.setattr(train, "save_round", spy)
+
+    def play(model, out, end=""):
+        """A round from `model`: its scored rows and its metrics."""
+        rollouts, scored = paths["rollouts"] + end, paths["scored"] + end
+        generate.main(generate.parse_args([
+            "--model", model, "--prompts", paths["prompts"], "--out", rollouts, "--n", "6",
+            "--temperature", "0.7", "--max-new-tokens", "16", "--device", "cpu",
+            "--max-batch-tokens", "700"]))
+        score.main(score.parse_args([rollouts, "--out", scored, "--workers", "1"]))
+        train.main(train.parse_args([
+            "--model", model, "--out", out, "--rollouts", scored, "--lr", "1e-2", "--updates", "2",
+            "--device", "cpu", "--micro-batch-tokens", "200"]))
+        return read(scored), read(f"{out}/metrics.jsonl")
+
+    # 1. The sampler's log-probs are the model's; answers are right now and then.
+    scored, (first, second) = play(folder, paths["one"])
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
-        for row in rows:
+        for row in scored:
             logp, _ = forced(model, row["prompt_ids"], row["completion_ids"], 0.7)
             assert torch.allclose(logp, torch.tensor(row["logprobs"]), atol=1e-4)
             assert tokenizer.decode(row["prompt_ids"]) == tokenizer.apply_chat_template(
                 row["messages"], tokenize=False)
-    ends = {row["completion_ids"][-1] for row in rows if row["finish_reason"] == "stop"}
-    assert ends
-    assert ends <= set(ENDS)
-    assert not any(set(ENDS) & set(row["completion_ids"][:-1]) for row in rows)
-
-    # 2. Scores: right now and then.
-    score.main(score.parse_args([paths["rollouts"], "--out", paths["scored"], "--workers", "1"]))
-    scored = read(paths["scored"])
+    assert {row["completion_ids"][-1] for row in scored
+            if row["finish_reason"] == "stop"} & set(ENDS)
     assert 0 < sum(row["correct"] for row in scored) < len(scored) == 24
 
-    # 3. Two updates: the trainer's log-probs are the sampler's, and the first ratio is 1.
-    kept, save_round = {}, train.save_round
-
-    def spy(out, policy, *args, **kwargs):
-        kept["model"] = policy.model
-        save_round(out, policy, *args, **kwargs)
-
-    monkeypatch.setattr(train, "save_round", spy)
-    update = ["--rollouts", paths["scored"], "--lr", "1e-2", "--updates", "2", "--device", "cpu",
-              "--micro-batch-tokens", "200"]
-    one, two = str(tmp_path / "round-1"), str(tmp_path / "round-2")
-    train.main(train.parse_args(["--model", folder, "--out", one, *update]))
-    first, second = read(f"{one}/metrics.jsonl")
-    # pi_old of both comes before the first
+    # 2. The trainer's log-probs are the sampler's (pi_old of both updates comes before the first),
+    # and the first ratio is 1.
     assert first["logprob_gap_max"] < 1e-4 and second["logprob_gap_max"] < 1e-4
-    assert abs(first["ratio_max"] - 1) < 1e-5
+    assert abs(first["ratio_max"] - 1) < 1e-5 and second["ratio_max"] > 1 + 1e-3
     assert first["clip_low_frac"] == first["clip_high_frac"] == 0
-    assert abs(first["approx_kl"]) < 1e-9
-    assert second["ratio_max"] > 1 + 1e-3 and first["grad_norm"] > 0
+    assert abs(first["approx_kl"]) < 1e-9 and first["grad_norm"] > 0
 
-    # 4. The folder: another model, that reloads with the same logits, tokenizer and generation
-    # config.
-    after, ids = load(one), torch.tensor([rows[0]["prompt_ids"]])
+    # 3. The folder: another model, that reloads with the same logits and the same tokenizer.
+    after, ids = load(paths["one"]), torch.tensor([scored[0]["prompt_ids"]])
     with torch.no_grad():
         logits = after(input_ids=ids).logits
         assert torch.equal(logits, kept["model"](input_ids=ids).logits)
         assert not torch.allclose(logits, model(input_ids=ids).logits, atol=1e-2)
-    assert {weight.dtype for weight in after.parameters()} == {torch.float32}
-    assert (tmp_path / "round-1" / "generation_config.json").read_bytes() == (
-        tmp_path / "model" / "generation_config.json").read_bytes()
-    config, original = (json.loads((tmp_path / which / "config.json").read_text())
-                        for which in ("round-1", "model"))
-    assert {key: config[key] for key in original} == original
-    assert config.keys() - original.keys() <= {"rope_theta", "rope_scaling"}
-    copied = AutoTokenizer.from_pretrained(one)
-    text = "What is 12 + 30? \\boxed{01} naïve 数学\n"
+    copied, text = AutoTokenizer.from_pretrained(paths["one"]), "12 + 30? \\boxed{01} naïve 数学\n"
     assert copied(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert copied.decode(copied(text)["input_ids"]) == text
-    assert copied.chat_template == tokenizer.chat_template
-    assert copied.eos_token_id == copied.pad_token_id == 0
 
-    # 5. It can be sampled, goes on with its optimizer, and is evaluated beside the first.
-    sample(one, paths["after"])
-    score.main(score.parse_args([paths["after"], "--out", paths["scored-after"], "--workers", "1"]))
-    train.main(train.parse_args(["--model", one, "--out", two, *update, "--rollouts",
-                                 paths["scored-after"]]))
-    metrics = read(f"{two}/metrics.jsonl")
+    # 4. It can be sampled and goes on with its optimizer.
+    _, metrics = play(paths["one"], paths["two"], "-after")
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert metrics[2]["logprob_gap_max"] < 1e-4
-    evaluate.main(evaluate.parse_args([paths["scored"], paths["scored-after"], "--k", "1", "4",
-                                       "--out", str(tmp_path / "eval.json")]))
-    runs = json.loads((tmp_path / "eval.json").read_text())["runs"]
-    assert [run["n"] for run in runs] == [6, 6] and runs[0]["problems"] == 4
-    right = sum(row["correct"] for row in scored)
-    assert runs[0]["pass_at_k"]["1"]["value"] == pytest.approx(right / 24)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [
     ("phi", {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attention_dropout": 0.3}),
     ("mixtral", {"attention_dropout": 0.3, "router_jitter_noise": 0.3}),
-    ("gemma2", {"attention_dropout": 0.3}), ("qwen2", {"attention_dropout": 0.3}),
-    ("granite", {"attention_dropout": 0.3}), ("smollm3", {})])
-def test_checkpointed_activations_change_nothing(name, flags, tmp_path, monkeypatch):
+    ("qwen2", {"attention_dropout": 0.3}), ("smollm3", {})])
+def test_checkpointed_activations_change_nothing(name, flags):
     """Nor do dropout and the noise of a router, which checkpointing could switch on: it asks for
     the training mode."""
-    folder = make_folder(name, tmp_path / "model", **flags)
-    rng = np.random.default_rng(0)
-    with open(tmp_path / "scored.jsonl", "w") as file:
-        for i in range(8):
-            ids = rng.integers(6, 250, int(rng.integers(2, 12))).tolist()
-            file.write(json.dumps({"id": str(i // 4), "sample": i % 4,
-                                   "prompt_ids": [7, 8, 9 + i // 4], "completion_ids": ids,
-                                   "correct": i % 3 == 0,
-                                   "logprobs": [-1.0] * len(ids), "finish_reason": "stop",
-                                   "reward": float(i % 3 == 0)}) + "\n")
-    passes, lines, load_model = [], [], train.load_model
-
-    def counted(*args):
-        model = load_model(*args)
-        passes.append(0)
-        model.get_decoder().layers[0].self_attn.register_forward_hook(
-            lambda *_: passes.append(passes.pop() + 1))
-        return model
-
-    monkeypatch.setattr(train, "load_model", counted)
-    for out, flag in ("plain", "--no-share-prompts"), ("checkpointed", "--checkpoint-activations"):
-        train.main(train.parse_args(["--model", folder, "--rollouts",
-                                     str(tmp_path / "scored.jsonl"), "--out", str(tmp_path / out),
-                                     "--updates", "2",
-                                     "--temperature", "1", "--lr", "1e-3", "--device", "cpu",
-                                     flag]))
-        lines.append(read(tmp_path / out / "metrics.jsonl"))
-    assert passes[1] > passes[0]  # so something was computed again
-    assert abs(lines[1][0]["ratio_max"] - 1) < 1e-5
-    for plain, checkpointed in zip(*lines):
-        for key in ("loss", "grad_norm", "entropy", "nll"):
-            assert checkpointed[key] == pytest.approx(plain[key], rel=1e-4)
+    model, rng = build(name, **flags), np.random.default_rng(0)
+    policy, calls, found = train.Policy(model, 0.7, False), [], []
+    prompts = [[7, 8, 9], [7, 8]]
+    completions = [rng.integers(6, 64, length) for length in (5, 11)]
+    model.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    for prepare in (lambda _: None, train.checkpoint_activations):
+        prepare(model)
+        model.zero_grad()
+        calls.clear()
+        logp, _ = policy(prompts, completions)
+        logp.sum().backward()
+        gradient = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+        found.append((logp.detach(), gradient, len(calls)))
+    (logp, gradient, once), (again, other, twice) = found
+    assert twice > once  # so something was computed again
+    assert torch.equal(logp, again) and (gradient - other).norm() < 1e-5 * gradient.norm()
 
 
 # ---- Folders -------------------------------------------------------------------------------------
@@ -522,29 +469,37 @@ def llama(folder, change=None, index=False, **more):
     return model
 
 
-def both_ways(folder):
-    """The weights of a folder as one rank loads them, and as ranks that share it do."""
-    yield models.load_model(str(folder), torch.float32, "cpu", OPTIONS)
+def whole(folder):
+    """The weights of a folder as one rank loads them."""
+    return models.load_model(str(folder), torch.float32, "cpu", OPTIONS)
+
+
+def by_rows(folder):
+    """As ranks that share it do, or from_pretrained where it alone can."""
     with models.load_errors(str(folder)):
         model, files = models.empty_model(str(folder), OPTIONS)
+        if not files:
+            return whole(folder)
         models.fill(model, files)
-    yield model
+    return model
+
+
+both_ways = pytest.mark.parametrize("load_one", [whole, by_rows])
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("index", [False, True])
-def test_a_folder_is_loaded_equally_whole_and_by_rows(tied, index, tmp_path):
+@both_ways
+def test_a_folder_is_loaded_whole_and_by_rows(load_one, tied, index, tmp_path):
     original = llama(tmp_path, index=index, tie_word_embeddings=tied)
-    for model in both_ways(tmp_path):
-        found, expected = model.state_dict(), original.state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-        assert torch.equal(model.model.rotary_emb.inv_freq, original.model.rotary_emb.inv_freq)
-    with models.weights_on_meta():
-        empty = transformers.LlamaForCausalLM(original.config)
+    model = load_one(tmp_path)
+    found, expected = model.state_dict(), original.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert torch.equal(model.model.rotary_emb.inv_freq, original.model.rotary_emb.inv_freq)
+    empty, _ = models.empty_model(str(tmp_path), OPTIONS)
     assert all(weight.is_meta for weight in empty.parameters())
-    assert not any(weight.is_meta for weight in llama(tmp_path).parameters())  # it is over
 
 
 FAULTS = {
@@ -558,32 +513,25 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_weights_that_do_not_fit_are_refused(name, tmp_path, capfd):
+@both_ways
+def test_weights_that_do_not_fit_are_refused(load_one, name, tmp_path, capfd):
     change, told = FAULTS[name]
     llama(tmp_path, change)
-    for skip in (0, 1):
-        def load_one():
-            loads = both_ways(tmp_path)
-            if skip:  # by rows; from_pretrained takes over what it alone can load
-                model, files = models.empty_model(str(tmp_path), OPTIONS)
-                if not files:
-                    return next(loads)
-                with models.load_errors(str(tmp_path)):
-                    return models.fill(model, files)
-            return next(loads)
-        line = refusal(capfd, load_one)
-        assert re.search(told, line, re.I) and str(tmp_path) in line, line
+    line = refusal(capfd, load_one, tmp_path)
+    assert re.search(told, line, re.I) and str(tmp_path) in line, line
 
 
-def test_weights_that_no_module_takes_are_counted(tmp_path, capfd):
+@both_ways
+def test_weights_that_no_module_takes_are_counted(load_one, tmp_path, capfd):
     """A bias that the config does not have changes the model: said, once, with its name."""
-    original = llama(tmp_path, {"model.layers.0.self_attn.q_proj.bias": torch.ones(20),
-                                "model.layers.1.self_attn.q_proj.bias": torch.ones(20)})
-    for model in both_ways(tmp_path):
-        assert capfd.readouterr().err.splitlines() == [
-            f"{tmp_path}: 2 tensors of its files are not used, as config.json has no place for "
-            f"them, model.layers.0.self_attn.q_proj.bias among them"]
-        assert torch.equal(model.lm_head.weight, original.lm_head.weight)
+    original = llama(tmp_path, {f"model.layers.{i}.self_attn.q_proj.bias": torch.ones(20)
+                                for i in (0, 1)})
+    capfd.readouterr()
+    model = load_one(tmp_path)
+    assert capfd.readouterr().err.splitlines() == [
+        f"{tmp_path}: 2 tensors of its files are not used, as config.json has no place for "
+        f"them, model.layers.0.self_attn.q_proj.bias among them"]
+    assert torch.equal(model.lm_head.weight, original.lm_head.weight)
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -596,7 +544,7 @@ def test_tied_by_the_config_and_not_by_the_files(same, tmp_path):
     original = llama(source, tie_word_embeddings=True).model.embed_tokens.weight.detach()
     head = original.clone() if same else torch.randn(37, 20)
     llama(source, {"lm_head.weight": head}, tie_word_embeddings=True)
-    model = models.load_model(str(source), torch.float32, "cpu", OPTIONS)
+    model = whole(source)
     assert torch.equal(model.lm_head.weight, head)
     assert bool(models.empty_model(str(source), OPTIONS)[1]) == same  # else from_pretrained loads
     save(out, model, source)
@@ -626,9 +574,8 @@ def test_a_round_takes_over_config_and_tokenizer_as_they_came(tmp_path):
     old = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37,
            "hidden_size": 20, "intermediate_size": 50, "num_hidden_layers": 2,
            "num_attention_heads": 2, "num_key_value_heads": 1, "rope_theta": 1e6,
-           "rope_scaling": {**ROPE3, "rope_theta": None}, "torch_dtype": "bfloat16",
-           "transformers_version": "4.43.0", "of_its_own": {"a": [1]}}
-    del old["rope_scaling"]["rope_theta"]
+           "rope_scaling": {key: ROPE3[key] for key in ROPE3 if key != "rope_theta"},
+           "torch_dtype": "bfloat16", "transformers_version": "4.43.0", "of_its_own": {"a": [1]}}
     kept = {"tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizer"}\n\n',
             "special_tokens_map.json": b"{}", "vocab.json": b"{ }", "chat_template.jinja": b"x",
             "modeling_own.py": b"pass", "generation_config.json": b'{"top_k": 7}'}
@@ -636,7 +583,7 @@ def test_a_round_takes_over_config_and_tokenizer_as_they_came(tmp_path):
         (source / name).write_bytes(content)
     (source / "config.json").write_text(json.dumps(old))
     (source / "README.md").write_text("of the source")
-    model = models.load_model(str(source), torch.float32, "cpu", OPTIONS)
+    model = whole(source)
     save(out, model, source)
     assert sorted(os.listdir(out)) == sorted([
         *kept, "config.json", "metrics.jsonl", "model.safetensors", "optimizer.safetensors",
@@ -653,10 +600,8 @@ def test_a_config_of_transformers_5_says_what_transformers_4_looks_for(tmp_path)
     out.mkdir()
     model = llama(tmp_path, rope_parameters=ROPE3)
     save(out, model, tmp_path)
-    config = json.loads((out / "config.json").read_text())
-    assert config["rope_theta"] == ROPE3["rope_theta"]
+    config, again = json.loads((out / "config.json").read_text()), load(out)
     assert {**config["rope_scaling"], "rope_theta": config["rope_theta"]} == ROPE3
-    again = load(out)
     assert again.config.rope_parameters == model.config.rope_parameters
     assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
@@ -710,31 +655,6 @@ def test_ctrl_c_in_the_middle_of_reading_is_its_own_line(tmp_path, monkeypatch, 
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
-def test_soft_caps_and_scales_are_checked_in_the_order_of_the_kernel(capfd):
-    """A model that scales after its cap is right, one that caps after its scale refused."""
-    prompt, completion = [7, 8, 9], np.arange(10, 20)
-    for scale_last in (True, False):
-        model = build("llama")
-        model.config.final_logit_softcapping, model.config.logits_scaling = 3.0, 0.25
-        plain = model.forward
-
-        def changed(*args, plain=plain, scale_last=scale_last, **options):
-            output = plain(*args, **options)
-            logits = output.logits * (1 if scale_last else 4)
-            output.logits = 3 * torch.tanh(logits / 3) * (4 if scale_last else 1)
-            return output
-
-        model.forward = changed
-        policy = train.Policy(model, 1.0, False)
-        if scale_last:
-            policy.check("both")
-            with torch.no_grad():
-                expected, _ = forced(model, prompt, completion, 1.0)
-                assert (policy([prompt], [completion])[0] - expected).abs().max() < 1e-5
-        else:
-            assert "unsupported head: its logits" in refusal(capfd, policy.check, "both")
-
-
 # ---- The name `kernels` --------------------------------------------------------------------------
 STUB = '''
 """Answers to every name that transformers imports from the distribution `kernels`."""
@@ -748,45 +668,38 @@ def __getattr__(name):
 '''
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_the_package_kernels_and_the_folder_kernels(installed, tiny_model, prompts, tmp_path):
+def test_the_package_kernels_and_the_folder_kernels(tiny_model, prompts, tmp_path):
     """With that package in the environment every stage runs and finds both; without it transformers
     does not take our folder for it."""
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    if installed:
-        (tmp_path / "site" / "kernels").mkdir(parents=True)
-        (tmp_path / "site" / "kernels" / "__init__.py").write_text(STUB)
-        (tmp_path / "site" / "kernels-0.18.5.dist-info").mkdir()
-        (tmp_path / "site" / "kernels-0.18.5.dist-info" / "METADATA").write_text(
-            "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n")
-
-    rollouts, scored, model, report = (str(tmp_path / name) for name in (
-        "rollouts.jsonl", "scored.jsonl", "round", "eval.json"))
+    assert not transformers.utils.is_kernels_available()
+    (tmp_path / "site" / "kernels").mkdir(parents=True)
+    (tmp_path / "site" / "kernels" / "__init__.py").write_text(STUB)
+    (tmp_path / "site" / "kernels-0.18.5.dist-info").mkdir()
+    (tmp_path / "site" / "kernels-0.18.5.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n")
+    rollouts, scored, model = (str(tmp_path / name) for name in ("rollouts", "scored", "round"))
     commands = {"generate": ["--model", tiny_model, "--prompts", prompts, "--out", rollouts,
                              "--n", "2", "--max-new-tokens", "8", "--device", "cpu"],
                 "score": [rollouts, "--out", scored],
                 "train": ["--model", tiny_model, "--rollouts", scored, "--out", model,
-                          "--device", "cpu"],
-                "evaluate": [scored, "--k", "1", "2", "--out", report]}
+                          "--device", "cpu"]}
     # One process, as its start takes the time; as in a stage, the repository's folder stands first
     # on the path.
     script = ("import importlib, json, sys\n"
-              "import train, transformers, fused_linear_entropy\n"
-              "print(transformers.utils.is_kernels_available(), fused_linear_entropy.__file__)\n"
-              "print(getattr(__import__('kernels'), '__version__', None))\n"
+              "import train, transformers, fused_linear_entropy, kernels\n"
+              "print(transformers.utils.is_kernels_available(), fused_linear_entropy.__file__,\n"
+              "      kernels.__version__)\n"
               "for name, flags in json.loads(sys.argv.pop()).items():\n"
               "    stage = importlib.import_module(name)\n"
               "    stage.main(stage.parse_args(flags))\n")
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(commands if installed else {})], cwd=ROOT,
-        env=environment, capture_output=True, text=True)
+        [sys.executable, "-c", script, json.dumps(commands)], cwd=ROOT, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True)
     assert done.returncode == 0, done.stderr
     available, ours, version = done.stdout.split()[:3]
     assert ours == os.path.join(ROOT, "kernels", "fused_linear_entropy.py")
-    assert version == ("0.18.5" if installed else "None")
+    assert version == "0.18.5"
     # 5.17 takes other versions of it
-    if not installed or tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
-        assert available == str(installed)
-    if installed:
-        assert set(os.listdir(model)) >= {"model.safetensors", "metrics.jsonl"}
-        assert os.path.exists(tmp_path / "eval.json")
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
+        assert available == "True"
+    assert set(os.listdir(model)) >= {"model.safetensors", "metrics.jsonl"}
