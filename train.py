@@ -208,9 +208,9 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.models import (OF_TRAINING, autocast, check_model, device_and_dtype, earlier_metrics,
+from data.models import (OF_TRAINING, autocast, check_model, device_and_dtype, earlier_round,
                          empty_model, fill, folder_of, load_errors, load_model, load_optimizer,
-                         load_tokenizer, positions_of, save_round, source_of, steps_done)
+                         load_tokenizer, positions_of, save_round, source_of)
 from data.rollouts import (check_ids, draw_answers, load_answers, load_rollouts, plan_update,
                            sampling_of, write_rollouts)
 
@@ -848,11 +848,10 @@ def train(args):
         checkpoint_activations(policy.model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                   fused=True)
-    step, optimizer_step = steps_done(args.model)
-    lines = earlier_metrics(args.model)
+    step, optimizer_step, lines = earlier_round(args.model)
     if args.reset_optimizer:
         optimizer_step = 0
-    else:
+    elif optimizer_step:
         load_optimizer(optimizer, policy, args.model, optimizer_step)
     plan = functools.partial(plan_update, rank=rank, world=world, budget=args.micro_batch_tokens,
                              share=args.share_prompts)

@@ -160,7 +160,8 @@ def reference_tokenizer(name, options):
     may replace how texts are split.
     """
     try:
-        path = transformers.utils.cached_file(name, "tokenizer.json", revision=options.get("revision"))
+        path = transformers.utils.cached_file(name, "tokenizer.json",
+                                              revision=options.get("revision"))
     except OSError:
         return None
     tokenizer = tokenizers.Tokenizer.from_file(path)
