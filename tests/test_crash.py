@@ -4,6 +4,7 @@ hostile rows and metas.
 The kinds of faults are described in crash.py. A loss is an output that is half, missing, doubled or
 different in the end.
 """
+import itertools
 import json
 import os
 import shutil
@@ -42,7 +43,7 @@ def test_at_every_step_towards_the_disk(campaign, name, kind):
     """Killed, cut off from power or out of room there, nothing is lost. Here every step of
     score.py, every ninth elsewhere."""
     stride, first = (1, 0) if name == "score" else (9, ALL.index(name))
-    campaign.steps(name, kind, stride, first)
+    campaign.injected(name, kind, itertools.count(first, stride))
     assert not campaign.losses and campaign.faults[name, kind] >= (10 if stride == 1 else 1)
 
 
@@ -60,14 +61,14 @@ def test_a_second_run_on_the_same_output_is_refused(campaign, name):
 
 @pytest.mark.parametrize("name", ["generate", "train"])
 def test_a_disk_of_too_few_bytes(campaign, name):
-    campaign.disk(name, 3)
+    campaign.injected(name, "disk", campaign.rooms(name, 3))
     assert not campaign.losses and campaign.faults[name, "disk"] >= 2
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_folder_that_cannot_be_written_a_clock_that_jumps_a_torn_last_line(campaign, name):
-    campaign.steps(name, "read-only", stride=10**6)
-    campaign.clock(name, 0)
+    for kind in "read-only", "clock":
+        campaign.injected(name, kind, [0])
     if crash.STAGES[name][2]:
         campaign.torn(name)
     assert not campaign.losses and campaign.faults[name, "read-only"] == 1

@@ -103,10 +103,11 @@ def make_tokenizer(like_qwen=False):
             pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(["What is 12 + 30? Please reason step by step"] * 3,
-                                  trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        ["What is 12 + 30? Please reason step by step"] * 3,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet,
+                            show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>",
                                         pad_token="<|end|>", unk_token="<|end|>")
     tokenizer.add_tokens(["\\boxed{" + "0" * zeros + digit + "}" for digit in "12"
@@ -268,18 +269,6 @@ def test_rows_up_to_the_last_position(kind, flags, capfd):
         capfd, policy.check, kind, rows)
 
 
-def shifted(model):
-    """A bias that is no part of the head."""
-    plain = model.forward
-
-    def forward(*args, **kwargs):
-        output = plain(*args, **kwargs)
-        output.logits = output.logits + torch.linspace(0, 1, 64)
-        return output
-    model.forward = forward
-    return model
-
-
 def capped(model, scale_last):
     """A soft cap before or after the scaling of the logits."""
     model.config.final_logit_softcapping, model.config.logits_scaling = 3.0, 0.25
@@ -312,12 +301,11 @@ def with_pictures():
                    intermediate_size_mlp=48, no_rope_layers=[1, 0]),
      "its decoder returns no hidden states"),
     (lambda: with_tanh(build("llama")), "not a linear layer but Sequential"),
-    (lambda: shifted(build("llama")), "unsupported head: its logits"),
     (lambda: build("HyperCLOVAX", logits_scaling=4.0),  # multiplied, where Granite divides
      "unsupported head: its logits"),
     (lambda: capped(build("llama"), scale_last=False), "unsupported head: its logits"),
     (with_pictures, "belongs neither to the text decoder nor to its head"),
-], ids=["decoder", "tanh", "shifted", "multiplied", "capped last", "pictures"])
+], ids=["decoder", "tanh", "multiplied", "capped last", "pictures"])
 def test_what_the_policy_would_compute_otherwise_is_refused(make, told, capfd):
     assert told in refusal(capfd, train.Policy(make(), 1.0, False).check, "m")
 
@@ -629,18 +617,6 @@ def test_what_is_not_finite_is_seen_and_a_large_sum_is_no_reason(dtype):
                            ([-large] * 3, True), ([1, nan], False), ([inf, 1], False),
                            ([inf, -inf], False), ([large, large, -inf], False)):
         assert models.all_finite(torch.tensor(values, dtype=dtype)) == finite, values
-
-
-def test_moments_in_many_files_are_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "LARGEST_FILE", 500)
-    tensors = {name: torch.randn(7, 11) for name in "edcba"}
-    models.write_tensors(str(tmp_path), "optimizer", tensors)
-    assert len(os.listdir(tmp_path)) == 6
-    found = {name: torch.empty(7, 11) for name in tensors}
-    models.read_tensors(models.tensor_files(str(tmp_path), "optimizer"), found)
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    with pytest.raises(BaseException, match="z"):
-        models.read_tensors(models.tensor_files(str(tmp_path), "optimizer"), {"z": found["a"]})
 
 
 def test_ctrl_c_in_the_middle_of_reading_is_its_own_line(tmp_path, monkeypatch, capfd):
