@@ -39,7 +39,7 @@ import sys
 import time
 from typing import Any, Literal
 
-from data.files import Parser, Sample, claim, describe, fail, publish, read_rows, say
+from data.files import Parser, Sample, claim, describe, echo, fail, publish, read_rows
 from data.files import run as run_stage  # a run is a scored file here
 
 
@@ -353,14 +353,14 @@ def print_table(report):
                                       for entry, diff in entries)])
     widths = [max(map(len, column)) for column in zip(*filter(None, grid))]
     every = " | ".join(dict.fromkeys(settings))
-    say(f"{runs[0]['problems']} problems, {every}; [95 % interval over problems]\n")
+    echo(f"{runs[0]['problems']} problems, {every}; [95 % interval over problems]\n")
     for line in grid:
-        say("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        echo("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
     ends = list(dict.fromkeys([ks[0], ks[-1]]))
     values = [f"{run['name']} " + " and ".join(f"{run['pass_at_k'][k]['value']:.3f}" for k in ends)
               for run in runs]
-    say("\n" + " and ".join(f"Pass@{k}" for k in ends) + ": " + "; ".join(values))
+    echo("\n" + " and ".join(f"Pass@{k}" for k in ends) + ": " + "; ".join(values))
 
 
 # ---- The figures ---------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ from importlib import import_module
 import msgspec
 from tqdm import tqdm
 
-from data.files import (REASONS, Parser, Problem, Rollout, Verdict, claim, describe, fail, publish,
-                        read_rows, run, sampling_of, say)
+from data.files import (REASONS, Parser, Problem, Rollout, Verdict, claim, describe, echo, fail,
+                        publish, read_rows, run, sampling_of)
 from data.sandbox import Pending, Workers
 
 
@@ -150,7 +150,7 @@ def show(kept, n):
         with contextlib.suppress(KeyError, TypeError, ValueError):  # of another program
             logp = statistics.fmean(row["logprobs"])
         gold = {name: value for name, value in row.items() if name in own}
-        say(f"{readable(row['id'])} sample {row.get('sample')}: {readable(gold)[1:-1]}\n"
+        echo(f"{readable(row['id'])} sample {row.get('sample')}: {readable(gold)[1:-1]}\n"
             f"  prompt      {readable(row.get('prompt') or row.get('messages'))}\n"
             f"  completion  {readable(row.get('completion', ''), 1000)}\n"
             f"  answer {readable(repr(row.get('pred')))}: {row['reason']}, "
@@ -212,9 +212,9 @@ def main(args):
     total, wall = reasons.total(), time.monotonic() - start
     publish(args.out, {**meta, "rows": total, "reasons": reasons, "wall_s": wall})
     show(kept, args.show)
-    say(f"{args.out}: {total} rows, {reasons['ok'] / total:.1%} correct")
+    echo(f"{args.out}: {total} rows, {reasons['ok'] / total:.1%} correct")
     for reason, count in reasons.items():
-        say(f"  {reason:10}{count:10}{count / total:8.1%}")
+        echo(f"  {reason:10}{count:10}{count / total:8.1%}")
 
 
 if __name__ == "__main__":

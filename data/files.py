@@ -122,7 +122,7 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-def say(text):
+def echo(text):
     """Print as long as somebody reads: `stage | head` still completes its output, quietly."""
     try:
         print(text, flush=True)

@@ -35,8 +35,8 @@ import math
 import os
 import re
 
-from data.files import (Parser, Rollout, Verdict, claim, describe, fail, publish, read_rows, run,
-                        say)
+from data.files import (Parser, Rollout, Verdict, claim, describe, echo, fail, publish, read_rows,
+                        run)
 from data.latex import (ALIKE, MULTIPLIED, NO_ANSWER, PERCENT, boxes, choice_of, commas, is_name,
                         join_thousands, multiplied, normal, parts_of, sides_of, signs_of,
                         split_parts, split_unit, unit_name, unpacked, words)
@@ -455,7 +455,7 @@ def main(args):
     if not places_of_ids:
         fail(f"{args.input}: no problem is left (--max-chars, --skip-bad){left_out}")
     publish(args.out, {**meta, "rows": len(places_of_ids), **counts})
-    say(f"{args.out}: {len(places_of_ids)} problems{left_out}")
+    echo(f"{args.out}: {len(places_of_ids)} problems{left_out}")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import random
 
 import msgspec
 
-from data.files import (Parser, Problem, claim, describe, fail, publish, read_rows, run,
-                        sampling_of, say)
+from data.files import (Parser, Problem, claim, describe, echo, fail, publish, read_rows, run,
+                        sampling_of)
 
 
 class Correct(msgspec.Struct):
@@ -116,7 +116,7 @@ def main(args):
     with open(partial, "wb") as file:
         file.writelines(line + b"\n" for id in ids for line in lines[id])
     publish(args.out, meta)
-    say(f"{args.out}: {len(ids)} of {total} problems{note}")
+    echo(f"{args.out}: {len(ids)} of {total} problems{note}")
 
 
 if __name__ == "__main__":

@@ -73,17 +73,18 @@ def serve(path, base):
 
     A request on the socket `path` is JSON {"argv", "cwd", "fault"} with the three standard files;
     the answer is the child's process id, then its exit code."""
-    sys.path[:0] = [ROOT, os.path.join(ROOT, "data")]
+    sys.path.insert(0, ROOT)
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    modules = {name: importlib.import_module(name) for name in (*STAGES, "maths")}
-    modules["select"] = importlib.import_module("data.select")  # `select` is the standard library's
+    modules = {name.rpartition(".")[2]: importlib.import_module(name) for name in (
+        "generate", "score", "train", "evaluate", "data.countdown", "data.maths", "data.select",
+        "data.make_tiny")}
     report = modules["evaluate"]
     report.save(report.new_figure(1, 2, 9, 4)[0], base + ".png")  # the first picture loads fonts
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokenizer = importlib.import_module("make_tiny").make_tokenizer()
+    tokenizer = modules["make_tiny"].make_tokenizer()
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, intermediate_size=32, max_position_embeddings=64,

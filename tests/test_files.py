@@ -46,7 +46,7 @@ def test_texts_are_printed_whatever_they_hold(capsys):
     text = "two\nlines\r\n\u2028and\x85more \x1b[2J\udcff"
     assert refused(capsys, stage.fail, text, 3, code=3) == (
         "evaluate.py: error: two lines and more \\x1b[2J\\udcff\n")
-    stage.run(stage.say, "\udcff\u00e9")
+    stage.run(stage.echo, "\udcff\u00e9")
     assert capsys.readouterr().out == "\\udcff\u00e9\n"
 
 
