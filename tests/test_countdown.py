@@ -89,7 +89,7 @@ def test_four_test_problems_come_twice_as_the_docstring_says():
 def test_make_tiny(tmp_path, monkeypatch):
     """A model folder at every --save-every steps, which says how it was made; --init goes on from
     its weights. Answers in a random order stay the same solution."""
-    import make_tiny
+    from data import make_tiny
 
     rng = random.Random(0)
     texts = countdown.solutions([2, 7, 10, 3], 24)
