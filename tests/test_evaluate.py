@@ -231,7 +231,6 @@ def test_maths_rows(tmp_path):
         for key, texts in answers.items() for s, text in enumerate(texts)])[0]
     assert [cell["value"] for cell in result["maj_at_k"].values()] == [0.625, 0.625, 1.0]
     assert result["maj_at_k"]["1"] == result["pass_at_k"]["1"]
-    assert result["distinct"] is result["solution_coverage"] is None
 
 
 def test_sources_and_their_mean(tmp_path):
@@ -386,11 +385,10 @@ def test_training_curves(tmp_path, figures, capsys):
 @pytest.mark.parametrize("change, message", [
     *(({name: None}, f"missing field '{name}'") for name in
       ("id", "sample", "task", "correct", "finish_reason", "completion_ids", "solution")),
-    *(({name: value}, f"field '{name}': Expected {expected}") for name, value, expected in (
-        ("correct", 1, "bool, got int"), ("sample", True, "int"), ("sample", -1, "int >= 0"),
-        ("sample", 10**9, "int <= 1048575"), ("id", 3, "str, got int"), ("source", 1, "str"),
-        ("completion_ids", 3, "array"), ("solution", 5, "str, got 5"),
-        ("n_solutions", "2", "int | null"))),
+    ({"correct": 1}, "field 'correct': Expected bool, got int"),
+    ({"sample": 10**9}, "field 'sample': Expected int <= 1048575"),
+    ({"solution": 5}, "field 'solution': Expected str, got 5"),
+    ({"n_solutions": "2"}, "field 'n_solutions': Expected int | null"),
     ({"finish_reason": "eos"}, "field 'finish_reason': ")])
 def test_bad_rows_are_named(tmp_path, capsys, change, message):
     bad = {key: value for key, value in {**row("q", 0, True), **change}.items()

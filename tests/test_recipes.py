@@ -85,15 +85,10 @@ def rows(loop, name):
 @pytest.mark.slow
 def test_maths(loop):
     run(loop, "Maths, Qwen2.5-Math-1.5B, one 80 GiB GPU")
-    runs = report(loop, "math-1.5b/eval/eval-001.json")["runs"]
-    assert [one["problems"] for one in runs] == [2, 2] and runs[0]["n"] == 2
-    flags = report(loop, "math-1.5b/001/rollouts.jsonl.meta.json")["flags"]
-    assert flags["stop"] == ["<|im_end|>", "<|endoftext|>"]
-    assert flags["overlong"] == "skip" and flags["max_batch_tokens"] == 1048576
-    assert report(loop, "math-1.5b/001/policy.meta.json")["flags"]["smooth_level"] == "share"
-    assert report(loop, "math-1.5b-grpo/001/policy.meta.json")["flags"]["method"] == "grpo"
-    assert (loop.folder / "passk.png").exists()
     assert len(rows(loop, "math.jsonl")) == 6  # without the long one
+    assert report(loop, "math-1.5b/eval/eval-001.json")["runs"][0]["problems"] == 2
+    flags = report(loop, "math-1.5b/001/rollouts.jsonl.meta.json")["flags"]
+    assert flags["stop"] == ["<|im_end|>", "<|endoftext|>"] and flags["overlong"] == "skip"
     run(loop, "Maths, Qwen2.5-Math-7B, a node of eight 80 GiB GPUs")
     meta = report(loop, "math-7b/001/policy.meta.json")
     assert meta["world_size"] == 2 and meta["flags"]["shard"]
@@ -102,12 +97,8 @@ def test_maths(loop):
 @pytest.mark.slow
 def test_countdown_goes_on(loop):
     run(loop, "Countdown, Qwen2.5-1.5B, one 80 GiB GPU")
-    assert report(loop, "cd/eval/eval-001.json")["runs"][0]["problems"] == 3
-    flags = report(loop, "cd/001/rollouts.jsonl.meta.json")["flags"]
-    assert flags["stop"] == ["</answer>", "Problem:"]
     run(loop, "Stop, look, go on")
     assert report(loop, "cd/eval/eval-002.json")["runs"][0]["n"] == 2
-    assert (loop.folder / "runs/cd/002/policy").is_dir()
     assert (loop.folder / "training.png").exists()
 
 
@@ -141,21 +132,15 @@ def test_what_is_rehearsed(loop):
 
 
 @pytest.mark.slow
-def test_rehearsal_with_a_smaller_weight_later(loop):
+def test_objectives_that_change_on_the_way(loop):
     run(loop, "Rehearsal with a smaller weight later")
     assert [report(loop, f"far/00{number}/policy.meta.json")["flags"]["rehearse_coef"]
             for number in (1, 2)] == [1.0, 0.3]
-    assert report(loop, "far/eval/eval-002.json")["runs"][1]["problems"] == 3
-
-
-@pytest.mark.slow
-def test_negative_first_and_many_samples(loop):
     run(loop, "Negative rollouts first")
     last = report(loop, "negative-grpo/001/policy.meta.json")["flags"]
     assert last["method"] == "grpo" and "runs/negative/001/policy" in last["model"]
     first = report(loop, "negative/001/policy.meta.json")["flags"]
     assert first["arm"] == {"positive_weight": 0} and first["method"].endswith(":w_reinforce")
-    assert report(loop, "negative-grpo/001/policy/trainer_state.json")["step"] == 8
     run(loop, "Many samples of few problems")
     assert report(loop, "broad/001/policy.meta.json")["flags"]["updates"] == 4
 
@@ -169,8 +154,6 @@ def test_averaged_weights(loop):
     assert any((base[name] != trained[name]).any() for name in base)
     for name, weight in mixed.items():
         torch.testing.assert_close(weight, (base[name] + trained[name]) / 2)
-    runs = json.loads((loop.folder / "averaged.json").read_text())["runs"]
-    assert [one["name"] for one in runs] == ["base", "grpo", "averaged"]
 
 
 @pytest.mark.slow
