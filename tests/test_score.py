@@ -573,7 +573,8 @@ def test_killed_while_workers_are_busy(stand_in, tmp_path, kill, code):
     rows = [row(sample=i) for i in range(50)] + [maths_row("5", r"\boxed{hang}", id="bomb"),
                                                  maths_row("5", r"\boxed{5}", id="good")]
     source, out = write(tmp_path / "r.jsonl", rows), tmp_path / "s.jsonl"
-    program = ("import score; from data import maths, sandbox; "
+    program = ("import sys; sys.argv[0] = 'score.py'; import score; "
+               "from data import maths, sandbox; "
                "maths.JUDGE = sandbox.Judge('stand_in', 'judge', ''); "
                "score.run(score.main, score.parse_args())")
     process = subprocess.Popen([sys.executable, "-c", program, source, "--out", str(out),
