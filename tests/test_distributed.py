@@ -36,6 +36,7 @@ RANKS = f"""
     sys.path[:0] = [{ROOT!r}, {os.path.join(ROOT, "tests")!r}]
     from data import models
     stage = __import__(sys.argv[1])
+    sys.argv[0] = sys.argv[1] + ".py"  # as in a start of its own, it then handles signals
     # What happens to a rank in the middle of its work.
     kind, rank, call = os.environ.get("FAULT", "none,-1,0").split(",")
     name, calls, wide = {{"train": "token_losses", "generate": "run_chunk"}}[sys.argv[1]], 0, False
