@@ -1,5 +1,5 @@
-"""The Triton kernels compile for real GPUs, on any machine: no GPU is needed to see a release of
-Triton that breaks them. (What they compute is tested through the interpreter, in test_kernel.py.)"""
+"""The Triton kernels compile for real GPUs on a machine without one, so that a release of Triton
+that breaks them is seen. What they compute is tested through the interpreter, in test_kernel.py."""
 import importlib.util
 import os
 import subprocess
@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 for capability in 80, 90:
     for logits in "bf16", "fp32":
         for kernel in fused_entropy.forward_kernel, fused_entropy.backward_kernel:
-            signature, constants = {}, {}
+            signature = {}
             for name in kernel.arg_names:
                 pointer = "*i64" if name == "y_ptr" else "*fp32"
                 if name in ("x_ptr", "grad_ptr"):
