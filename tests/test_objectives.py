@@ -3,6 +3,7 @@ the rivals of experiments/arms.py against their formulas in loops."""
 import itertools
 import json
 import math
+import os
 
 import pytest
 
@@ -50,7 +51,7 @@ def file_of(tmp_path, text, name="mine.py"):
 def test_your_own_objective_of_eight_lines(model, tmp_path, fp64, capsys):
     """As README.md shows it: a file, a function, a setting; the gradient is that of its formula in
     loops."""
-    with open("README.md", encoding="utf-8") as file:
+    with open(os.path.join(os.path.dirname(train.__file__), "README.md"), encoding="utf-8") as file:
         assert OWN in file.read()
     rows = make_rows(model, cut=())
     path, mine = write(tmp_path / "rows.jsonl", rows), file_of(tmp_path, OWN)

@@ -241,7 +241,7 @@ def test_a_signal_ends_the_running_stage_as_well(mock, number):
     process = subprocess.Popen(
         ["bash", "run.sh", "--rounds", "1"], cwd=mock.folder, env=mock.environment(SLOW="1"),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # as at a terminal
     while not (mock.folder / "lock").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)

@@ -471,7 +471,8 @@ def test_what_a_round_prints_is_what_evaluate_counts(model, rollouts, tmp_path, 
     assert (line["pass@1"], line["pass@n"]) == pytest.approx((curve[0], curve[-1]))
     assert out == (f"Pass@1 {curve[0]:.3f}  Pass@4 {curve[-1]:.3f}  entropy {line['entropy']:.3f}  "
                    f"length {line['completion_len']:.1f}  truncated 0.143\n")
-    with open("data/README.md", encoding="utf-8") as file:
+    root = os.path.dirname(train.__file__)
+    with open(f"{root}/data/README.md", encoding="utf-8") as file:
         assert set(line) <= set(re.findall(r"[\w@]+", file.read()))
     rows = make_rows(model, cut={(g, k) for g in range(7) for k in range(4) if k})
     run(model, write(tmp_path / "cut.jsonl", rows), tmp_path / "cut")
