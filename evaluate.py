@@ -146,7 +146,7 @@ def read_problems(path):
         elif problem.fields != fields:
             fail(f"{where}: '{row.id}' is another problem than in the rows above")
         if problem.samples >> row.sample & 1:
-            fail(f"{where}: sample {row.sample} of problem '{row.id}' stands twice")
+            fail(f"{where}: sample {row.sample} of problem '{row.id}' occurs twice")
         problem.samples |= 1 << row.sample
         problem.correct += row.correct
         problem.truncated += row.finish_reason == "length"

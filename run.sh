@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Loop the stages: sample, verify, update, R times; then evaluate on held-out problems.
-#
 #   bash run.sh     # runs/demo-grpo (GRPO) beside runs/demo (DS-GRPO, rehearsal), a core each
 #   bash run.sh --name cd --model DIR --lr 1e-6 --max-new-tokens 999 --generate "--stop '</answer>'"
 #
@@ -8,7 +7,6 @@
 # rollouts.jsonl, scored.jsonl and the model policy/; rehearsal/; eval/. The same command continues
 # a stopped run, also with other --rounds, --keep, --nproc, --eval-* flags (then to eval-LABEL/).
 # Flags in quotes are split as by a shell, not expanded; paths in them are relative to this script.
-#
 #   --name N                run folder runs/N                                   (demo)
 #   --model DIR|HUB_ID      the base model                                      (weak-countdown)
 #   --method M              ds-grpo | grpo | FILE.py:NAME, as in train.py       (ds-grpo)
@@ -110,8 +108,7 @@ evaluate() {  # ROUND LINES: of the base, --against and all rounds so far; the t
     [ ! -e "$eval/$id.scored.jsonl" ] || { curve "$round" "$id" "$dir/$id/policy"; newest=$1; }
   done
   id=$(number "$1") out=$eval/eval-$id${against:+-$against}.json
-  curve "$newest" "$id" "$(policy "$1")"
-  rm -f "$out"  # it may lack a curve
+  curve "$newest" "$id" "$(policy "$1")"; rm -f "$out"  # it may lack a curve
   stage evaluate.py "${files[@]}" --names "${names[@]}" --out "$out" --plot "$eval/passk.png" \
     > "$eval/table.txt"
   stage evaluate.py --training "$dir" --plot "$eval/training.png"
@@ -199,6 +196,8 @@ check_flags() {
     die "--against: no round in runs/$against, or it is this run itself"
   [ "$model$method$train" != data/weak-countdownds-grpo ] || train="--gamma-p 3.0 --gamma-n 0.1"
   [ "$model$method$train" != data/tiny-countdownds-grpo ] || train="--gamma-p 0.3 --gamma-n 0.03"
+  [[ -d "$model" || "$model" =~ ^[^/.][^/]*/[^/]+$ && ! -d "${model%/*}" ]] ||
+    die "--model $model: no such model folder (a Hub id is written owner/name)"
   [[ "$model" =~ ^data/(weak|tiny)-countdown$ || "$given" = *"--lr "* && "$given" = *-tokens* ]] ||
     die "--model $model needs --lr and --max-new-tokens; the defaults fit the embedded models"
   eval_label=$(tr / _ <<< "${eval_prompts:-test}-${eval_problems}x$eval_n")

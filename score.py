@@ -103,11 +103,11 @@ def judge_rows(rows, workers):
 
 # ---- Rows --------------------------------------------------------------------------------------
 def unique(rows):
-    """The rows; ends the stage where one (id, sample) stands twice."""
+    """The rows; ends the stage where one (id, sample) occurs twice."""
     seen = collections.defaultdict(int)  # id -> the samples met so far, a bit each
     for where, line, row in rows:
         if seen[row.id] >> row.sample & 1:
-            fail(f"{where}: id {row.id[:80]!r}, sample {row.sample} stands twice")
+            fail(f"{where}: id {row.id[:80]!r}, sample {row.sample} occurs twice")
         seen[row.id] |= 1 << row.sample
         yield line, row
 

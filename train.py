@@ -808,7 +808,7 @@ def announce(job):
           f"{attention}, prompts {'shared' if args.share_prompts else 'repeated'}: {groups} groups "
           f"x {n}, {args.updates} updates of {args.method}, T = {job.policy.temperature}; "
           f"{16 * weights / shards / 2**30:.2f} GiB a rank for weights, gradients and Adam, "
-          f"activations besides", file=sys.stderr)
+          f"plus activations", file=sys.stderr)
     backend = choose_backend(job.device.split(":")[0], None)
     return {"attention": attention, "backend": backend}
 
@@ -825,7 +825,7 @@ def train(args):
     groups, n = load_rollouts(args.rollouts, args.truncated, fields)
     rows = sum(groups, [])
     if args.updates > len(groups):
-        fail(f"{args.rollouts}: {len(groups)} groups cannot be dealt into --updates {args.updates}")
+        fail(f"--updates {args.updates} is more than the {len(groups)} groups of {args.rollouts}")
     answers = load_answers(args.rehearse, sampling["temperature"], args.rehearse_weight,
                            args.allow_off_policy) if args.rehearse else []
     device, dtype = device_and_dtype(args)

@@ -245,7 +245,7 @@ def read_rows(path, kind=dict):
             except (ValueError, RecursionError) as error:
                 if line.startswith(LFS_POINTER):
                     fail(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull`")
-                fail(f"{where}: not a valid JSON row ({error}); mend or delete this line")
+                fail(f"{where}: not a valid JSON row ({error}); each line must be one JSON object")
             empty = False
             yield where, line, row
     if empty:
@@ -272,7 +272,7 @@ def explain(error, kind):
     what, _, place = text.replace("`", "").partition(" - at $")
     field = re.sub(r"\[[^]]*\]$", "", place.lstrip("."))  # of a value in a list, the list's name
     if not field:  # the whole row, or a value of a field that has no type here
-        return f"not a valid JSON row ({what}); mend or delete this line"
+        return f"not a valid JSON row ({what}); correct or delete this line"
     kinds = [one.__struct_config__ for one in typing.get_args(kind)
              if hasattr(one, "__struct_config__")]
     if field in {one.tag_field for one in kinds}:  # by it a union of structs decides what a row is
@@ -357,10 +357,13 @@ def claim(out, meta, ignore=(), folder=False):
             with contextlib.suppress(OSError):
                 os.remove(lock)  # of a run that was killed before it could
         with contextlib.suppress(Exception), open(out + ".meta.json", encoding="utf-8") as file:
-            old, new = ({**one["flags"], "inputs": list(one["inputs"].values())}
-                        for one in (json.load(file), json.loads(json.dumps(meta))))
+            metas = json.load(file), json.loads(json.dumps(meta))
+            stages = [one["stage"] for one in metas]
+            old, new = ({**one["flags"], "inputs": list(one["inputs"].values())} for one in metas)
             flags = (old.keys() | new.keys()) - set(ignore)
             differ = sorted(flag for flag in flags if old.get(flag) != new.get(flag))
+            if stages[0] != stages[1]:
+                fail(f"{out}: written by {stages[0]}; delete it or choose another --out")
             if not differ:
                 return print(f"{out}: complete, left alone", file=sys.stderr)
             fail(f"{out}: made with other {', '.join(differ)}; delete it or choose another --out")

@@ -1,19 +1,19 @@
-"""Make the embedded models: Qwen2s of a million parameters that play Countdown, pre-trained from
+r"""Make the embedded models: Qwen2s of a million parameters that play Countdown, pre-trained from
 scratch on random right answers.
 
 The strong one, data/tiny-countdown/, in three phases towards larger targets (the first was stopped
 after its snapshot first-3000):
 
-    python data/make_tiny.py --out /tmp/first --max-target 100 --steps 6000 --save-every 1000
-    python data/make_tiny.py --out /tmp/second --init /tmp/first-3000 --seed 1 --max-target 150 \
+    python -m data.make_tiny --out /tmp/first --max-target 100 --steps 6000 --save-every 1000
+    python -m data.make_tiny --out /tmp/second --init /tmp/first-3000 --seed 1 --max-target 150 \
         --steps 1000 --lr 1e-3 --problems 80000
-    python data/make_tiny.py --out data/tiny-countdown --init /tmp/second --seed 2 --steps 400 \
+    python -m data.make_tiny --out data/tiny-countdown --init /tmp/second --seed 2 --steps 400 \
         --lr 6e-4 --problems 40000
 
 The weak one, which is right in one of sixty samples, is the snapshot weak-250 of a
 longer run, four minutes in, before its learning rate falls:
 
-    python data/make_tiny.py --out /tmp/weak --steps 6000 --problems 40000 --save-every 250 \
+    python -m data.make_tiny --out /tmp/weak --steps 6000 --problems 40000 --save-every 250 \
         --threads 1
 
 Every problem of the train split of data/countdown.py may be drawn. Its answer is drawn uniformly

@@ -400,6 +400,8 @@ def save_round(out, policy, optimizer, state, lines, source):
     for name, text in texts.items():
         with open(f"{out}/{name}", "w", encoding="utf-8") as file:
             file.write(text)
+    for _, path in files_of(out):  # safetensors writes for its owner's eyes alone
+        os.chmod(path, os.stat(f"{out}/config.json").st_mode)
 
 
 def config_of(source, model):

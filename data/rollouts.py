@@ -154,7 +154,8 @@ def sampling_of(args):
     path, sampling = args.rollouts, files.sampling_of(args.rollouts)
     if sampling is None:
         if args.temperature is None:
-            fail(f"{path}: no meta beside it says how it was sampled; give --temperature")
+            fail(f"{path}: no meta beside it says how it was sampled; run generate.py and "
+                 f"score.py, or give --temperature")
         return {"temperature": args.temperature}
     temperature = temperature_of(path, sampling)
     if args.temperature not in (None, temperature):

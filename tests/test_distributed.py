@@ -393,5 +393,5 @@ def test_bad_input_ends_both_nodes(model, rollouts, tmp_path):
     nodes = two_nodes(tmp_path, 2, "--model", model, "--rollouts", rollouts, "--out",
                       tmp_path / "out", "--updates", 8, "--rank-timeout", 15)
     assert all(code != 0 for code, _ in nodes)
-    assert sum(stderr.count("7 groups cannot be dealt into --updates 8")
+    assert sum(stderr.count("--updates 8 is more than the 7 groups")
                for _, stderr in nodes) == 1

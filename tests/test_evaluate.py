@@ -399,7 +399,7 @@ def test_bad_rows_are_named(tmp_path, capsys, change, message):
 
 @pytest.mark.parametrize("rows, message", [
     ([], "no rows in this file"),
-    ([row("p", 0, True)] * 2, ":2: sample 0 of problem 'p' stands twice"),
+    ([row("p", 0, True)] * 2, ":2: sample 0 of problem 'p' occurs twice"),
     ([row("p", 0, True), row("p", 1, True), row("q", 0, True)],
      "problem 'q' has 1 samples but 'p' has 2")])
 def test_bad_files_are_named(tmp_path, capsys, rows, message):

@@ -198,7 +198,7 @@ def test_the_readmes_say_what_figures_py_prints():
 
 ALIASES = {"the base itself": "base", "uniform entropy bonus": "uniform bonus",
            "GRPO at half the rate": "GRPO, half the rate",
-           "GRPO + rehearsal, weight 1, from round 11 on 0.3; 51 rounds":
+           "GRPO + rehearsal, `--rehearse-coef 1.0,0.3@11`; 51 rounds":
            "GRPO + rehearsal, less later"}
 
 

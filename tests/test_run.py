@@ -63,6 +63,7 @@ class Mock:
         self.marks.mkdir()
         for name in self.links:
             (folder / name).symlink_to(os.path.join(crash.ROOT, name))
+        (folder / "other").mkdir()
         (folder / "mine.py").touch()  # run.sh looks whether a sampler is there
         self.write("python3", self.stages)
 
@@ -182,6 +183,7 @@ def test_help_has_every_flag_with_its_default_and_needs_no_python(tmp_path):
     *(([flag, flags], f"{flag}: {own} is run.sh's own flag") for flag, flags, own in (
         ("--generate", "--n 4", "--n"), ("--train", "-h", "-h"),
         ("--train", "--clip-low 0.1 --updates=3", "--updates"))),
+    (["--model", "gone"], "--model gone: no such model folder (a Hub id is written owner/name)"),
     *((["--model", "other", *flags], "--model other needs --lr and --max-new-tokens; the defaults "
        "fit the embedded models") for flags in ([], ["--lr", "1"], ["--max-new-tokens", "9"])),
 ])

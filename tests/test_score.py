@@ -520,7 +520,7 @@ def test_duplicates_are_found_wherever_they_stand(tmp_path, capsys):
     rows = [row(id=name, sample=sample) for name in "ab" for sample in (0, 1, 700)]
     source = write(tmp_path / "d.jsonl", [*rows, row(id="c"), row(id="a", sample=700)])
     err = refused(capsys, source, "--out", tmp_path / "t.jsonl")
-    assert "d.jsonl:8: id 'a', sample 700 stands twice" in err
+    assert "d.jsonl:8: id 'a', sample 700 occurs twice" in err
 
 
 @pytest.mark.parametrize("flags", ["--workers 0", "--timeout 0", "--timeout nan", "--timeout -1",

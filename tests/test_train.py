@@ -895,6 +895,8 @@ def test_the_folder_is_an_ordinary_model(tied, rollouts, tmp_path):
     assert torch.equal(again(ids).logits, load(folder).float()(ids).logits)
     tokenizer = transformers.AutoTokenizer.from_pretrained(found.folder)
     assert tokenizer("3+4")["input_ids"]
+    modes = {os.stat(f"{found.folder}/{name}").st_mode for name in os.listdir(found.folder)}
+    assert len(modes) == 1  # whoever may read the config may read the weights
     with open(f"{folder}/generation_config.json", "rb") as a:
         with open(f"{found.folder}/generation_config.json", "rb") as b:
             assert a.read() == b.read()
@@ -1093,7 +1095,7 @@ def test_wrong_files(model, rollouts, tmp_path, capsys):
             (model, text("empty", b""), bare, "no rows"),
             (model, text("torn", b"".join(lines)[:-30]), bare, ":28: not a valid JSON row"),
             (model, text("ragged", b"".join(lines[:-1])), bare, "a group is not whole"),
-            (model, rollouts, ["--updates", 8], "7 groups cannot be dealt"),
+            (model, rollouts, ["--updates", 8], "--updates 8 is more than the 7 groups of"),
             (absent, rollouts, [], "no such model folder"),
             (str(tmp_path), rollouts, [], "no config.json"),
             (folder("pickle", model__safetensors=None), rollouts, [], "no *.safetensors"),
