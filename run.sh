@@ -157,17 +157,17 @@ read_flags() {
 }
 
 split_flags() {  # NAME ARRAY: append the words of the quoted flags
-  local text="${!1} " word='' begun='' flag own
-  local part=$'^(\'([^\']*)\'|"([^"]*)"|\\\\(.)|([^[:space:]\'"\\\\])|([[:space:]]+))'
+  local text="${!1} " word='' begun='' own
+  local part=$'^(\'([^\']*)\'|"(([^"\\\\]|\\\\.)*)"|\\\\(.)|([^[:space:]\'"\\\\])|([[:space:]]+))'
   local -n words=$2 match=BASH_REMATCH
   own=" --rollouts --out --limit --split -h --help $(grep -o '^#   --[a-z-]*' run.sh | tr '\n' ' ')"
-  while [[ "$text" =~ $part ]]; do
-    text=${text:${#match}}
-    if [ -z "${match[6]}" ]; then
-      word+=${match[2]}${match[3]}${match[4]}${match[5]} begun=1
+  while [[ "$text" =~ $part ]]; do text=${text:${#match}}
+    if [ -z "${match[7]}" ]; then
+      word+=${match[2]}${match[5]}${match[6]} begun=1
+      if [[ "${match[3]}" != *\\* ]]; then word+=${match[3]}
+      else word+=$(sed 's/\\\(["\\$`]\)/\1/g' <<< "${match[3]}"); fi
     elif [ -n "$begun" ]; then
-      flag=${word%%=*}
-      [[ -z "$flag" || "$own" != *" $flag "* ]] || die "--$1: $flag is run.sh's own flag"
+      [[ -z "$word" || $own != *" ${word%%=*} "* ]] || die "--$1: ${word%%=*} is run.sh's own flag"
       words+=("$word") word='' begun=''
     fi
   done

@@ -624,8 +624,9 @@ def choose_method(args):
                                  smooth_level=args.smooth_level, adv_norm=args.adv_norm), loss, ()
     sys.modules.setdefault("train", sys.modules[__name__])  # a file may `from train import grpo`
     path, name = args.method.rsplit(":", 1)
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(f"method_{name}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a dataclass in it looks itself up
     spec.loader.exec_module(module)
     objective, own_loss = getattr(module, name, None), getattr(module, f"{name}_loss", None)
     if not callable(objective):
@@ -645,6 +646,8 @@ def choose_method(args):
         return result if isinstance(result, tuple) else (result, nowhere, nowhere)
 
     fields = tuple(getattr(objective, "fields", ()))
+    for key in {field.name for field in dataclasses.fields(Batch)} & set(fields):
+        fail(f"{args.method}: .fields names {key!r}, which a batch holds already")
     return functools.partial(objective, **settings), loss_and_clipped if own_loss else loss, fields
 
 

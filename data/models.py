@@ -64,13 +64,13 @@ def check_folder(folder):
     if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
         fail(f"{folder}: no *.safetensors in this folder; "
              f"other weight formats can run code and are refused")
-    with load_errors(folder):
-        weights = weight_files(folder, "model")
-    texts = [path for _, path in files_of(folder) if path.endswith((".json", ".model", ".txt"))]
-    for path in [*weights, *texts]:
+    read = (".safetensors", ".json", ".model", ".txt")
+    for path in [path for _, path in files_of(folder) if path.endswith(read)]:
         with open(path, "rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 fail(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull`")
+    with load_errors(folder):
+        weights = weight_files(folder, "model")
     for path in weights:
         with load_errors(path), safe_open(path, "pt"):
             pass

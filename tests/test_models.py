@@ -600,6 +600,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 @pytest.mark.parametrize("name, content, told", [
     ("model.safetensors", POINTER, "model.safetensors: a git-lfs pointer"),
     ("tokenizer.json", POINTER, "tokenizer.json: a git-lfs pointer"),
+    ("model.safetensors.index.json", POINTER, "index.json: a git-lfs pointer"),
+    ("optimizer.safetensors", POINTER, "optimizer.safetensors: a git-lfs pointer"),
     ("model.safetensors", "x" * 100, "model.safetensors: cannot be loaded"),
     ("adapter_config.json", "{}", "an adapter (adapter_config.json); merge it"),
 ])

@@ -125,7 +125,11 @@ def test_a_wrong_objective_is_refused_before_a_model_is_loaded(model, tmp_path, 
             ("def mine(batch, k): ...", ["--arm", "j=1"], "has no setting 'j'"),
             ("def mine(batch): ...", ["--arm", "clip_low=1"], "has no setting 'clip_low'"),
             ("def mine(batch): return batch.old_logp\nmine.fields = ('solution',)", [],
-             "rows.jsonl:1: missing field 'solution'")]):
+             "rows.jsonl:1: missing field 'solution'"),
+            ("from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\n"
+             "class Settings:\n    scale: int = 1\n\n"
+             "def mine(batch): return batch.old_logp\nmine.fields = ('length',)", [],
+             "which a batch holds already")]):
         mine = file_of(tmp_path, text, f"mine{number}.py")
         flags = ["--method", f"{mine}:mine", *flags]
         assert message in refused(capsys, model, path, tmp_path / "out", *flags)

@@ -217,12 +217,12 @@ def test_flags_and_problems_are_checked_by_the_stages_before_anything_is_made(lo
 
 
 def test_quoted_flags_are_split_as_by_a_shell_and_not_expanded(mock):
-    text = "--stop '9 9' $HOME* \"it's\" \\' '\n\n' </answer> --max-batch-tokens 100"
+    text = "--stop '9 9' $HOME* \"it's\" \\' '\n\n' </answer> \"\\\\b \\\"\" --max-batch-tokens 100"
     lines = mock.run(*QUICK, "--generate", text, CUT="1")
     assert re.fullmatch(r"  1  Pass@1 0.041  entropy 1.234  \d+ s  demo", lines[0])
     assert lines[1].endswith("policy: raise the limit")  # whatever else train.py prints
     rollouts = (mock.folder / "runs/demo/001/rollouts.jsonl").read_text()
-    assert "--stop 9 9 $HOME* it's ' \n\n </answer> --max-batch-tokens 100\n" in rollouts
+    assert "--stop 9 9 $HOME* it's ' \n\n </answer> \\b \" --max-batch-tokens 100\n" in rollouts
     settings = (mock.folder / "runs/demo/settings").read_text().splitlines()
     assert "generate=" + text.replace("\n", "\\n") in settings and len(settings) == 16
     assert "train=--gamma-p 3.0 --gamma-n 0.1" in settings  # of the embedded model
