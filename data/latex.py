@@ -210,6 +210,8 @@ def improper(match):
 
 def normal(text):
     """The text in the one spelling in which answers are compared."""
+    # Outside of LaTeX a root is that of the whole number; \sqrt12 is \sqrt{1} 2
+    text = re.sub(r"(?:√|(?<![A-Za-z\\])sqrt) ?(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
     text = text.translate(UNICODE)
     for pattern, new in COMPILED:
         text = pattern.sub(new, text)
@@ -243,16 +245,20 @@ def words(text):
 CHOICE = re.compile(r"(?:\\text\{ ?\((?P<a>[A-Z])\) ?[.:]? ?\}|\(\\text\{ ?(?P<b>[A-Z]) ?\}\)"
                     r"|\((?P<c>[A-Z])\)|(?P<d>[A-Z])\))[:.]? ?(?P<value>\S.*)", re.DOTALL)
 OPTION = re.compile(r"\\text\{ ?\(?([A-Z])\)?[:.)] ?([^{}]+)\}")  # \text{C: the option's words}
+ANOTHER = re.compile(r"(?<![A-Za-z\\])[A-Z]\)|\\text\{ ?\(?[A-Z]\)? ?\}"
+                     r"|^(?:\\text\{)?[^A-Za-z\d]*[A-Z][^A-Za-z\d]*$")  # B of (A) B and (A)(B)
 
 
 def choice_of(text):
-    """(letter, value) of a choice that is written with its value, (B) 2; ("", text) of others."""
+    """(letter, value) of a choice that is written with its value, (B) 2; ("", text) of others,
+    and where two are chosen."""
     if option := OPTION.fullmatch(text):
-        return option[1], rf"\text{{{option[2]}}}"
-    match = CHOICE.fullmatch(text)
-    if not match:
+        letter, value = option[1], rf"\text{{{option[2]}}}"
+    elif match := CHOICE.fullmatch(text):
+        letter, value = match["a"] or match["b"] or match["c"] or match["d"], match["value"]
+    else:
         return "", text
-    return match["a"] or match["b"] or match["c"] or match["d"], match["value"]
+    return ("", text) if ANOTHER.search(value) else (letter, value)
 
 
 # ---- Units ---------------------------------------------------------------------------------------
