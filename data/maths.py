@@ -30,6 +30,7 @@ the rules and their limits.
 import contextlib
 import decimal
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -194,12 +195,25 @@ def same_percentage(gold, pred, error):
     return size is not None and size >= 1 and same_value(gold, pred, error)
 
 
+def same_ratio(gold, pred):
+    """Whether two ratios, as lists of their parts, are equal: 2:4:6 is 1:2:3."""
+    def product(one, other):
+        return rf"({one}) \cdot ({other})"
+
+    return (len(gold) == len(pred) and not all(same_value("0", part) for part in pred)
+            and all(same_value(product(g, q), product(h, p))
+                    for (g, p), (h, q) in itertools.combinations(zip(gold, pred), 2)))
+
+
 def same_quantity(gold, pred, unit, error):
     """Whether two values are equal; a unit may be left out, another one is wrong."""
     if gold == pred != "":
         return True
     if (gold_words := words(gold)) and (pred_words := words(pred)):
         return gold_words == pred_words
+    ratios = [re.sub(r"^\((.*:.*)\)$", r"\1", text).split(":") for text in (gold, pred)]
+    if max(map(len, ratios)) > 2:  # not a : b : c = a / b / c
+        return same_ratio(*ratios)
     gold, pred = (MULTIPLIED.sub(multiplied, text) for text in (gold, pred))
     gold, own = split_unit(gold, unit)
     pred, other = split_unit(pred, unit or own)

@@ -38,8 +38,11 @@ def expression(text):
     if re.search(r"\d\s+\d", latex) or MISREAD(text):
         return text, None
     try:
-        return latex, latex2sympy(latex, is_real=not grader.should_treat_as_complex(latex),
-                                  normalization_config=None, conversion_config=CASE_SENSITIVE)
+        value = latex2sympy(latex, is_real=not grader.should_treat_as_complex(latex),
+                            normalization_config=None, conversion_config=CASE_SENSITIVE)
+        if isinstance(value, sympy.Expr | sympy.Tuple | sympy.FiniteSet):  # not i < 5
+            value = value.xreplace({one: sympy.I for one in value.free_symbols if one.name == "i"})
+        return latex, value
     except MemoryError:
         raise
     except Exception:
