@@ -38,8 +38,8 @@ import re
 
 from data.files import (Parser, Rollout, Verdict, claim, describe, echo, fail, publish, read_rows,
                         run)
-from data.latex import (ALIKE, MULTIPLIED, NO_ANSWER, PERCENT, boxes, choice_of, commas, is_name,
-                        join_thousands, multiplied, normal, parts_of, sides_of, signs_of,
+from data.latex import (ALIKE, MULTIPLIED, NO_ANSWER, PERCENT, SIZES, boxes, choice_of, commas,
+                        is_name, join_thousands, multiplied, normal, parts_of, sides_of, signs_of,
                         split_parts, split_unit, unit_name, unpacked, words)
 from data.sandbox import Judge, Pending
 
@@ -262,8 +262,13 @@ def judge(pred, golds):
     """ok, parse or value. golds: [(gold, unit, error)]; all must be met, each by another part."""
     def matched(golds, parts):
         return not golds or any(
-            same(parts[i], *golds[0]) and matched(golds[1:], parts[:i] + parts[i + 1:])
+            is_set(parts[i]) == is_set(golds[0][0])
+            and same(parts[i], *golds[0]) and matched(golds[1:], parts[:i] + parts[i + 1:])
             for i in range(len(parts)))
+
+    def is_set(part, braces=2 if len(golds) == 1 else 1):
+        """Whether a part of the answer, or its only element, is a set of one: {{1}, 2}, {{1}}"""
+        return re.match(r"(\\\{ ?){%d}[^,;:|]*\\\}$" % braces, SIZES.sub("", part)) is not None
 
     for text in (pred, join_thousands(pred)):  # 100,200 is two parts or one
         if len(golds) == 1 and len(split_parts(text)) > len(split_parts(golds[0][0])):
