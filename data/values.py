@@ -105,8 +105,12 @@ def may_be_rounded(a, b, apart):
     are below 1e-4. 0.9999999 is no 1, as 1 needs no rounding."""
     largest = max(distance(a, 0), distance(b, 0))
     half = 0.5 + 1e-9  # of the last place
-    if apart > half * 1e-6 or largest < 1e-4 and apart > 5e-6 * largest:
+    if apart > half * 1e-6:
         return False
+    if largest < 1e-4:
+        sixth = sympy.Float(10) ** (math.floor(sympy.log(largest.evalf(), 10)) - 5)
+        if apart > half * sixth:
+            return False
     ends = places(a), places(b)
     shorter = 6 if math.inf in ends else min(ends)
     return shorter >= 6 and bool(apart * 10**shorter <= half)
@@ -125,12 +129,26 @@ def equal_leaves(a, b, *_):
     return apart == 0 or decimals and may_be_rounded(a, b, apart)
 
 
+INEQUALITY = sympy.Gt | sympy.Ge | sympy.Lt | sympy.Le
+
+
+def upwards(relation):
+    """A chain of inequalities in its one order: 2 > x > 1 as 1 < x < 2."""
+    if not isinstance(relation, grader.And):
+        return relation
+    steps = relation._unsorted_args
+    if not all(isinstance(step, sympy.Gt | sympy.Ge) for step in steps):
+        return relation
+    return grader.And(*(step.reversed for step in steps[::-1]), evaluate=False)
+
+
 def is_solved(relation):
-    """Whether an inequality is solved, -2 <= x < 7; x^2 < 4 only repeats the problem."""
+    """Whether an inequality is solved, -2 <= x < 7 or x < 3; x^2 < 4 only repeats the problem."""
     def is_bound(one):
         letters = [side for side in one.args if not side.is_number]
         return len(letters) == 1 and letters[0].is_Symbol
-    return isinstance(relation, sympy.And) and all(map(is_bound, relation.args))
+    bounds = relation.args if isinstance(relation, sympy.And) else [relation]
+    return all(isinstance(one, INEQUALITY) and is_bound(one) for one in bounds)
 
 
 def positive_symbols(formula):
@@ -150,6 +168,7 @@ def same_value(gold, pred, error=None):
         return True
     if a is None or b is None:
         return False
+    a, b = upwards(a), upwards(b)
     if error is not None and (apart := distance(a, b)) is not None:
         return bool(apart <= error * (1 + 1e-9))
     if grader.verify(a, b, timeout_seconds=None, allow_set_relation_comp=is_solved(b)):
