@@ -129,9 +129,6 @@ def equal_leaves(a, b, *_):
     return apart == 0 or decimals and may_be_rounded(a, b, apart)
 
 
-INEQUALITY = sympy.Gt | sympy.Ge | sympy.Lt | sympy.Le
-
-
 def upwards(relation):
     """A chain of inequalities in its one order: 2 > x > 1 as 1 < x < 2."""
     if not isinstance(relation, grader.And):
@@ -143,12 +140,11 @@ def upwards(relation):
 
 
 def is_solved(relation):
-    """Whether an inequality is solved, -2 <= x < 7 or x < 3; x^2 < 4 only repeats the problem."""
+    """Whether an inequality is solved, -2 <= x < 7; x^2 < 4 only repeats the problem."""
     def is_bound(one):
         letters = [side for side in one.args if not side.is_number]
         return len(letters) == 1 and letters[0].is_Symbol
-    bounds = relation.args if isinstance(relation, sympy.And) else [relation]
-    return all(isinstance(one, INEQUALITY) and is_bound(one) for one in bounds)
+    return isinstance(relation, sympy.And) and all(map(is_bound, relation.args))
 
 
 def positive_symbols(formula):
