@@ -114,26 +114,34 @@ def commas(text):
 # A gold that is a word for having none, as data sets write it
 NO_ANSWER = re.compile(r"""\W*(?:\\text\w*\{)?\W*(?:(?:the\s)?proof(?:\somitted)?
     |(?:answer\s)?not[\s_-]?(?:found|available|applicable|provided)|n/a|n\.a\.|null|nan|(?-i:None)
-    |unknown|tb[ad]|todo|no[\s_]answer|error|see\s(?:the\s)?(?:solution|proof|above|below))\W*
-    |[\s.?!_*#\[\]{}"'-]+""", re.VERBOSE | re.IGNORECASE)
+    |unknown|tb[ad]|todo|no[\s_]answer(?:\s(?:provided|given|found|available))?|error
+    |see\s(?:the\s)?(?:solution|proof|above|below))\W*
+    |[\s.…?!_*#\[\]{}"'–—−-]+""", re.VERBOSE | re.IGNORECASE)
 
 
-LISTED = re.compile(r"""\[\s*(?:("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*,?\s*)+\]""")
+QUOTED = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'"""
+ITEM = rf"""(?:{QUOTED}|-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|null|None|\[+\s*["'][^][]*\]+)"""
+LISTED = re.compile(rf"\[\s*{ITEM}(?:(?:\s*,\s*|\s+){ITEM})*\s*,?\s*\]")
 
 
 def unpacked(gold):
-    """The texts of a list that was written into a text, ["34"] or ['1', '2'] or [34]; else the
-    text alone: [1, 2] is an interval."""
+    """The items of a list that was written into a text, ["34"] or ['1', 2] or [34]: texts, numbers,
+    and None for null and lists in it; else the text alone: [1, 2] is an interval."""
     gold = gold.strip()
     if re.fullmatch(r"\[\s*-?\d+(?:\.\d+)?\s*\]", gold):
         return [gold[1:-1].strip()]
-    if not LISTED.fullmatch(gold):
+    if not LISTED.fullmatch(gold) or not re.search("[\"'nN]", gold):
         return [gold]
-    texts = []
-    for quoted in re.findall(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", gold):
-        text = quoted[1:-1]  # \\text is \text; a lone \text is meant as it stands, not as a tab
-        texts.append(text.replace("\\\\", "\\") if re.search(r"\\\\[A-Za-z]", text) else text)
-    return texts
+    return [item(token) for token in re.findall(ITEM, gold[1:-1])]
+
+
+def item(token):
+    if token[0] in "[nN":
+        return None
+    if token[0] not in "\"'":
+        return float(token) if re.search("[.eE]", token) else int(token)
+    text = token[1:-1]  # \\text is \text; a lone \text is meant as it stands, not as a tab
+    return text.replace("\\\\", "\\") if re.search(r"\\\\[A-Za-z]", text) else text
 
 
 # ---- Normal forms: one spelling for what means the same ------------------------------------------
