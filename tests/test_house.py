@@ -88,7 +88,7 @@ def test_sizes():
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 80, f"{name_of(path)}: {node.name}"
     shell = [ROOT / "run.sh", *(ROOT / "experiments").glob("*.sh")]
-    assert lines_of([*SOURCES, *shell]) <= 9150
+    assert lines_of([*SOURCES, *shell]) <= 9200
     assert lines_of((ROOT / "experiments").glob("*.py")) <= 2500
     assert lines_of(TESTS) <= 10800
 
