@@ -30,7 +30,6 @@ import array
 import collections
 import contextlib
 import dataclasses
-import glob
 import itertools
 import json
 import math
@@ -481,8 +480,6 @@ def read_metrics(path):
         rounds = sorted(filter(str.isdecimal, os.listdir(path)), key=int)
         files = [f"{path}/metrics.jsonl", *(f"{path}/{one}/policy/metrics.jsonl" for one in rounds)]
         files = [file for file in files if os.path.exists(file)]
-        # TODO: goes with the folders of run.sh as they were
-        files += sorted(glob.glob(f"{glob.escape(path)}/round-[0-9]*[0-9]/metrics.jsonl"))
         if not files:
             fail(f"{path}: no metrics.jsonl here, nor in 001/policy, 002/policy, ...")
         path = files[-1]
