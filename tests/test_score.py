@@ -2,6 +2,7 @@
 import collections
 import contextlib
 import functools
+import fcntl
 import json
 import os
 import pathlib
@@ -587,6 +588,13 @@ def test_killed_while_workers_are_busy(stand_in, tmp_path, kill, code):
     err = process.communicate()[1]
     assert process.returncode == code and err.count("\n") == (kill != signal.SIGKILL)
     assert not out.exists()
+
+    def unlocked():
+        with open(f"{out}.partial", "a") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+
+    until(unlocked)  # a worker that was just forked shares the lock until it is executed
     new = run(source, out, "--timeout", "2", "--workers", "1")
     assert collections.Counter(one["reason"] for one in new) == {"ok": 51, "timeout": 1}
     until(lambda: not any(children(worker) is not None for worker in workers))
