@@ -1,8 +1,8 @@
 """score.py: Countdown's exact verifier, maths in processes that can be killed, rows in and out."""
 import collections
 import contextlib
-import functools
 import fcntl
+import functools
 import json
 import os
 import pathlib
