@@ -4,12 +4,13 @@ import random
 
 import pytest
 
+from conftest import meta_of, read, refusal, stage
 from data import countdown
 
 
-def problems_of(tmp_path, *flags, name="p.jsonl"):
-    countdown.main(countdown.parse_args(["--out", str(tmp_path / name), *flags]))
-    return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+def problems_of(tmp_path, flags, name="p.jsonl"):
+    stage(countdown, "--out", tmp_path / name, *flags.split())
+    return read(tmp_path / name)
 
 
 def key(row):
@@ -30,52 +31,49 @@ def test_six_numbers():
 
 
 def test_problems_are_solvable_unique_and_seeded(tmp_path):
-    rows = problems_of(tmp_path, "--n", "40", "--seed", "3")
-    assert rows == problems_of(tmp_path, "--n", "40", "--seed", "3", name="again.jsonl")
-    assert rows[0] != problems_of(tmp_path, "--n", "1", "--seed", "4", name="other.jsonl")[0]
+    rows = problems_of(tmp_path, "--n 40 --seed 3")
+    assert rows == problems_of(tmp_path, "--n 40 --seed 3", "again.jsonl")
+    assert rows[0] != problems_of(tmp_path, "--n 1 --seed 4", "other.jsonl")[0]
     assert len({row["id"] for row in rows}) == 40
     for row in rows:
         numbers, target = row["numbers"], row["target"]
         assert row["task"] == "countdown" and len(numbers) == 4 and 1 <= target <= 1000
         assert row["n_solutions"] == len(countdown.solutions(numbers, target)) > 0
         assert row["prompt"] == " ".join(map(str, numbers)) + f"={target}:"
-    meta = json.loads((tmp_path / "p.jsonl.meta.json").read_text())
+    meta = meta_of(tmp_path / "p.jsonl")
     assert meta["flags"]["seed"] == 3 and meta["stage"] == "countdown.py"
 
 
 def test_exclude_and_splits_are_disjoint(tmp_path):
-    few = ("--numbers", "2", "--max-number", "9", "--max-target", "40", "--n", "30")
-    excluded = {key(row) for row in problems_of(tmp_path, *few)}
-    others = problems_of(tmp_path, *few, "--seed", "9", "--exclude", str(tmp_path / "p.jsonl"),
-                         name="others.jsonl")
+    few = "--numbers 2 --max-number 9 --max-target 40 --n 30"
+    excluded = {key(row) for row in problems_of(tmp_path, few)}
+    others = problems_of(tmp_path, f"{few} --seed 9 --exclude {tmp_path / 'p.jsonl'}", "others")
     assert not excluded & {key(row) for row in others}
     for split, tenths in (("train", range(8)), ("tune", [8]), ("test", [9])):
-        rows = problems_of(tmp_path, "--n", "9", "--split", split, name=f"{split}.jsonl")
+        rows = problems_of(tmp_path, f"--n 9 --split {split}", split)
         assert {countdown.split_of(*key(row)) for row in rows} <= set(tenths)
 
 
 def test_max_solutions_and_templates(tmp_path):
-    rows = problems_of(tmp_path, "--n", "9", "--max-solutions", "2", "--template", "instruct",
-                       "--max-number", "50", "--max-target", "200")
+    rows = problems_of(tmp_path, "--n 9 --max-solutions 2 --template instruct --max-number 50 "
+                                 "--max-target 200")
     assert all(row["n_solutions"] <= 2 and "prompt" not in row for row in rows)
     text = rows[0]["messages"][0]["content"]
     assert str(rows[0]["target"]) in text and "<answer>" in text and "<think>" in text
-    base = problems_of(tmp_path, "--n", "2", "--template", "base", name="base.jsonl")
+    base = problems_of(tmp_path, "--n 2 --template base", "base.jsonl")
     assert base[0]["prompt"].endswith("<think>")
 
 
 @pytest.mark.parametrize("flags, message", [
     ("--n 0", "--n must be"), ("--numbers 7", "--numbers"), ("--max-number x", "--max-number"),
-    ("--exclude missing.jsonl", "missing.jsonl"), ("--exclude BAD", "bad.jsonl:1"),
+    ("--exclude missing.jsonl", "missing.jsonl"), ("--exclude bad.jsonl", "bad.jsonl:1"),
     ("--n 9 --numbers 2 --max-number 1 --max-target 3", "problems found")])
-def test_bad_flags_in_one_line(tmp_path, capsys, flags, message):
+def test_bad_flags_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"id": "a", "numbers": [1, "2"], "target": 3}\n')
-    flags = flags.replace("BAD", str(tmp_path / "bad.jsonl"))
-    with pytest.raises(SystemExit) as stopped:
-        args = countdown.parse_args(["--out", str(tmp_path / "p.jsonl"), *flags.split()])
-        countdown.run(countdown.main, args)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and message in error
+    argv = ["--out", "p.jsonl", *flags.split()]
+    assert message in refusal(
+        capsys, lambda: countdown.run(countdown.main, countdown.parse_args(argv)))
     assert not (tmp_path / "p.jsonl").exists()
 
 
@@ -102,13 +100,12 @@ def test_make_tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(make_tiny, "batch_of", lambda pool, *rest: batch_of(pool, 4, *rest[1:]))
 
     def made(name, *flags):
-        make_tiny.main(make_tiny.parse_args(
-            ["--out", str(tmp_path / name), "--threads", "1", "--max-target", "40", *flags]))
-        return [json.loads(line) for line in open(tmp_path / name / "curve.jsonl")]
+        stage(make_tiny, "--out", tmp_path / name, "--threads", 1, "--max-target", 40, *flags)
+        return read(tmp_path / name / "curve.jsonl")
 
-    first = made("one", "--steps", "3", "--save-every", "2")
+    first = made("one", "--steps", 3, "--save-every", 2)
     assert [line["step"] for line in first] == [2, 3]
-    made_from = json.load(open(tmp_path / "one-2" / "made_from.json"))
+    made_from = json.loads((tmp_path / "one-2" / "made_from.json").read_text())
     assert made_from["steps_done"] == 2 and made_from["flags"]["max_target"] == 40
-    (last,) = made("two", "--steps", "1", "--lr", "0", "--init", str(tmp_path / "one"))
+    (last,) = made("two", "--steps", 1, "--lr", 0, "--init", tmp_path / "one")
     assert last["tune_loss"] == first[-1]["tune_loss"]  # at a rate of 0 the weights stay

@@ -18,51 +18,41 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicCache
 
 import generate
+from conftest import byte_level_bpe, forced, load, meta_of, read, refusal, stage, write
 from data.files import claim
-from shared_prompt import (RoomyLayer, SharedLayer, attention_of, cache_keyword, set_layer_class,
-                           shared_attention, with_cache)
+from shared_prompt import RoomyLayer, attention_of, cache_keyword, set_layer_class, with_cache
 
 ROOT = os.path.dirname(os.path.abspath(generate.__file__))
+WEIGHTS = "model.safetensors"
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
+def start(model, prompts, out, *flags):
+    stage(generate, "--model", model, "--prompts", prompts, "--out", out, "--device", "cpu",
+          "--max-new-tokens", 24, *flags)
+
+
 def run(model, prompts, out, *flags):
     """The rows that generate.py writes to `out`, of at most 24 new tokens."""
-    argv = ["--model", model, "--prompts", prompts, "--out", out, "--device", "cpu",
-            "--max-new-tokens", 24, *flags]
-    generate.main(generate.parse_args(list(map(str, argv))))
+    start(model, prompts, out, *flags)
     return read(out)
-
-
-def read(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def meta_of(path):
-    with open(f"{path}.meta.json", encoding="utf-8") as file:
-        return json.load(file)
 
 
 def ids_of(rows):
     return [(row["id"], row["sample"], row["completion_ids"]) for row in rows]
 
 
-def refused(capfd, model, prompts, out, *flags):
-    """The one line on stderr with which generate.py ends, exit code 2."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(model, prompts, out, *flags)
-    lines = capfd.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1, lines
-    assert lines[0].startswith("generate.py: error: ")
-    return lines[0]
+def refused(capfd, *args):
+    """The one line on stderr with which such a run ends, exit code 2."""
+    line = refusal(capfd, start, *args)
+    assert line.startswith("generate.py: error: ")
+    return line
 
 
 def release():
@@ -70,28 +60,25 @@ def release():
     os.close(claim.lock)
 
 
-def write_prompts(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def forced(model, row, temperature):
-    """log-softmax of logits / T (completion, vocab) of a pass over one row, without cache."""
-    ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
-    return torch.log_softmax(logits[len(row["prompt_ids"]) - 1:-1] / temperature, -1)
-
-
 def gap(model, rows, temperature):
     """Largest difference between stored log-probs and those of a plain pass."""
-    return max((forced(model, row, temperature)
-                .gather(1, torch.tensor(row["completion_ids"])[:, None]).squeeze(1)
-                - torch.tensor(row["logprobs"])).abs().max().item() for row in rows)
+    gaps = []
+    for row in rows:
+        ids = row["completion_ids"]
+        logp = forced(model, row["prompt_ids"], ids, temperature)[range(len(ids)), ids]
+        gaps.append((logp - torch.tensor(row["logprobs"])).abs().max().item())
+    return max(gaps)
 
 
-def reload(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def check_cut(rows, whole, ends):
+    """These are the rows `whole` up to the first of `ends`, each of which ends some."""
+    for row, before in zip(rows, whole, strict=True):
+        ids = before["completion_ids"]
+        cut = next((k + 1 for k, token in enumerate(ids) if token in ends), len(ids))
+        assert row["completion_ids"] == ids[:cut]
+        assert row["finish_reason"] == ("stop" if ids[cut - 1] in ends else "length")
+        assert row["logprobs"] == pytest.approx(before["logprobs"][:cut], abs=1e-5)
+    assert {row["completion_ids"][-1] for row in rows if row["finish_reason"] == "stop"} == ends
 
 
 def copy_of(folder, target, **files):
@@ -119,14 +106,8 @@ def bpe_tokenizer(special=("<s>", "</s>", "<|im_end|>"), single="<s> $A", templa
     texts."""
     text = ["<think>so 3 * 4 is 12, and 12 + 8 is 20</think>\n<answer>3 * 4 + 8</answer>",
             "naïve café, 数学, the answer is not here", "2024 and 1234"] * 4
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
-        vocab_size=320, special_tokens=list(special), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\d"), "isolated"), byte_level])
+    tokenizer = byte_level_bpe(text, 320, special, [
+        pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(False)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
@@ -179,62 +160,57 @@ def test_a_hostile_generation_config_changes_nothing(tiny_model, prompts, base, 
         "temperature": 0.7, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}.items()
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.6])
-def test_logprobs_equal_a_plain_pass_with_padded_prompts(temperature, tiny_model, prompts,
-                                                         tmp_path):
-    out = tmp_path / "out.jsonl"
-    rows = run(tiny_model, prompts, out, "--temperature", temperature, "--n", 2)
-    assert len({len(row["prompt_ids"]) for row in rows}) > 3  # so prompts were padded
-    assert gap(reload(tiny_model), rows, temperature) < 1e-5
-    assert meta_of(out)["sampling"]["temperature"] == temperature
-    assert np.std([x for row in rows for x in row["logprobs"]]) > 0.3  # not a uniform policy
-
-
-def test_rows_hold_ids_without_padding_and_the_end_of_text(tiny_model, prompts, base):
+def test_rows_hold_ids_without_padding_and_the_log_probs_of_a_plain_pass(tiny_model, prompts, base):
+    """The end of text is among the ids where it was sampled."""
     tokenizer, rows = AutoTokenizer.from_pretrained(tiny_model), base[1]
     assert [(row["id"], row["sample"]) for row in rows] == [
         (problem["id"], k) for problem in read(prompts) for k in range(8)]
-    stopped = [row for row in rows if row["finish_reason"] == "stop"]
-    assert 5 < len(stopped) < len(rows)
+    assert len({len(row["prompt_ids"]) for row in rows}) > 3  # so prompts were padded
     for row in rows:
         ids = row["completion_ids"]
         assert row["prompt_ids"] == tokenizer(row["prompt"])["input_ids"]
         assert row["completion"] == tokenizer.decode(ids, skip_special_tokens=True)
-        assert len(row["logprobs"]) == len(ids) and 0 not in ids[:-1]
-        assert (ids[-1] == 0) == (row["finish_reason"] == "stop")
-        assert row["finish_reason"] == "stop" or len(ids) == 24
+        assert len(row["logprobs"]) == len(ids)
+    assert gap(load(tiny_model), rows, 0.7) < 1e-5
+    assert np.std([x for row in rows for x in row["logprobs"]]) > 0.3  # not a uniform policy
 
 
-def test_several_ends(tiny_model, prompts, base, tmp_path):
-    """Those of generation_config.json, and that of the tokenizer (0)."""
+def test_the_ids_that_end_a_completion(tiny_model, prompts, base, tmp_path):
+    """That of the tokenizer (0), and those of generation_config.json; with --ignore-eos none."""
+    flags = prompts, tmp_path / "whole.jsonl", "--temperature", 0.7, "--ignore-eos"
+    whole = run(tiny_model, *flags)
+    assert all(len(row["completion_ids"]) == 24 for row in whole)
     model = copy_of(tiny_model, tmp_path / "model", generation_config={"eos_token_id": [9, 5]})
-    rows = run(model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
-    for row, before in zip(rows, base[1]):
-        ids = before["completion_ids"]
-        cut = next((k + 1 for k, token in enumerate(ids) if token in (0, 5, 9)), len(ids))
-        assert row["completion_ids"] == ids[:cut]
-        assert row["finish_reason"] == ("stop" if ids[cut - 1] in (0, 5, 9) else "length")
-        assert row["logprobs"] == pytest.approx(before["logprobs"][:cut], abs=1e-5)
-    ended = {row["completion_ids"][-1] for row in rows if row["finish_reason"] == "stop"}
-    assert ended == {0, 5, 9}
+    several = run(model, prompts, tmp_path / "several.jsonl", "--temperature", 0.7)
+    for rows, ends in (whole, set()), (base[1], {0}), (several, {0, 5, 9}):
+        check_cut(rows, whole, ends)
 
 
-def test_ignore_eos_goes_on_to_the_limit_and_no_logits_are_kept(tiny_model, prompts, base,
-                                                                tmp_path, monkeypatch):
-    seen, draw = [], generate.draw
+def test_prompts_are_computed_once_finished_rows_dropped_and_no_logits_kept(
+        tiny_model, prompts, base, tmp_path, monkeypatch):
+    shapes, seen, prepare, draw = [], [], generate.prepare, generate.draw
+
+    def spied(model, *args):
+        prepare(model, *args)
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+            with_kwargs=True)
 
     def spy(logits, *args):
         assert sum(ref() is not None for ref in seen) <= 1  # the step before this one at most
         seen.append(weakref.ref(logits))
         return draw(logits, *args)
 
+    monkeypatch.setattr(generate, "prepare", spied)
     monkeypatch.setattr(generate, "draw", spy)
-    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7, "--ignore-eos")
+    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
+    assert ids_of(rows) == ids_of(base[1])
+    longest = max(len(row["prompt_ids"]) for row in rows)
+    assert shapes[0] == (12, longest) and shapes[1][1] == 1 and len(shapes) == 24
     assert len(seen) == 3 + 24  # the steps on trial, and all
-    for row, before in zip(rows, base[1], strict=True):
-        assert len(row["completion_ids"]) == 24 and row["finish_reason"] == "length"
-        assert row["completion_ids"][:len(before["completion_ids"])] == before["completion_ids"]
-    assert any(0 in row["completion_ids"][:-1] for row in rows)
+    ended = [sum(len(row["completion_ids"]) <= step for row in rows) for step in range(1, 24)]
+    assert [shape[0] for shape in shapes[1:]] == [96 - count for count in ended]
+    assert 0 < ended[0] < ended[-1]
 
 
 def test_every_row_has_a_stream_of_its_own(tiny_model, prompts, base, tmp_path):
@@ -244,9 +220,11 @@ def test_every_row_has_a_stream_of_its_own(tiny_model, prompts, base, tmp_path):
     streams = np.stack([generate.uniforms(*key, 50) for key in keys])
     assert len({stream.tobytes() for stream in streams}) == len(keys)
     assert 0 <= streams.min() and streams.max() < 1
+    even = (np.arange(streams.size) + 0.5) / streams.size
+    assert np.abs(np.sort(streams, axis=None) - even).max() < 0.06  # Kolmogorov-Smirnov
     assert np.array_equal(generate.uniforms(0, "a", 1, 7), generate.uniforms(0, "a", 1, 50)[:7])
     assert np.abs(np.corrcoef(streams) - np.eye(len(keys))).max() < 0.6
-    reordered = write_prompts(tmp_path / "few.jsonl", read(prompts)[5:1:-1])
+    reordered = write(tmp_path / "few.jsonl", read(prompts)[5:1:-1])
     few = run(tiny_model, reordered, tmp_path / "few-out.jsonl", "--temperature", 0.7, "--n", 3,
               "--max-new-tokens", 9)
     full = {(row["id"], row["sample"]): row["completion_ids"] for row in base[1]}
@@ -256,42 +234,29 @@ def test_every_row_has_a_stream_of_its_own(tiny_model, prompts, base, tmp_path):
     assert sum(a == b for a, b in zip(ids_of(other), ids_of(base[1]))) < 10
 
 
-@pytest.mark.parametrize("budget, limit", [(1, 1), (200, 6), (2000, 12)])
-def test_the_batch_size_changes_no_stream(budget, limit, tiny_model, prompts, base, tmp_path):
-    """Nor does --limit; samples of one prompt may be in two chunks."""
-    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7,
-               "--max-batch-tokens", budget, "--limit", limit)
-    assert meta_of(tmp_path / "out.jsonl")["chunks"] > 1
-    assert ids_of(rows) == ids_of(base[1][:8 * limit])
+@pytest.mark.parametrize("flags, problems, attention", [
+    (["--max-batch-tokens", 1, "--limit", 1], 1, "shared"),
+    (["--max-batch-tokens", 200, "--limit", 6], 6, "shared"),
+    (["--max-batch-tokens", 2000], 12, "shared"), (["--attention", "shared"], 12, "shared"),
+    (["--attention", "model"], 12, "sdpa")])
+def test_neither_batch_nor_attention_change_a_stream(flags, problems, attention, tiny_model,
+                                                     prompts, base, tmp_path, capfd):
+    """Nor does --limit; samples of one prompt may be in two chunks. Log-probs to rounding."""
+    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7, *flags)
+    meta = meta_of(tmp_path / "out.jsonl")
+    assert (meta["chunks"] > 1) == ("--max-batch-tokens" in flags)
+    assert meta["attention"] == attention and f"attention {attention}" in capfd.readouterr().err
+    assert ids_of(rows) == ids_of(base[1][:8 * problems])
     assert max(abs(x - y) for a, b in zip(rows, base[1])
                for x, y in zip(a["logprobs"], b["logprobs"])) < 1e-5
 
 
-def test_prompts_are_computed_once_and_finished_rows_dropped(tiny_model, prompts, base, tmp_path,
-                                                             monkeypatch):
-    shapes, prepare = [], generate.prepare
-
-    def spied(model, *args):
-        prepare(model, *args)
-        model.register_forward_pre_hook(
-            lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
-            with_kwargs=True)
-
-    monkeypatch.setattr(generate, "prepare", spied)
-    rows = run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", 0.7)
-    assert ids_of(rows) == ids_of(base[1])
-    longest = max(len(row["prompt_ids"]) for row in rows)
-    assert shapes[0] == (12, longest) and shapes[1][1] == 1 and len(shapes) == 24
-    ended = [sum(len(row["completion_ids"]) <= step for row in rows) for step in range(1, 24)]
-    assert [shape[0] for shape in shapes[1:]] == [96 - count for count in ended]
-    assert 0 < ended[0] < ended[-1]
-
-
 def test_greedy_top_k_1_and_a_tiny_top_p(tiny_model, prompts, tmp_path):
-    model = reload(tiny_model)
+    model = load(tiny_model)
     greedy = run(tiny_model, prompts, tmp_path / "greedy.jsonl", "--temperature", 0, "--n", 1)
     for row in greedy:
-        assert row["completion_ids"] == forced(model, row, 1).argmax(-1).tolist()
+        logp = forced(model, row["prompt_ids"], row["completion_ids"], 1)
+        assert row["completion_ids"] == logp.argmax(-1).tolist()
         assert row["logprobs"] == [0.0] * len(row["completion_ids"])
     for flag, value in ("--top-k", 1), ("--top-p", 1e-9):
         one = run(tiny_model, prompts, tmp_path / f"one{flag}.jsonl", flag, value, "--n", 1)
@@ -311,53 +276,33 @@ def cut_by_loop(probs, top_p, top_k):
     return kept
 
 
-@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.9, 0), (0.5, 0), (0.01, 0), (1.0, 1),
-                                          (1.0, 7), (1.0, 50), (0.7, 5)])
-def test_nucleus_equals_a_loop(top_p, top_k):
-    generator = torch.Generator().manual_seed(0)
-    probs = torch.softmax(torch.randn(40, 17, generator=generator) * 3, -1)
-    expected = [cut_by_loop(row, top_p, top_k) for row in probs.double().tolist()]
-    kept = generate.nucleus(probs.clone(), top_p, top_k)
-    assert torch.allclose(kept, torch.tensor(expected).float(), atol=1e-7)
-    probs = torch.tensor([[0.2, 0.5, 0.3]])
-    for tiny in (1e-46, 1e-9):  # the likeliest is always kept; the first is zero in fp32
-        assert generate.nucleus(probs, tiny, 0).tolist() == [[0.0, 0.5, 0.0]]
-
-
 @pytest.mark.parametrize("temperature, top_p, top_k", [
-    (1.0, 1.0, 0), (0.5, 1.0, 0), (2.0, 0.9, 0), (1.0, 1.0, 4), (0.7, 0.8, 9)])
-def test_draws_follow_the_softmax(temperature, top_p, top_k):
-    """Chi-square of 40,000 draws against exact shares, and an exact count on a grid."""
-    torch.manual_seed(3)
-    logits = torch.randn(1, 16) * 1.5
-    logits[0, 5] = -math.inf
-    full = torch.softmax(logits[0].double() / temperature, -1)
-    share = torch.tensor(cut_by_loop(full.tolist(), top_p, top_k), dtype=torch.float64)
-    share /= share.sum()
-    uniform = torch.tensor(np.concatenate([generate.uniforms(0, f"id-{i}", k, 20)
-                                           for i in range(200) for k in range(10)]))
-    ids, logp = generate.draw(logits.expand(len(uniform), -1), uniform, temperature, top_p, top_k)
-    count, expected = torch.bincount(ids, minlength=16), share * len(uniform)
-    assert (count[share == 0] == 0).all()
-    chi = ((count - expected) ** 2 / expected)[share > 0].sum()
-    freedom = int((share > 0).sum()) - 1
-    assert chi < freedom + 4 * (2 * freedom) ** 0.5  # about four standard deviations
-    assert torch.allclose(logp.double(), full[ids].log(), atol=1e-5)
-    grid = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    ids, _ = generate.draw(logits.expand(len(grid), -1), grid, temperature, top_p, top_k)
-    assert (torch.bincount(ids, minlength=16) - share * len(grid)).abs().max() < 1.1
-    assert (ids.diff() >= 0).all()  # inverse CDF
+    (1, 1, 0), (0.5, 1, 0), (2, 0.9, 0), (1, 0.5, 0), (1, 0.01, 0), (1, 1e-9, 0),
+    (1, 1e-46, 0), (1, 1, 1), (1, 1, 4), (1, 1, 50), (0.7, 0.7, 5)])  # 1e-46 is zero in fp32
+def test_draws_are_the_inverse_of_the_cut_distribution(temperature, top_p, top_k):
+    """On a grid of uniform numbers each token comes as often as its share says; log-probs are those
+    of the whole softmax."""
+    grid = (torch.arange(5_000, dtype=torch.float64) + 0.5) / 5_000
+    logits = torch.randn(20, 16, generator=torch.Generator().manual_seed(3)) * 2
+    logits[:, 5] = -math.inf
+    full = torch.softmax(logits.double() / temperature, -1)
+    for row, probs in zip(logits, full):
+        share = torch.tensor(cut_by_loop(probs.tolist(), top_p, top_k), dtype=torch.float64)
+        share /= share.sum()
+        ids, logp = generate.draw(row.expand(len(grid), -1), grid, temperature, top_p, top_k)
+        count = torch.bincount(ids, minlength=16)
+        assert (count - share * len(grid)).abs().max() < 1.1 and (count[share == 0] == 0).all()
+        assert (ids.diff() >= 0).all()  # inverse CDF
+        assert torch.allclose(logp.double(), probs[ids].log(), atol=1e-5)
 
 
 @pytest.mark.parametrize("logits", [
     [-math.inf, 0.0, -math.inf, 1.0, -math.inf], [-200.0, 0.0, -300.0, 5.0, -1e4],
     [-math.inf, 3.0] + [-math.inf] * 3])
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.7, 0.999999, 0),
-                                                       (1.3, 1.0, 2)])
-def test_the_ends_of_the_unit_interval_draw_no_impossible_token(logits, temperature, top_p, top_k):
+@pytest.mark.parametrize("flags", [(1.0, 1.0, 0), (0.7, 0.999999, 0), (1.3, 1.0, 2)])
+def test_the_ends_of_the_unit_interval_draw_no_impossible_token(logits, flags):
     uniform = torch.tensor([0.0, 2.0 ** -53, 0.5, 1 - 2.0 ** -53], dtype=torch.float64)
-    ids, logp = generate.draw(torch.tensor([logits]).expand(4, -1), uniform, temperature, top_p,
-                              top_k)
+    ids, logp = generate.draw(torch.tensor([logits]).expand(4, -1), uniform, *flags)
     assert set(ids.tolist()) <= {1, 3} and torch.isfinite(logp).all()
 
 
@@ -370,7 +315,9 @@ def test_a_large_vocabulary_loses_no_token_to_rounding():
     assert torch.allclose(logp, torch.tensor(-math.log(150_000)))
 
 
-def test_a_logit_that_is_not_finite_is_refused(tiny_model, prompts, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_logit_that_is_not_finite_is_refused(temperature, tiny_model, prompts, tmp_path,
+                                               monkeypatch, capfd):
     load_model = generate.load_model
 
     def broken(*args):
@@ -379,58 +326,13 @@ def test_a_logit_that_is_not_finite_is_refused(tiny_model, prompts, tmp_path, mo
         return model
 
     monkeypatch.setattr(generate, "load_model", broken)
-    for temperature in (0, 1):
-        with pytest.raises(SystemExit):
-            run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", temperature)
-        release()
-        shutil.rmtree(tmp_path / "out.jsonl.partial")
-        assert "logits that are not finite" in capfd.readouterr().err
-        assert not (tmp_path / "out.jsonl").exists()
+    with pytest.raises(SystemExit):
+        run(tiny_model, prompts, tmp_path / "out.jsonl", "--temperature", temperature)
+    assert "logits that are not finite" in capfd.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
 
 
-# ---- The cache -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", [RoomyLayer, SharedLayer])
-def test_the_caches_equal_the_plain_one(tiny_model, kind):
-    """Over 60 steps, short and long ones for the two ways of SharedLayer, with left-padded prompts
-    and with rows that are dropped on the way."""
-    model = reload(tiny_model)
-    torch.manual_seed(0)
-    prompt, tokens = torch.randint(3, 22, (4, 11)), torch.randint(3, 22, (12, 60))
-    padding = torch.tensor([0, 3, 7, 10])
-    mask = (torch.arange(11) >= padding[:, None]).long()
-    owner, results = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 3]), []
-    for layers in (DynamicLayer, kind):
-        model.set_attn_implementation("shared" if layers is SharedLayer else "sdpa")
-        shared_attention.cache = cache = DynamicCache(config=model.config)
-        logits, rows = torch.zeros(60, 12, 22), torch.arange(12)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with torch.inference_mode():
-            with_cache(model, cache, input_ids=prompt, attention_mask=mask, position_ids=positions)
-            for layer in cache.layers:
-                assert type(layer) is DynamicLayer
-                layer.__class__ = layers
-                if layers is DynamicLayer:
-                    layer.batch_select_indices(owner)
-                else:
-                    layer.spread(owner, padding, 60)
-            seen, position = mask[owner], positions[owner, -1:]
-            for step in range(60):
-                if step in (1, 5, 30, 50):  # the last two rows take the places of two others
-                    keep = torch.arange(len(rows) - 2)
-                    keep[[0, 3]] = len(rows) - torch.tensor([1, 2])
-                    rows, seen, position = rows[keep], seen[keep], position[keep]
-                    cache.batch_select_indices(keep)
-                position = position + 1
-                seen = torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
-                logits[step, rows] = with_cache(
-                    model, cache, input_ids=tokens[rows, step:step + 1], position_ids=position,
-                    attention_mask=None if layers is SharedLayer else seen).logits[:, -1]
-        results.append(logits)
-    assert (results[0] - results[1]).abs().max() < 1e-5
-    filled = (results[1].abs().sum(-1) > 0).sum()
-    assert filled == 1 * 12 + 4 * 10 + 25 * 8 + 20 * 6 + 10 * 4
-
-
+# ---- The cache, see also test_models.py ---------------------------------------------------------
 def test_what_is_transformers_own_is_found_or_refused(tiny_model):
     """The cache's keyword changed its name within transformers 5."""
     def kind(forward):
@@ -445,7 +347,7 @@ def test_what_is_transformers_own_is_found_or_refused(tiny_model):
     for broken in (lambda: attention_of(model), lambda: set_layer_class(layer, RoomyLayer)):
         with pytest.raises(ValueError, match="this version of transformers .* requirements.txt"):
             broken()
-    model = reload(tiny_model)
+    model = load(tiny_model)
     for module in (model, model.get_decoder()):
         cache = DynamicCache(config=model.config)
         with warnings.catch_warnings(action="error"), torch.no_grad():
@@ -453,24 +355,11 @@ def test_what_is_transformers_own_is_found_or_refused(tiny_model):
         assert cache.get_seq_length() == 3
 
 
-def test_both_attentions_sample_the_same(tiny_model, prompts, tmp_path, capfd):
-    """The same tokens, log-probs to rounding; what was chosen is printed and in the meta."""
-    outs = {name: tmp_path / f"{name}.jsonl" for name in ("auto", "shared", "model")}
-    rows = {name: run(tiny_model, prompts, out, "--attention", name) for name, out in outs.items()}
-    assert {name: meta_of(out)["attention"] for name, out in outs.items()} == {
-        "auto": "shared", "shared": "shared", "model": "sdpa"}
-    assert "attention sdpa" in capfd.readouterr().err
-    assert ids_of(rows["shared"]) == ids_of(rows["model"])
-    assert outs["auto"].read_bytes() == outs["shared"].read_bytes()
-    for one, other in zip(rows["shared"], rows["model"]):
-        assert np.allclose(one["logprobs"], other["logprobs"], atol=1e-5)
-
-
 # ---- Where a completion ends, and its text -------------------------------------------------------
 def test_stop_texts_work_across_token_boundaries(bpe_model, tmp_path):
     """Against the same rows without --stop, cut by a loop after the token that completes one."""
     tokenizer = AutoTokenizer.from_pretrained(bpe_model)
-    problems = write_prompts(tmp_path / "p.jsonl", [
+    problems = write(tmp_path / "p.jsonl", [
         {"id": str(i), "prompt": "the answer is " + "3 * 4 " * i} for i in range(6)])
     flags = ["--temperature", 1, "--ignore-eos", "--max-new-tokens", 40]
     plain = run(bpe_model, problems, tmp_path / "plain.jsonl", *flags)
@@ -498,15 +387,18 @@ def test_stop_texts_work_across_token_boundaries(bpe_model, tmp_path):
     assert any(row["finish_reason"] == "length" for row in rows)
 
 
+TAGS = ["<answer>", "</answer>", "<think>", "</think>", "<solution>"]
+
+
 def test_a_stop_text_may_be_a_special_token(bpe_model, tmp_path, capfd):
-    """It joins the end-of-text ids, whether or not these count. A line names the token that ends
-    turns where it ends no completion."""
-    model = copy_of(bpe_model, tmp_path / "model", config={"eos_token_id": 1},
-                    generation_config={"eos_token_id": 1})
-    (tmp_path / "model" / "chat_template.jinja").write_text(
+    """It joins the end-of-text ids, whether or not these count; a tag stays in the text. A line
+    names the token that ends turns where it ends no completion."""
+    end = {"eos_token_id": 1}
+    model = copy_of(bpe_model, tmp_path / "model", config=end, generation_config=end)
+    bpe_tokenizer(("<s>", "</s>", "<|im_end|>", *TAGS), template=(
         "{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}<|im_end|>\n"
-        "{% endfor %}")
-    problems = write_prompts(tmp_path / "p.jsonl", [
+        "{% endfor %}")).save_pretrained(model)
+    problems = write(tmp_path / "p.jsonl", [
         {"id": str(i), "messages": [turn("3 * 4 " * i)]} for i in range(1, 4)])
     hint = f"{model}: <|im_end|> ends a turn of the prompts, but no completion; if it should, give"
     flags = ["--max-new-tokens", 200, "--n", 8]
@@ -514,21 +406,19 @@ def test_a_stop_text_may_be_a_special_token(bpe_model, tmp_path, capfd):
     assert hint in capfd.readouterr().err
     assert "<|im_end|> is no part of a completion's text; give it alone" in refused(
         capfd, model, problems, tmp_path / "refused.jsonl", "--stop", "<|im_end|>\n")
-    for out, more, ends in ("both", [], {1, 2}), ("one", ["--ignore-eos"], {2}):
-        out = tmp_path / f"{out}.jsonl"
-        rows = run(model, problems, out, "--stop", "<|im_end|>", "no such text", *more, *flags)
-        for row, before in zip(rows, plain):
-            ids = before["completion_ids"]
-            cut = next((k + 1 for k, token in enumerate(ids) if token in ends), len(ids))
-            assert row["completion_ids"] == ids[:cut]
-            assert row["finish_reason"] == ("stop" if ids[cut - 1] in ends else "length")
-            assert "<|im_end|>" not in row["completion"]
-        ended = {row["completion_ids"][-1] for row in rows if row["finish_reason"] == "stop"}
-        assert ended == ends and meta_of(out)["end_ids"] == sorted(ends)
-        assert hint not in capfd.readouterr().err
+    for stop, more, ends in [("<|im_end|>", [], {1, 2}), ("<|im_end|>", ["--ignore-eos"], {2}),
+                             ("</answer>", ["--ignore-eos"], {4})]:
+        out = tmp_path / f"{ends}.jsonl"
+        rows = run(model, problems, out, "--stop", stop, "no such text", *more, *flags)
+        check_cut(rows, plain, ends)
+        for row in rows:
+            assert "</s>" not in row["completion"] and "<|im_end|>" not in row["completion"]
+            if ends == {4} and row["finish_reason"] == "stop":
+                assert row["completion"].endswith("</answer>")
+        assert meta_of(out)["end_ids"] == sorted(ends)
+        assert (hint in capfd.readouterr().err) == (2 not in ends)
 
 
-TAGS = ["<answer>", "</answer>", "<think>", "</think>", "<solution>"]
 CHATML = ("{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{% if turn['role'] == "
           "'assistant' %}<think></think>{% endif %}{{ turn['content'] }}<|im_end|>\n{% endfor %}")
 
@@ -541,43 +431,27 @@ def test_the_text_keeps_tags_that_are_special_tokens(template, ids):
     tokenizer = bpe_tokenizer(
         ("<s>", "</s>", "<|im_end|>", "<|im_start|>", "<|hint|>", *TAGS), template=template)
     special = generate.special_tokens(tokenizer)
-    hidden = {"<s>", "</s>", "<|im_end|>", "<|im_start|>"} | ({"<|hint|>"} if not template
-                                                              else set())
+    hidden = ["<s>", "</s>", "<|im_end|>", "<|im_start|>", *([] if template else ["<|hint|>"])]
     ends = [special["</s>"], special["</answer>"]]  # the second by --stop
     for more in ([], [special[tag] for tag in TAGS]):
         row = [*ids, *more, 1]
-        expected = tokenizer.decode([token for token in row if token not in
-                                     {special[name] for name in hidden}])
+        expected = tokenizer.decode([token for token in row
+                                     if token not in map(special.get, hidden)])
         text = generate.text_of(row, tokenizer, generate.hidden_ids(tokenizer, ends))
         assert text == expected and (not more or text.endswith("".join(TAGS)))
 
 
-def test_a_row_that_stops_at_a_tag_holds_it(bpe_model, tmp_path):
-    model = copy_of(bpe_model, tmp_path / "model")
-    bpe_tokenizer(("<s>", "</s>", "<|im_end|>", *TAGS)).save_pretrained(model)
-    problems = write_prompts(tmp_path / "p.jsonl", [{"id": "a", "prompt": "3 * 4 is"}])
-    rows = run(model, problems, tmp_path / "out.jsonl", "--stop", "</answer>", "--ignore-eos",
-               "--n", 60, "--max-new-tokens", 60)
-    stopped = [row for row in rows if row["finish_reason"] == "stop"]
-    assert stopped and all(row["completion"].endswith("</answer>") for row in stopped)
-    assert any("<think>" in row["completion"] for row in rows)
-    assert all("</s>" not in row["completion"] for row in rows)
-
-
-def test_a_model_without_an_end_of_text_needs_a_stop_text_or_the_limit(bpe_model, prompts,
-                                                                       tmp_path, capfd):
+def test_a_model_without_an_end_of_text(bpe_model, prompts, tmp_path, capfd):
     none = {"eos_token_id": None}
     model = copy_of(bpe_model, tmp_path / "model", config=none, generation_config=none,
                     tokenizer_config={"eos_token": None})
     line = refused(capfd, model, prompts, tmp_path / "none.jsonl")
     assert f"{model}: names no end-of-text token; give --stop or --ignore-eos" in line
-    rows = run(model, prompts, tmp_path / "stop.jsonl", "--stop", "1", "e")
-    assert len({row["finish_reason"] for row in rows}) == 2
-    for row in rows:
-        stopped = "1" in row["completion"] or "e" in row["completion"]
-        assert stopped == (row["finish_reason"] == "stop")
-    rows = run(model, prompts, tmp_path / "limit.jsonl", "--ignore-eos")
-    assert all(len(row["completion_ids"]) == 24 for row in rows)
+    for flag, *texts in ["--stop", "1", "e"], ["--ignore-eos"]:
+        rows = run(model, prompts, tmp_path / f"{flag}.jsonl", flag, *texts)
+        for row in rows:
+            stopped = any(text in row["completion"] for text in texts)
+            assert row["finish_reason"] == ("stop" if stopped else "length")
 
 
 # ---- The ids of a prompt -------------------------------------------------------------------------
@@ -687,7 +561,7 @@ CHATS = {  # spellings of one chat
 def test_chats_in_the_columns_of_data_sets(bpe_model, tmp_path):
     """One <s>; fields pass through as they were; templates see every key of a turn."""
     turns = [turn("be brief", "system"), turn("what is 3 * 4?")]
-    problems = write_prompts(tmp_path / "p.jsonl", [
+    problems = write(tmp_path / "p.jsonl", [
         *({"id": name, **fields} for name, fields in CHATS.items()),
         {"id": "text", "prompt": "[user] 3 * 4?\n[assistant] ", "messages": None},
         {"id": "system", "messages": turns, "answer": "12"}])
@@ -697,7 +571,7 @@ def test_chats_in_the_columns_of_data_sets(bpe_model, tmp_path):
         assert row.items() >= before.items() and ("prompt" in row) == ("prompt" in before)
     assert AutoTokenizer.from_pretrained(bpe_model).decode(rows[-1]["prompt_ids"]) == (
         "<s>[system] be brief\n[user] what is 3 * 4?\n[assistant] ")
-    assert gap(reload(bpe_model), rows, 1) < 1e-5
+    assert gap(load(bpe_model), rows, 1) < 1e-5
     named = bpe_tokenizer(template="{{ messages[0]['name'] }}: {{ messages[0]['content'] }}")
     assert named.decode(ids_of_prompt(named, messages=[turn("3 * 4", name="Ann")])) == "Ann: 3 * 4"
 
@@ -706,15 +580,12 @@ def test_values_for_the_chat_template(bpe_model, prompts, tmp_path, capfd):
     model = copy_of(bpe_model, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(
         "{{ messages[0]['content'] }}{% if enable_thinking is false %} so 12{% endif %}")
-    problems = write_prompts(tmp_path / "p.jsonl", [{"id": "a", "messages": [turn("3 * 4")]}])
-    tokenizer, texts = AutoTokenizer.from_pretrained(model), []
-    for number, flags in enumerate([[], ["--chat-template-kwargs", '{"enable_thinking": false}']]):
-        out = tmp_path / f"{number}.jsonl"
-        row, = run(model, problems, out, "--n", 1, *flags)
-        texts.append(tokenizer.decode(row["prompt_ids"]))
-    assert texts == ["3 * 4", "3 * 4 so 12"]
-    assert meta_of(out)["flags"]["chat_template_kwargs"] == {"enable_thinking": False}
-    assert "made with other chat_template_kwargs" in refused(capfd, model, problems, out, "--n", 1)
+    problems = write(tmp_path / "p.jsonl", [{"id": "a", "messages": [turn("3 * 4")]}])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for text, flags in [("3 * 4", []), ("3 * 4 so 12", ["--chat-template-kwargs",
+                                                        '{"enable_thinking": false}'])]:
+        row, = run(model, problems, tmp_path / f"{text}.jsonl", "--n", 1, *flags)
+        assert tokenizer.decode(row["prompt_ids"]) == text
     for values, file, message in [
             ('{"enable_thought": false}', problems, "whose template has 'enable_thought'"),
             ('{"enable_thinking": false}', prompts, "no prompt is a chat whose"),
@@ -755,7 +626,7 @@ def test_rows_are_spliced_byte_for_byte(tiny_model, tmp_path):
 def test_overlong_prompts_are_skipped_on_demand(tiny_model, prompts, base, tmp_path, capfd):
     """They are left out, counted, and change nothing of the others."""
     rows = read(prompts)
-    path = write_prompts(tmp_path / "in.jsonl", [
+    path = write(tmp_path / "in.jsonl", [
         {"id": "first", "prompt": "1" * 240}, *rows[:5], {"id": "long", "prompt": "1" * 300},
         *rows[5:]])
     out = tmp_path / "out.jsonl"
@@ -764,7 +635,7 @@ def test_overlong_prompts_are_skipped_on_demand(tiny_model, prompts, base, tmp_p
     summary = capfd.readouterr().err
     assert "12 prompts (2 too long ones skipped) x 8 samples" in summary
     assert "96 rows" in summary and meta_of(out)["overlong"] == 2
-    long = write_prompts(tmp_path / "long.jsonl", [{"id": "long", "prompt": "1" * 300}])
+    long = write(tmp_path / "long.jsonl", [{"id": "long", "prompt": "1" * 300}])
     assert "no prompt leaves room for 24 new tokens" in refused(
         capfd, tiny_model, long, tmp_path / "none.jsonl", "--overlong", "skip")
 
@@ -772,65 +643,56 @@ def test_overlong_prompts_are_skipped_on_demand(tiny_model, prompts, base, tmp_p
 # ---- Bad input -----------------------------------------------------------------------------------
 GOOD = {"id": "a", "prompt": "1 2=3:"}
 NEITHER = "needs either 'prompt' or 'messages', and has"
-BAD_ROWS = {
+
+
+def bad(**fields):
+    """A second row with these fields."""
+    return [GOOD, {"id": "b", **fields}]
+
+
+BAD_PROMPTS = {
+    "empty": (b"", ": no rows"), "torn": (b'{"id": "a", "prompt": "1"', ":1: not a valid JSON row"),
+    "number": (b'{"id": "a", "prompt": 1e999}', ":1: field 'prompt': Number out of range"),
     "missing id": ([GOOD, {"prompt": "1"}], ":2: missing field 'id'; write a text, such as"),
-    "duplicate id": ([GOOD, {"id": "b", "prompt": "1"}, GOOD], ":3: duplicate id 'a'"),
-    "id not a string": ([{"id": 3, "prompt": "1"}],
-                        ":1: field 'id': Expected str, got int; write a text, such as"),
-    "no prompt": ([{"id": "a", "question": "1"}], f":1: {NEITHER} id, question; `python -m data."),
-    "both": ([{**GOOD, "messages": [turn("x")]}], f":1: {NEITHER} id, prompt, messages;"),
-    "prompt a number": ([{"id": "a", "prompt": 3}], 'write "prompt": "a text", or "messages": ['),
-    "messages a string": ([{"id": "a", "messages": "hello"}],
-                          "got str; write \"messages\": [{\"role\": \"user\", \"content\": "),
-    "messages empty": ([{"id": "a", "messages": []}], ":1: field 'messages': Expected array of"),
-    "content missing": ([{"id": "a", "messages": [{"role": "user"}]}], "missing field 'content'"),
-    "content a picture": ([{"id": "a", "messages": [turn([{"type": "image"}])]}],
+    "duplicate id": ([*bad(prompt="1"), GOOD], ":3: duplicate id 'a'"),
+    "id not a string": (bad(id=3), ":2: field 'id': Expected str, got int; write a text, such as"),
+    "no prompt": (bad(question="1"), f":2: {NEITHER} id, question; `python -m data."),
+    "both": (bad(prompt="1", messages=[turn("x")]), f":2: {NEITHER} id, prompt, messages;"),
+    "prompt a number": (bad(prompt=3), 'write "prompt": "a text", or "messages": ['),
+    "messages a string": (bad(messages="hello"),
+                          'got str; write "messages": [{"role": "user", "content": '),
+    "messages empty": (bad(messages=[]), ":2: field 'messages': Expected array of"),
+    "content missing": (bad(messages=[{"role": "user"}]), "missing field 'content'"),
+    "content a picture": (bad(messages=[turn([{"type": "image"}])]),
                           "field 'messages[0].content[0].type': Invalid enum value 'image'"),
-    "turns of from and value": ([{"id": "a", "messages": [{"from": "human", "value": "x"}]}],
+    "turns of from and value": (bad(messages=[{"from": "human", "value": "x"}]),
                                 "missing field 'role'; write \"messages\": [{\"role\": "),
-    "empty prompt": ([GOOD, {"id": "b", "prompt": ""}], ":2: an empty prompt"),
-    "prompt too long": ([GOOD, {"id": "b", "prompt": "1" * 240}],
-                        ":2: 240 prompt tokens + 24 new ones exceed the model's 256 positions; "
-                        "lower --max-new-tokens, or give --overlong skip"),
-    "no chat template": ([{"id": "a", "messages": [turn("hi")]}], "prompt cannot be encoded"),
+    "empty prompt": (bad(prompt=""), ":2: an empty prompt"),
+    "prompt too long": (bad(prompt="1" * 240), ":2: 240 prompt tokens + 24 new ones exceed the "
+                        "model's 256 positions; lower --max-new-tokens, or give --overlong skip"),
+    "no chat template": (bad(messages=[turn("hi")]), ":2: the prompt cannot be encoded"),
 }
 
 
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_rows_end_with_one_line_before_any_model_is_loaded(case, tiny_model, tmp_path, capfd,
-                                                               monkeypatch):
-    rows, message = BAD_ROWS[case]
+@pytest.mark.parametrize("case", BAD_PROMPTS)
+def test_bad_prompts_end_with_one_line(case, tiny_model, tmp_path, capfd, monkeypatch):
+    """Before any model is loaded."""
+    (rows, message), path = BAD_PROMPTS[case], tmp_path / "p.jsonl"
     monkeypatch.setattr(generate, "load_model", None)
-    path = write_prompts(tmp_path / "p.jsonl", rows)
+    path.write_bytes(rows) if isinstance(rows, bytes) else write(path, rows)
     line = refused(capfd, tiny_model, path, tmp_path / "out.jsonl")
     assert f"{path}:" in line and message in line
     assert [one.name for one in tmp_path.iterdir()] == ["p.jsonl"]
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", ": no rows"), (b"\n \r\n", ": no rows"),
-    (b'{"id": "a", "prompt": "1"', ":1: not a valid JSON row"),
-    (b'{"id": "a", "prompt": "\xff"}', ":1: not a valid JSON row"),
-    (b'{"id": "a", "prompt": "1", "prompt": ""}', ":1: an empty prompt"),
-    (b'{"id": "a", "prompt": "1", "x": NaN}', ":1: not a valid JSON row"),
-    (b'{"id": "a", "prompt": "\\ud800"}', ":1: not a valid JSON row"),
-    (b'{"id": "a", "prompt": 1e999}', ":1: field 'prompt': Number out of range"),
-    (b"[" * 100_000, ":1: not a valid JSON row")])
-def test_bad_files_end_with_one_line(content, message, tiny_model, tmp_path, capfd):
-    path, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
-    path.write_bytes(content)
-    assert f"p.jsonl{message}" in refused(capfd, tiny_model, path, out)
-
-
 @pytest.mark.parametrize("flags, message", [
-    (["--temperature", "-1"], "--temperature"), (["--temperature", "nan"], "--temperature"),
-    (["--n", "0"], "--n"), (["--top-p", "0"], "--top-p"), (["--top-p", "1.5"], "--top-p"),
-    (["--top-k", "-1"], "--top-k"), (["--max-new-tokens", "0"], "--max-new-tokens"),
-    (["--stop", ""], "--stop"), (["--rank-timeout", "0"], "--rank-timeout"),
+    *(([flag, value], flag) for flag, value in [
+        ("--temperature", -1), ("--temperature", "nan"), ("--n", 0), ("--top-p", 0),
+        ("--top-p", 1.5), ("--top-k", -1), ("--max-new-tokens", 0), ("--stop", ""),
+        ("--rank-timeout", 0), ("--limit", 0), ("--device", "tpu"), ("--what", 1)]),
     (["--stop", r"\n"], r"--stop \n: \n is a backslash and a letter here; bash writes the "
                         r"character as $'\n'"),
-    (["--stop", "ok", r"\nQuestion"], r"$'\n'"), (["--stop", r"a\t"], r"$'\t'"),
-    (["--limit", "0"], "--limit"), (["--what"], "--what"), (["--device", "tpu"], "--device")])
+    (["--stop", "ok", r"\nQuestion"], r"$'\n'"), (["--stop", r"a\t"], r"$'\t'")])
 def test_wrong_flags_end_with_one_line(flags, message, capfd):
     assert message in refused(capfd, "m", "p", "o", *flags)
 
@@ -842,20 +704,6 @@ class Bomb:
 
 def without(*names):
     return lambda folder: [os.remove(folder / name) for name in names]
-
-
-def weights(change):
-    """Change the weights of a folder in place, {name: tensor}."""
-    def apply(folder):
-        tensors = load_file(folder / WEIGHTS)
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    return apply
-
-
-def a_file(folder):
-    shutil.rmtree(folder)
-    folder.write_bytes(b"x")
 
 
 def pickle_only(folder):
@@ -876,12 +724,6 @@ def code_in_auto_map(folder):
     (folder / "code.py").write_text("import os\nos.mkdir('executed')\nclass Mine: pass\n")
 
 
-def flipped_header(folder):
-    with open(folder / WEIGHTS, "r+b") as file:
-        file.seek(20)
-        file.write(b"\xff\xff\xff")
-
-
 def another_vocabulary(folder):
     raw = json.loads((folder / "tokenizer.json").read_text())
     raw["model"]["vocab"]["="] = 900
@@ -893,41 +735,19 @@ def recurrent(folder):
         vocab_size=22, hidden_size=16, num_hidden_layers=1, eos_token_id=0)).save_pretrained(folder)
 
 
-def longrope(folder):
-    """Past the original length its rotation of every earlier key changes, but not in the cache."""
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
-            "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
-    transformers.Phi3ForCausalLM(transformers.Phi3Config(
-        vocab_size=22, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=256, original_max_position_embeddings=32,
-        eos_token_id=0, pad_token_id=1, bos_token_id=None, rope_parameters=rope)
-    ).save_pretrained(folder)
-
-
-WEIGHTS, UP = "model.safetensors", "model.layers.1.mlp.up_proj.weight"
-BAD_MODELS = {
+BAD_MODELS = {  # see also test_models.py
     "missing": (shutil.rmtree, "no such model folder"),
-    "a file": (a_file, "no such model folder"),
     "no config": (without("config.json"), "no config.json"),
     "pickle only": (pickle_only, "no *.safetensors"),
     "pickle beside safetensors": (pickle_beside_safetensors, "cannot be loaded"),
     "code": (code_in_auto_map, "cannot be loaded"),
     "torn weights": (lambda folder: os.truncate(folder / WEIGHTS, 9999), "cannot be loaded"),
-    "flipped header": (flipped_header, "cannot be loaded"),
-    "nan": (weights(lambda tensors: tensors[UP][3].fill_(math.nan)), f"weight {UP} is not finite"),
-    "infinite": (weights(lambda tensors: tensors["model.norm.weight"][:1].fill_(math.inf)),
-                 "weight model.norm.weight is not finite"),
-    "missing weights": (weights(lambda tensors: (tensors.pop(UP), tensors.pop(
-        "model.norm.weight"))), f"2 weights are missing, {UP} among them"),
-    "shape": (weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)})),
-              "weight model.norm.weight has the shape [7] in its file"),
     "broken config": (lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2",'),
                       "cannot be loaded"),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"),
                      "a tokenizer without a vocabulary"),
     "another vocabulary": (another_vocabulary, "token id 900 is beyond the model's vocabulary"),
     "recurrent": (recurrent, "unsupported architecture"),
-    "longrope": (longrope, "exceed the model's 32 positions"),
 }
 
 
@@ -942,46 +762,40 @@ def test_bad_models_end_with_one_line_and_run_no_code(case, tiny_model, prompts,
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out.jsonl").exists()
 
 
-def test_code_of_a_model_runs_with_trust_remote_code(tiny_model, prompts, base, tmp_path,
-                                                     monkeypatch):
-    """The folder's own classes, here Qwen2 under another name, sample what Qwen2 samples."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE",
-                        str(tmp_path / "modules"))
+def test_a_folder_needs_no_network_and_may_bring_code(tiny_model, prompts, base, tmp_path,
+                                                      monkeypatch):
+    """With --trust-remote-code; its classes, here Qwen2 under another name, sample as Qwen2."""
+    calls = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: calls.append(args))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", f"{tmp_path}/modules")
     folder = copy_of(tiny_model, tmp_path / "model", config={"model_type": "mine", "auto_map": {
         "AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}})
     (tmp_path / "model" / "mine.py").write_text(
         "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
         "class MineConfig(Qwen2Config):\n    model_type = 'mine'\n"
         "class Mine(Qwen2ForCausalLM):\n    config_class = MineConfig\n")
-    rows = run(folder, prompts, tmp_path / "out.jsonl", "--trust-remote-code", "--temperature", 0.7,
-               "--limit", 2)
-    assert ids_of(rows) == ids_of(base[1][:16])
-
-
-def test_a_model_in_a_folder_needs_no_network(tiny_model, prompts, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: calls.append(args))
-    monkeypatch.setattr(socket.socket, "connect", lambda *args: calls.append(args))
-    run(tiny_model, prompts, tmp_path / "out.jsonl", "--n", 1, "--limit", 2)
-    assert not calls
+    for model, flags in (folder, ["--trust-remote-code"]), (tiny_model, []):
+        rows = run(model, prompts, tmp_path / f"{len(flags)}.jsonl", "--temperature", 0.7,
+                   "--limit", 2, *flags)
+        assert ids_of(rows) == ids_of(base[1][:16]) and not calls
 
 
 def test_errors_of_a_process_are_one_line_too(tiny_model, tmp_path):
     """Started as people start it; --help does not wait for torch."""
-    def start(*argv):
+    def launch(*argv):
         return subprocess.run([sys.executable, "-X", "importtime", *argv], cwd=ROOT,
                               capture_output=True, text=True)
 
-    path = write_prompts(tmp_path / "p.jsonl", [GOOD, {"id": "b"}])
-    done = start("generate.py", "--model", tiny_model, "--prompts", path, "--out", tmp_path / "o")
+    path = write(tmp_path / "p.jsonl", [GOOD, {"id": "b"}])
+    done = launch("generate.py", "--model", tiny_model, "--prompts", path, "--out", tmp_path / "o")
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert (done.returncode, done.stdout, len(lines)) == (2, "", 1)
     assert lines[0].startswith(f"generate.py: error: {path}:2: {NEITHER} id;")
-    for script in ("generate.py", "data/make_tiny.py"):
-        done = start(script, "--help")
+    for script in ("data/make_tiny.py", "generate.py"):
+        done = launch(script, "--help")
         assert done.returncode == 0
         assert " torch" not in done.stderr and " transformers" not in done.stderr
-        if script == "generate.py":  # its groups are in the code's order
-            order = ["\nfiles:", "\nprompts:", "\nsampling:", "\nmachine:"]
-            places = [done.stdout.index(group) for group in order]
-            assert places == sorted(places) and "--out rollouts.jsonl \\\n" in done.stdout
+    places = [done.stdout.index(group) for group in  # in the code's order
+              ("\nfiles:", "\nprompts:", "\nsampling:", "\nmachine:")]
+    assert places == sorted(places) and "--out rollouts.jsonl \\\n" in done.stdout

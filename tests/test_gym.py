@@ -1,21 +1,21 @@
 """data/gym.py: the library's tasks as rows, judged by its own scorers in workers."""
-import json
 import random
 import re
 
 import pytest
 
 import score
+from conftest import read, refusal, stage, write
 from data import countdown, gym
 
 pytest.importorskip("reasoning_gym")
 FIVE = ["chain_sum", "spell_backward", "number_sorting", "countdown", "basic_arithmetic"]
 
 
-def problems(tmp_path, task, *flags, n=4, name="problems"):
+def problems(tmp_path, task, *flags, name="problems"):
     out = tmp_path / f"{name}-{task}.jsonl"
-    gym.main(gym.parse_args(["--out", str(out), "--task", task, "--n", str(n), *flags]))
-    return [json.loads(line) for line in open(out)]
+    stage(gym, "--out", out, "--n", 4, "--task", task, *flags)
+    return read(out)
 
 
 def sampled(problem, texts):
@@ -34,8 +34,8 @@ def test_verdicts(tmp_path):
                                   f"<answer>{answer}0 or so</answer>", "<answer></answer>"])
         expected += [True, True, False, False]
     touched = tmp_path / "touched"
-    flags = ["--config", "max_numbers=4", "--seed", "1"]
-    for problem in problems(tmp_path, "countdown", *flags, n=20, name="four"):
+    flags = ["--config", "max_numbers=4", "--seed", 1, "--n", 20]
+    for problem in problems(tmp_path, "countdown", *flags, name="four"):
         entry = problem["entry"]
         numbers, target = entry["metadata"]["numbers"], entry["metadata"]["target"]
         texts = ["".join(f"{number}{rng.choice('+-*/')}"
@@ -47,11 +47,9 @@ def test_verdicts(tmp_path):
         for text in texts:
             here = countdown.Row("a", 0, text, "stop", tuple(numbers), target)
             expected.append(countdown.verify(text, here).reason == "ok")
-    source, out = tmp_path / "rollouts.jsonl", tmp_path / "scored.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    score.main(score.parse_args([str(source), "--out", str(out), "--workers", "1",
-                                 "--timeout", "60"]))
-    new = [json.loads(line) for line in open(out)]
+    source, out = write(tmp_path / "rollouts.jsonl", rows), tmp_path / "scored.jsonl"
+    stage(score, source, "--out", out, "--workers", 1, "--timeout", 60)
+    new = read(out)
     wrong = [(row["id"], row["completion"], row["reason"])
              for row, right in zip(new, expected, strict=True) if row["correct"] != right]
     assert wrong == [] and not touched.exists()
@@ -74,10 +72,6 @@ def test_the_draw_is_seeded_and_configured(tmp_path):
     ("chain_sum --n 0", "--n must be"), ("chain_sum --config min_terms=-3", "min_terms"),
     ("rearc", "does not take its own answer")])
 def test_what_cannot_be_used_is_one_line(tmp_path, capsys, flags, message):
-    out = tmp_path / "p.jsonl"
-    flags = ["--out", str(out), "--n", "2", "--task", *flags.split()]
-    with pytest.raises(SystemExit) as end:
-        gym.main(gym.parse_args(flags))
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("\n") == 1 and err.startswith("gym.py: error: ")
-    assert message in err and not out.exists()
+    line = refusal(capsys, problems, tmp_path, *flags.split())
+    assert line.startswith("gym.py: error: ") and message in line
+    assert not list(tmp_path.glob("*.jsonl"))

@@ -14,14 +14,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
-from tokenizers.models import BPE
+from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import generate
 import score
+import shared_prompt
 import train
+from conftest import byte_level_bpe, forced, load, read, refusal, stage, write
 from data import models
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
@@ -29,46 +30,36 @@ ENDS = [0, *range(5, 15)]  # several end-of-text ids; the first is the padding t
 ROPE3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 # Sliding windows are 8 tokens, shorter than prompts; two key-value heads serve four query heads.
+WINDOW = {"head_dim": 8, "sliding_window": 8}
+MIXED = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ARCHITECTURES = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": ("Qwen2", {"num_hidden_layers": 3, "use_sliding_window": True,
                                "sliding_window": 8, "max_window_layers": 1}),
-    "qwen3": ("Qwen3", {"head_dim": 8}),
-    "llama": ("Llama", {"rope_parameters": ROPE3}),
-    "mistral": ("Mistral", {"head_dim": 8, "sliding_window": 8}),
-    "ministral": ("Ministral", {"head_dim": 8, "sliding_window": 8,
-                                "layer_types": ["sliding_attention", "full_attention"]}),
-    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0,
-                          "attn_logit_softcapping": 2.0,
+    "qwen3": ("Qwen3", {"head_dim": 8}), "llama": ("Llama", {"rope_parameters": ROPE3}),
+    "mistral": ("Mistral", WINDOW), "ministral": ("Ministral", MIXED),
+    "gemma2": ("Gemma2", {**WINDOW, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0,
                           "query_pre_attn_scalar": 8}),
-    "gemma3": ("Gemma3Text", {"head_dim": 8, "sliding_window": 8,
-                              "layer_types": ["sliding_attention", "full_attention"],
-                              "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3Text", {**MIXED, "query_pre_attn_scalar": 8}),
     "phi": ("Phi", {}),  # a bias in the head
-    "phi3": ("Phi3", {"sliding_window": 8}),
-    "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
+    "phi3": ("Phi3", {"sliding_window": 8}), "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2-moe": ("Qwen2Moe", {"num_experts": 4, "num_experts_per_tok": 2,
-                               "moe_intermediate_size": 16,
-                               "shared_expert_intermediate_size": 16}),
-    "qwen3-moe": ("Qwen3Moe", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
-                               "moe_intermediate_size": 16}),
+    "qwen2-moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 16}),
+    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8}),
     "cohere2": ("Cohere2", {"sliding_window": 8, "logit_scale": 0.25}),
-    "granite": ("Granite", {"logits_scaling": 4.0}),
-    "olmo2": ("Olmo2", {}),
+    "granite": ("Granite", {"logits_scaling": 4.0}), "olmo2": ("Olmo2", {}),
     "gpt2": ("GPT2", {}),  # learned positions, where all others see distances alone
-    "gpt-oss": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "sliding_window": 8}),
-    "deepseek": ("DeepseekV3", {"num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4,
-                                "n_group": 1, "topk_group": 1,
-                                "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-                                "q_lora_rank": 16, "kv_lora_rank": 16,
-                                "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-                                "first_k_dense_replace": 1}),
+    "gpt-oss": ("GptOss", {**WINDOW, "num_local_experts": 4}),
+    "deepseek": ("DeepseekV3", {
+        "num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4, "n_group": 1,
+        "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "first_k_dense_replace": 1}),
 }
-# windows, soft caps, sinks
+# windows, soft caps, sinks; of deepseek, what it caches is not yet its keys and values
 NOT_SHARED = ("qwen2-window", "mistral", "ministral", "gemma2", "gemma3", "phi3", "cohere2",
-              "gpt-oss",
-              "deepseek")  # what it caches is not yet its keys and values
+              "gpt-oss", "deepseek")
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
@@ -95,19 +86,12 @@ def build(name, vocab_size=64, seed=0, **more):
 def make_tokenizer(like_qwen=False):
     """A byte-level BPE with a chat template; some tokens are whole boxed answers, so that a random
     model is right now and then."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    splits = [pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
+              pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    tokenizer = byte_level_bpe(["What is 12 + 30? Please reason step by step"] * 3, 300,
+                               ["<|end|>"], splits if like_qwen else None)
     if like_qwen:  # transformers splits so whatever tokenizer.json says, which generate.py refuses
         tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        ["What is 12 + 30? Please reason step by step"] * 3,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet,
-                            show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>",
                                         pad_token="<|end|>", unk_token="<|end|>")
     tokenizer.add_tokens(["\\boxed{" + "0" * zeros + digit + "}" for digit in "12"
@@ -132,40 +116,27 @@ def make_folder(name, folder, **more):
     return str(folder)
 
 
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def plain_pass(model, prompt, completion, temperature):
+    """log pi of each completion token and the entropy there, by autograd's own softmax."""
+    logp = forced(model, prompt, completion, temperature)
+    return logp[np.arange(len(completion)), completion], -(logp.exp() * logp).sum(-1)
 
 
-def read(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def forced(model, prompt, completion, temperature):
-    """log pi of each completion token and the entropy there, by a plain pass over one row and
-    autograd's own softmax."""
-    logits = model(input_ids=torch.tensor([list(prompt) + list(completion)]),
-                   use_cache=False).logits[0, len(prompt) - 1:-1].float()
-    logp = torch.log_softmax(logits / temperature, -1)
-    targets = torch.tensor(np.asarray(completion))[:, None]
-    return logp.gather(1, targets).squeeze(1), -(logp.exp() * logp).sum(-1)
-
-
-def refusal(capfd, call, *args):
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as end:
-        call(*args)
-    lines = capfd.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+def check_policy(policy, prompts, completions):
+    """Its log-probs are those of plain passes."""
+    with torch.no_grad():
+        expected = torch.cat([plain_pass(policy.model, *row, policy.temperature)[0]
+                              for row in zip(prompts, completions)])
+        assert (policy(prompts, completions)[0] - expected).abs().max() < 1e-5
 
 
 # ---- The sampler ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("attention", ["model", "shared"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_sampled_logprobs_equal_a_plain_pass(name, attention):
-    """To 1e-5, with padded prompts longer and shorter than the sliding window, several ends, and
-    rows dropped when they end."""
+def test_sampled_logprobs_equal_a_plain_pass(name, attention, monkeypatch):
+    """To 1e-5, with padded prompts longer and shorter than the sliding window, several ends, rows
+    dropped when they end, and both ways of SharedLayer."""
+    monkeypatch.setattr(shared_prompt, "SHORT", 80)  # up to ten tokens of the row's own
     model, rng = build(name), np.random.default_rng(1)
     if attention == "shared" and name in NOT_SHARED:
         with pytest.raises(ValueError, match="--attention shared needs SDPA over plain keys"):
@@ -183,7 +154,7 @@ def test_sampled_logprobs_equal_a_plain_pass(name, attention):
     model.set_attn_implementation(build(name).config._attn_implementation)
     for row, length in enumerate(lengths):
         with torch.no_grad():
-            logp, _ = forced(model, prompts[owner[row]], tokens[row, :length].tolist(), 0.7)
+            logp, _ = plain_pass(model, prompts[owner[row]], tokens[row, :length].tolist(), 0.7)
         assert (logp - logprobs[row, :length]).abs().max() < 1e-5
 
 
@@ -231,7 +202,7 @@ def test_shared_and_repeated_prompts_equal_a_plain_pass(name):
         return logp.detach(), entropy.detach(), torch.cat([weight.grad.flatten()
                                                            for weight in model.parameters()])
 
-    rows = [forced(model, prompt, completion, 0.7)
+    rows = [plain_pass(model, prompt, completion, 0.7)
             for prompt, completion in zip(prompts, completions)]
     expected = outcome(*map(torch.cat, zip(*rows)))
     assert expected[0].std() > 0.1
@@ -254,16 +225,13 @@ def test_rows_up_to_the_last_position(kind, flags, capfd):
     """Padding of a short completion after a long prompt lies past the last position: it may neither
     raise nor turn the others."""
     policy, rng = train.Policy(build(kind, **flags), 1.0, True), np.random.default_rng(0)
-    pairs = [(rng.integers(6, 64, length).tolist(), rng.integers(6, 64, 64 - length))
-             for length in (60, 4)]
+    prompts = [rng.integers(6, 64, length).tolist() for length in (60, 4)]
+    completions = [rng.integers(6, 64, 64 - len(prompt)) for prompt in prompts]
     rows = [argparse.Namespace(prompt=prompt, completion=completion, where="rows:1")
-            for prompt, completion in pairs]
+            for prompt, completion in zip(prompts, completions)]
     policy.check(kind, rows)
     for policy.share in (True, False):
-        with torch.no_grad():
-            logp, _ = policy(*map(list, zip(*pairs)))
-            expected = torch.cat([forced(policy.model, *pair, 1.0)[0] for pair in pairs])
-        assert (logp - expected).abs().max() < 1e-5
+        check_policy(policy, prompts, completions)
     rows[0].completion = np.arange(5)
     assert "rows:1: 65 tokens of prompt and completion exceed the 64 positions" in refusal(
         capfd, policy.check, kind, rows)
@@ -313,10 +281,7 @@ def test_what_the_policy_would_compute_otherwise_is_refused(make, told, capfd):
 def test_a_scale_after_the_cap_is_right():
     policy = train.Policy(capped(build("llama"), scale_last=True), 1.0, False)
     policy.check("both")
-    prompt, completion = [7, 8, 9], np.arange(10, 20)
-    with torch.no_grad():
-        expected, _ = forced(policy.model, prompt, completion, 1.0)
-        assert (policy([prompt], [completion])[0] - expected).abs().max() < 1e-5
+    check_policy(policy, [[7, 8, 9]], [np.arange(10, 20)])
 
 
 @pytest.mark.parametrize("kind, flags", [
@@ -332,10 +297,7 @@ def test_a_cache_that_cannot_be_repeated_is_refused_aloud(kind, flags, tmp_path,
     assert "give --no-share-prompts" in refusal(capfd, policy.check, kind)
     policy.share = False
     policy.check(kind)
-    with torch.no_grad():
-        prompts, completions = [[7, 8, 9], [7, 8, 9, 10, 11]], [np.arange(20, 30), np.arange(9, 12)]
-        expected = torch.cat([forced(model, *row, 1.0)[0] for row in zip(prompts, completions)])
-        assert torch.allclose(policy(prompts, completions)[0], expected, atol=1e-5)
+    check_policy(policy, [[7, 8, 9], [7, 8, 9, 10, 11]], [np.arange(20, 30), np.arange(9, 12)])
     model.save_pretrained(tmp_path)
     sampler = generate.load_model(str(tmp_path), torch.float32, "cpu", {"local_files_only": True})
     with pytest.raises(ValueError, match="unsupported architecture"):
@@ -355,9 +317,7 @@ PROBLEMS = [{"id": f"maths/{i}.json", "task": "math", "source": "made-up", "answ
 def test_the_whole_pipeline(name, tmp_path, monkeypatch):
     """Maths rows, chat template, generate, score, two updates, another round."""
     folder, kept, save_round = make_folder(name, tmp_path / "model"), {}, train.save_round
-    paths = {name: str(tmp_path / name) for name in ("prompts", "rollouts", "scored", "one", "two")}
-    with open(paths["prompts"], "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(problem) + "\n" for problem in PROBLEMS)
+    prompts, one, two = write(tmp_path / "prompts", PROBLEMS), tmp_path / "one", tmp_path / "two"
 
     def spy(out, policy, *args):
         kept["model"] = policy.model
@@ -365,25 +325,25 @@ def test_the_whole_pipeline(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "save_round", spy)
 
-    def play(model, out, end=""):
+    def play(model, out):
         """A round from `model`: its scored rows and its metrics."""
-        rollouts, scored = paths["rollouts"] + end, paths["scored"] + end
-        generate.main(generate.parse_args([
-            "--model", model, "--prompts", paths["prompts"], "--out", rollouts, "--n", "6",
-            "--temperature", "0.7", "--max-new-tokens", "16", "--device", "cpu",
-            "--max-batch-tokens", "700"]))
-        score.main(score.parse_args([rollouts, "--out", scored, "--workers", "1"]))
-        train.main(train.parse_args([
-            "--model", model, "--out", out, "--rollouts", scored, "--lr", "1e-2", "--updates", "2",
-            "--device", "cpu", "--micro-batch-tokens", "200"]))
-        return read(scored), read(f"{out}/metrics.jsonl")
+        rollouts, scored = f"{out}.rollouts", f"{out}.scored"
+        stage(generate, "--model", model, "--prompts", prompts, "--out", rollouts, "--n", 6,
+              "--temperature", 0.7, "--max-new-tokens", 16, "--device", "cpu",
+              "--max-batch-tokens", 700)
+        stage(score, rollouts, "--out", scored, "--workers", 1)
+        rows = read(scored)  # train.py works on their ids alone, whatever their texts say
+        write(scored, [{**row, "messages": None, "completion": "\ufffd \u00e9"} for row in rows])
+        stage(train, "--model", model, "--out", out, "--rollouts", scored, "--lr", 1e-2,
+              "--updates", 2, "--device", "cpu", "--micro-batch-tokens", 200)
+        return rows, read(out / "metrics.jsonl")
 
     # 1. The sampler's log-probs are the model's; answers are right now and then.
-    scored, (first, second) = play(folder, paths["one"])
+    scored, (first, second) = play(folder, one)
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         for row in scored:
-            logp, _ = forced(model, row["prompt_ids"], row["completion_ids"], 0.7)
+            logp, _ = plain_pass(model, row["prompt_ids"], row["completion_ids"], 0.7)
             assert torch.allclose(logp, torch.tensor(row["logprobs"]), atol=1e-4)
             assert tokenizer.decode(row["prompt_ids"]) == tokenizer.apply_chat_template(
                 row["messages"], tokenize=False)
@@ -399,17 +359,17 @@ def test_the_whole_pipeline(name, tmp_path, monkeypatch):
     assert abs(first["approx_kl"]) < 1e-9 and first["grad_norm"] > 0
 
     # 3. The folder: another model, that reloads with the same logits and the same tokenizer.
-    after, ids = load(paths["one"]), torch.tensor([scored[0]["prompt_ids"]])
+    after, ids = load(one), torch.tensor([scored[0]["prompt_ids"]])
     with torch.no_grad():
         logits = after(input_ids=ids).logits
         assert torch.equal(logits, kept["model"](input_ids=ids).logits)
         assert not torch.allclose(logits, model(input_ids=ids).logits, atol=1e-2)
-    copied, text = AutoTokenizer.from_pretrained(paths["one"]), "12 + 30? \\boxed{01} naïve 数学\n"
+    copied, text = AutoTokenizer.from_pretrained(one), "12 + 30? \\boxed{01} naïve 数学\n"
     assert copied(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert copied.decode(copied(text)["input_ids"]) == text
 
     # 4. It can be sampled and goes on with its optimizer.
-    _, metrics = play(paths["one"], paths["two"], "-after")
+    _, metrics = play(one, two)
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert metrics[2]["logprob_gap_max"] < 1e-4
 
@@ -491,7 +451,7 @@ def test_a_folder_is_loaded_whole_and_by_rows(load_one, tied, index, tmp_path):
 
 
 FAULTS = {
-    "lm_head.weight: shape": ({"lm_head.weight": torch.zeros(36, 20)}, "36.*37|size mismatch"),
+    "shape": ({"lm_head.weight": torch.zeros(36, 20)}, "36.*37|size mismatch"),
     "not finite": ({"lm_head.weight": torch.full((37, 20), float("nan"))},
                    "lm_head.weight is not finite"),
     "missing": ({"lm_head.weight": None, "model.norm.weight": None}, "lm_head.weight"),
@@ -522,13 +482,19 @@ def test_weights_that_no_module_takes_are_counted(load_one, tmp_path, capfd):
     assert torch.equal(model.lm_head.weight, original.lm_head.weight)
 
 
+@pytest.fixture
+def folders(tmp_path):
+    """A source and the round that is made from it."""
+    for name in ("source", "out"):
+        (tmp_path / name).mkdir()
+    return tmp_path / "source", tmp_path / "out"
+
+
 @pytest.mark.parametrize("same", [False, True])
-def test_tied_by_the_config_and_not_by_the_files(same, tmp_path):
+def test_tied_by_the_config_and_not_by_the_files(same, folders):
     """Both are loaded where they differ, as from_pretrained does, and the round says so in its
     config; equal ones are tied."""
-    source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
-    out.mkdir()
+    source, out = folders
     original = llama(source, tie_word_embeddings=True).model.embed_tokens.weight.detach()
     head = original.clone() if same else torch.randn(37, 20)
     llama(source, {"lm_head.weight": head}, tie_word_embeddings=True)
@@ -536,8 +502,7 @@ def test_tied_by_the_config_and_not_by_the_files(same, tmp_path):
     assert torch.equal(model.lm_head.weight, head)
     assert bool(models.empty_model(str(source), OPTIONS)[1]) == same  # else from_pretrained loads
     save(out, model, source)
-    config = json.loads((out / "config.json").read_text())
-    assert config["tie_word_embeddings"] == same
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == same
     assert torch.equal(load(out).lm_head.weight, head)
     assert torch.equal(load(out).model.embed_tokens.weight, original)
 
@@ -552,11 +517,9 @@ def save(out, model, source):
     models.save_round(str(out), policy, optimizer, {"step": 1}, ["{}\n"], str(source))
 
 
-def test_a_round_takes_over_config_and_tokenizer_as_they_came(tmp_path):
+def test_a_round_takes_over_config_and_tokenizer_as_they_came(folders):
     """What transformers 4 or another program reads there stays: its fields, its rope_theta."""
-    source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
-    out.mkdir()
+    source, out = folders
     make_tokenizer().save_pretrained(source)
     llama(source)
     old = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37,
@@ -583,11 +546,10 @@ def test_a_round_takes_over_config_and_tokenizer_as_they_came(tmp_path):
     assert torch.equal(load(out).model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
 
-def test_a_config_of_transformers_5_says_what_transformers_4_looks_for(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    model = llama(tmp_path, rope_parameters=ROPE3)
-    save(out, model, tmp_path)
+def test_a_config_of_transformers_5_says_what_transformers_4_looks_for(folders):
+    source, out = folders
+    model = llama(source, rope_parameters=ROPE3)
+    save(out, model, source)
     config, again = json.loads((out / "config.json").read_text()), load(out)
     assert {**config["rope_scaling"], "rope_theta": config["rope_theta"]} == ROPE3
     assert again.config.rope_parameters == model.config.rope_parameters
@@ -627,10 +589,12 @@ def test_ctrl_c_in_the_middle_of_reading_is_its_own_line(tmp_path, monkeypatch, 
     files = models.tensor_files(str(tmp_path), "optimizer")
     monkeypatch.setattr(models.dcp.HuggingFaceStorageReader, "read_data",
                         lambda *_: models.fail("interrupted", 130))
-    with pytest.raises(SystemExit) as end, models.load_errors("m"):
-        models.read_tensors(files, {"a": torch.empty(3)})
-    assert end.value.code == 130
-    assert len(capfd.readouterr().err.splitlines()) == 1
+
+    def load_one():
+        with models.load_errors("m"):
+            models.read_tensors(files, {"a": torch.empty(3)})
+
+    refusal(capfd, load_one, code=130)
 
 
 # ---- The name `kernels` --------------------------------------------------------------------------
@@ -650,29 +614,25 @@ def test_the_package_kernels_and_the_folder_kernels(tiny_model, prompts, tmp_pat
     """With that package in the environment every stage runs and finds both; without it transformers
     does not take our folder for it."""
     assert not transformers.utils.is_kernels_available()
-    (tmp_path / "site" / "kernels").mkdir(parents=True)
-    (tmp_path / "site" / "kernels" / "__init__.py").write_text(STUB)
-    (tmp_path / "site" / "kernels-0.18.5.dist-info").mkdir()
-    (tmp_path / "site" / "kernels-0.18.5.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n")
-    rollouts, scored, model = (str(tmp_path / name) for name in ("rollouts", "scored", "round"))
-    commands = {"generate": ["--model", tiny_model, "--prompts", prompts, "--out", rollouts,
-                             "--n", "2", "--max-new-tokens", "8", "--device", "cpu"],
-                "score": [rollouts, "--out", scored],
-                "train": ["--model", tiny_model, "--rollouts", scored, "--out", model,
-                          "--device", "cpu"]}
+    meta = "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n"
+    for name, content in ("kernels/__init__.py", STUB), ("kernels-0.18.5.dist-info/METADATA", meta):
+        (tmp_path / "site" / name).parent.mkdir(parents=True)
+        (tmp_path / "site" / name).write_text(content)
+    rollouts, scored, out = (str(tmp_path / name) for name in ("rollouts", "scored", "round"))
     # One process, as its start takes the time; as in a stage, the repository's folder stands first
     # on the path.
-    script = ("import importlib, json, sys\n"
-              "import train, transformers, fused_linear_entropy, kernels\n"
-              "print(transformers.utils.is_kernels_available(), fused_linear_entropy.__file__,\n"
-              "      kernels.__version__)\n"
-              "for name, flags in json.loads(sys.argv.pop()).items():\n"
-              "    stage = importlib.import_module(name)\n"
-              "    stage.main(stage.parse_args(flags))\n")
+    script = f"""if True:
+        import generate, score, train, transformers, fused_linear_entropy, kernels
+        from conftest import stage
+        print(transformers.utils.is_kernels_available(), fused_linear_entropy.__file__,
+              kernels.__version__)
+        stage(generate, "--model", {tiny_model!r}, "--prompts", {prompts!r}, "--out", {rollouts!r},
+              "--n", 2, "--max-new-tokens", 8, "--device", "cpu")
+        stage(score, {rollouts!r}, "--out", {scored!r})
+        stage(train, "--model", {tiny_model!r}, "--rollouts", {scored!r}, "--out", {out!r})"""
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(commands)], cwd=ROOT, text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True)
+        [sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}/tests"})
     assert done.returncode == 0, done.stderr
     available, ours, version = done.stdout.split()[:3]
     assert ours == os.path.join(ROOT, "kernels", "fused_linear_entropy.py")
@@ -680,4 +640,4 @@ def test_the_package_kernels_and_the_folder_kernels(tiny_model, prompts, tmp_pat
     # 5.17 takes other versions of it
     if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
         assert available == "True"
-    assert set(os.listdir(model)) >= {"model.safetensors", "metrics.jsonl"}
+    assert set(os.listdir(out)) >= {"model.safetensors", "metrics.jsonl"}

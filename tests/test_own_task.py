@@ -9,6 +9,8 @@ import textwrap
 
 import pytest
 
+from conftest import read, write
+
 ROOT = pathlib.Path(__file__).parent.parent
 SAMPLED = {"sample": 0, "prompt_ids": [1], "completion_ids": [2], "logprobs": [-1.0],
            "finish_reason": "stop"}
@@ -39,7 +41,7 @@ def run(checkout, *command):
 
 def score(checkout, *rows):
     """(exit code, stdout, stderr) of score.py on these rollouts."""
-    (checkout / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(checkout / "rollouts.jsonl", rows)
     return run(checkout, "score.py", "rollouts.jsonl", "--out", "scored.jsonl", "--show", "2")
 
 
@@ -53,22 +55,18 @@ def test_own_task_in_three_steps(checkout):
     code, out, err = score(checkout, *rows)
     assert code == 0, err
     assert "abc sample 0: 'answer': 'cba'" in out
-    scored = [json.loads(line) for line in (checkout / "scored.jsonl").read_text().splitlines()]
-    assert [row["reason"] for row in scored] == ["ok", "value", "ok", "truncated", "ok"]
+    reasons = [row["reason"] for row in read(checkout / "scored.jsonl")]
+    assert reasons == ["ok", "value", "ok", "truncated", "ok"]
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"answer": 3}, "field 'answer': Expected str, got int"),
-    ({"task": "revers"}, "field 'task' must be one of countdown, math, gym, reverse")])
-def test_wrong_rows_are_refused_in_one_line(checkout, change, message):
-    code, _, err = score(checkout, {**RIGHT, **change})
-    assert code == 2 and err == f"score.py: error: rollouts.jsonl:1: {message}\n"
-
-
-@pytest.mark.parametrize("name", ["Row", "verify"])
-def test_a_task_without_rows_or_verdict_is_no_task(checkout, name):
-    """Found when score.py starts, not in the middle of a file."""
-    path = checkout / "data/reverse.py"
-    path.write_text(re.sub(rf"\b{name}\(", "other(", path.read_text()))
-    code, _, err = score(checkout, COUNTDOWN)
-    assert code != 0 and "data.reverse" in err and f"'{name}'" in err
+def test_what_is_wrong_is_found_before_anything_is_judged(checkout):
+    for change, message in [
+            ({"answer": 3}, "field 'answer': Expected str, got int"),
+            ({"task": "revers"}, "field 'task' must be one of countdown, math, gym, reverse")]:
+        code, _, err = score(checkout, {**RIGHT, **change})
+        assert code == 2 and err == f"score.py: error: rollouts.jsonl:1: {message}\n"
+    source = (checkout / "data/reverse.py").read_text()
+    for name in "Row", "verify":  # a task without them is none
+        (checkout / "data/reverse.py").write_text(re.sub(rf"\b{name}\(", "other(", source))
+        code, _, err = score(checkout, COUNTDOWN)
+        assert code != 0 and "data.reverse" in err and f"'{name}'" in err

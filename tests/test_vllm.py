@@ -4,8 +4,6 @@ The stand-in knows what the script may ask of vLLM, and no more: LLM, SamplingPa
 `generate` gives back. It samples from the model that it was given, so that train.py can compare the
 log-probs in the rows with its own.
 """
-import dataclasses
-import json
 import os
 import sys
 import types
@@ -17,23 +15,14 @@ import transformers
 import generate
 import score
 import train
+from conftest import load, meta_of, read, refusal, set_rank, stage
 from data.files import claim
 from experiments import vllm_generate
 
 
-@dataclasses.dataclass
-class SamplingParams:
-    n: int
-    temperature: float
-    top_p: float
-    top_k: int
-    logprobs: int
-    max_tokens: int
-    stop: list | None
-    stop_token_ids: list
-    ignore_eos: bool
-    skip_special_tokens: bool
-    seed: int
+def SamplingParams(*, n, temperature, top_p, top_k, logprobs, max_tokens, stop, stop_token_ids,
+                   ignore_eos, skip_special_tokens, seed):
+    return types.SimpleNamespace(**locals())
 
 
 class LLM:
@@ -41,8 +30,8 @@ class LLM:
 
     def __init__(self, model, dtype, seed, max_model_len, tensor_parallel_size, trust_remote_code,
                  revision, logprobs_mode):
-        kind = transformers.AutoModelForCausalLM
-        self.model = kind.from_pretrained(model, dtype=getattr(torch, dtype))
+        assert dtype == "float32"
+        self.model = load(model)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         self.longest, self.raw = max_model_len, logprobs_mode == "raw_logprobs"
 
@@ -89,27 +78,13 @@ def sample(tiny_model, prompts, tmp_path, monkeypatch):
     return run
 
 
-def rows_of(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def meta_of(path):
-    with open(path + ".meta.json", encoding="utf-8") as file:
-        return json.load(file)
-
-
-def stage(module, *flags):
-    module.main(module.parse_args(list(flags)))
-
-
 def test_the_rows_and_the_meta_are_those_of_generate(sample, tiny_model):
     """Of all of generate.py's flags."""
     flags = ["--limit", "5", "--stop", "7", "<|pad|>", "--overlong", "skip", "--seed", "3",
              "--max-batch-tokens", "100", "--attention", "model", "--device", "auto",
              "--rank-timeout", "9", "--trust-remote-code"]
     path, other = sample(*flags), sample(*flags, out="generate.jsonl", script=generate)
-    ours, theirs = rows_of(path), rows_of(other)
+    ours, theirs = read(path), read(other)
     assert len(ours) == 10 and [list(row) for row in ours] == [list(row) for row in theirs]
     for row, their in zip(ours, theirs):
         for key in ("id", "sample", "prompt_ids", "numbers", "target"):
@@ -130,25 +105,26 @@ def test_the_rows_and_the_meta_are_those_of_generate(sample, tiny_model):
 
 @pytest.mark.parametrize("flags", [["--ignore-eos"], ["--temperature", "0"]])
 def test_the_limit_and_greedy_rows_are_those_of_generate(flags, sample):
-    ours = rows_of(sample("--limit", "4", *flags))
-    theirs = rows_of(sample("--limit", "4", *flags, out="generate.jsonl", script=generate))
-    if "0" in flags:
-        assert ours == theirs and not any(x for row in ours for x in row["logprobs"])
-    assert all(len(row["completion_ids"]) == 6 for row in ours) or "0" in flags
-    assert all(row["finish_reason"] == "length" for row in ours) or "0" in flags
+    ours = read(sample("--limit", "4", *flags))
+    if flags == ["--ignore-eos"]:
+        assert all(len(row["completion_ids"]) == 6 and row["finish_reason"] == "length"
+                   for row in ours)
+    else:
+        assert ours == read(sample("--limit", "4", *flags, out="generate.jsonl", script=generate))
+        assert not any(x for row in ours for x in row["logprobs"])
 
 
 def test_train_finds_the_log_probs_of_its_own_policy_in_them(sample, tiny_model, tmp_path):
     scored, out = str(tmp_path / "scored.jsonl"), str(tmp_path / "round")
     stage(score, sample(), "--out", scored)
     stage(train, "--model", tiny_model, "--rollouts", scored, "--out", out, "--lr", "1e-4")
-    row, = rows_of(f"{out}/metrics.jsonl")
+    row, = read(f"{out}/metrics.jsonl")
     assert row["logprob_gap_max"] < 1e-4 < row["nll"]  # at T = 0.7; of T = 1 they would be far off
 
 
 def test_a_restart_does_the_missing_chunks_alone(sample, tmp_path, monkeypatch):
     flags, plain = ["--max-batch-tokens", "120"], LLM.generate
-    whole = rows_of(sample(*flags, out="whole.jsonl"))
+    whole = read(sample(*flags, out="whole.jsonl"))
     chunks = list(LLM.calls)
     assert sum(chunks) == 24 and len(chunks) > 3
 
@@ -162,17 +138,17 @@ def test_a_restart_does_the_missing_chunks_alone(sample, tmp_path, monkeypatch):
         sample(*flags, out="again.jsonl")
     assert not (tmp_path / "again.jsonl").exists()
     os.close(claim.lock)  # as the end of the process does
-    assert rows_of(sample(*flags, out="again.jsonl")) == whole and LLM.calls == chunks * 2
+    assert read(sample(*flags, out="again.jsonl")) == whole and LLM.calls == chunks * 2
     assert not (tmp_path / "again.jsonl.partial").exists()
 
 
-def test_an_aborted_request_is_no_row(sample, monkeypatch, capsys):
+def test_an_aborted_request_is_no_row(sample, monkeypatch, capfd):
     aborted = types.SimpleNamespace(finish_reason="abort")
     monkeypatch.setattr(LLM, "one", lambda *args: aborted)
     with pytest.raises(SystemExit) as end:
         sample("--limit", "1")
     assert end.value.code == 2
-    assert "vLLM ended a row of 'problem-0' with 'abort'" in capsys.readouterr().err
+    assert "vLLM ended a row of 'problem-0' with 'abort'" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -182,22 +158,12 @@ def test_an_aborted_request_is_no_row(sample, monkeypatch, capsys):
     (["--top-k", "5"], "--top-p and --top-k: vLLM would return log-probs of the cut"),
     (["--attention", "shared"], "--attention shared is generate.py's"),
     (["--device", "cpu"], "--device cpu: vLLM needs a GPU"),
-    (["--stop", r"\n"], "is a backslash and a letter"),
-])
-def test_what_it_cannot_do_it_refuses(sample, capsys, flags, message):
-    with pytest.raises(SystemExit) as end:
-        sample(*flags)
-    line, = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and line.startswith("vllm_generate.py: error: ") and message in line
-
-
-def test_ranks_and_a_missing_package_are_one_line(sample, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    for variables, message in [
-            ({}, "vLLM is not installed here: pip install vllm, or take generate.py"),
-            ({"RANK": "0", "WORLD_SIZE": "2"}, "give --tensor-parallel-size in place of torchrun")]:
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(SystemExit) as end:
-            sample()
-        assert end.value.code == 2 and message in capsys.readouterr().err
+    ("two ranks", "give --tensor-parallel-size in place of torchrun"),
+    ("no vLLM", "vLLM is not installed here: pip install vllm, or take generate.py")])
+def test_what_it_cannot_do_it_refuses(sample, monkeypatch, capfd, flags, message):
+    if flags == "two ranks":
+        set_rank(monkeypatch, 0)
+    if flags == "no vLLM":
+        monkeypatch.setitem(sys.modules, "vllm", None)
+    line = refusal(capfd, sample, *(flags if isinstance(flags, list) else []))
+    assert line.startswith("vllm_generate.py: error: ") and message in line
