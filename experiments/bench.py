@@ -1,4 +1,4 @@
-"""Each stage beside what one would use in its place, in turns; and each stage on growing files.
+"""Each stage beside what one would use in its place, in turns.
 
     python experiments/bench.py --out experiments/bench_cpu.json
     python experiments/bench.py --only generate update --sizes 0.5b     # on a GPU, in bf16
@@ -8,7 +8,6 @@
     update     train.py; a GRPO update in plain PyTorch: padded rows, logits of all tokens, eager
                log_softmax and entropy
     evaluate   evaluate.py; json.loads, the estimator of Pass@k and a bootstrap in NumPy
-    growth     the four stages one after another, each a process of its own
 
 Sizes of generate and update: `tiny` is the embedded model; the others are random Qwen2 models that
 never stop early, 0.5b at the shape of Qwen2.5-0.5B. The other parts take --rows rows.
@@ -31,7 +30,6 @@ import random
 import re
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +37,7 @@ from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EMBEDDED = os.path.join(ROOT, "data", "tiny-countdown")
-PARTS = ("generate", "score", "update", "evaluate", "growth")
+PARTS = ("generate", "score", "update", "evaluate")
 
 
 # prompts; samples a prompt; times that a prompt, some 13 tokens, is repeated; new tokens; batch
@@ -378,49 +376,18 @@ def bench_evaluate(bench, rows, n=64):
         "plain NumPy": lambda meter, seed: plain_pass_at_k(path) and None}, rows)
 
 
-# ---- growth --------------------------------------------------------------------------------------
-# A process inherits the peak memory of the one that starts it: hence a small one in between.
-STARTER = """import json, resource, subprocess, sys
-done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
-used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps({"cpu_s": round(used.ru_utime + used.ru_stime, 2),
-                  "peak_mib": used.ru_maxrss // 1024}))
-sys.exit(done.stderr[-500:] if done.returncode else 0)"""
-
-
-def bench_growth(bench, rows, n=16):
-    """CPU seconds and peak MiB of every stage's process, its start included."""
-    prompts = write_prompts(bench, -(-rows // n))
-    rollouts, scored = bench.fresh("rollouts.jsonl"), bench.fresh("scored.jsonl")
-    model, stages = ["--model", EMBEDDED, "--device", bench.device], {}
-    for command in (
-            ["generate.py", *model, "--prompts", prompts, "--out", rollouts, "--n", str(n),
-             "--max-new-tokens", "24"],
-            ["score.py", rollouts, "--out", scored],
-            ["train.py", *model, "--rollouts", scored, "--out", bench.fresh("round")],
-            ["evaluate.py", scored, "--out", bench.fresh("eval.json")]):
-        done = subprocess.run([sys.executable, "-c", STARTER, sys.executable, *command], cwd=ROOT,
-                              stdout=subprocess.PIPE)
-        if done.returncode:
-            sys.exit(f"bench.py: error: {command[0]} failed")
-        stages[command[0]] = json.loads(done.stdout)
-    bench.entries[f"growth/{rows}"] = {"device": bench.device, "stages": stages}
-
-
 # ---- Main ----------------------------------------------------------------------------------------
 def table(entries):
     """Lines of Markdown."""
     yield "| | | a second | peak MiB | ours is faster by |\n|---|---|---|---|---|"
     for name, entry in entries.items():
-        for arm, one in entry.get("arms", {}).items():
+        for arm, one in entry["arms"].items():
             if isinstance(one, str):
                 yield f"| {name} | {arm} | {one} | | |"
                 continue
             middle, least, most = one["ours_is_faster"]
             yield (f"| {name} | {arm} | {one['a_second']:,.0f} {entry['unit']} | "
                    f"{one['peak_mib']:,} | {middle:.2f} [{least:.2f}, {most:.2f}] |")
-        for stage, one in entry.get("stages", {}).items():
-            yield f"| {name} | {stage} | {one['cpu_s']} s CPU in all | {one['peak_mib']:,} | |"
 
 
 def main(args):

@@ -22,13 +22,7 @@ def printed(function, *arguments):
     return out.getvalue()
 
 
-# ---- Student's t -------------------------------------------------------------------------------
-@pytest.mark.parametrize("freedom, quantile", [
-    (1, 12.70620), (2, 4.302653), (3, 3.182446), (4, 2.776445), (10, 2.228139), (1000, 1.962339)])
-def test_quantiles_of_student_t_as_printed_in_tables(freedom, quantile):
-    assert figures.quantile_t(freedom) == pytest.approx(quantile, abs=6e-6)
-
-
+# ---- Intervals ---------------------------------------------------------------------------------
 def test_intervals_by_hand():
     # 1, 2, 6: mean 3, sd sqrt(7), t(2) = 4.302653
     assert figures.interval([1, 2, 6]) == (3.0, pytest.approx(4.302653 * 7**0.5 / 3**0.5))
