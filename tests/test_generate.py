@@ -706,6 +706,10 @@ def without(*names):
     return lambda folder: [os.remove(folder / name) for name in names]
 
 
+def holding(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
 def pickle_only(folder):
     os.remove(folder / WEIGHTS)
     torch.save({"weight": Bomb()}, folder / "pytorch_model.bin")
@@ -735,15 +739,18 @@ def recurrent(folder):
         vocab_size=22, hidden_size=16, num_hidden_layers=1, eos_token_id=0)).save_pretrained(folder)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 BAD_MODELS = {  # see also test_models.py
     "missing": (shutil.rmtree, "no such model folder"),
     "no config": (without("config.json"), "no config.json"),
+    "broken config": (holding("config.json", '{"model_type": "qwen2",'), "cannot be loaded"),
+    "adapter": (holding("adapter_config.json", "{}"), "an adapter (adapter_config.json); merge it"),
+    **{name: (holding(name, POINTER), f"{name}: a git-lfs pointer") for name in (
+        WEIGHTS, "tokenizer.json", "model.safetensors.index.json", "optimizer.safetensors")},
     "pickle only": (pickle_only, "no *.safetensors"),
     "pickle beside safetensors": (pickle_beside_safetensors, "cannot be loaded"),
     "code": (code_in_auto_map, "cannot be loaded"),
-    "torn weights": (lambda folder: os.truncate(folder / WEIGHTS, 9999), "cannot be loaded"),
-    "broken config": (lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2",'),
-                      "cannot be loaded"),
+    "torn weights": (lambda folder: os.truncate(folder / WEIGHTS, 9999), f"{WEIGHTS}: cannot be"),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"),
                      "a tokenizer without a vocabulary"),
     "another vocabulary": (another_vocabulary, "token id 900 is beyond the model's vocabulary"),

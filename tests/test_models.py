@@ -556,24 +556,6 @@ def test_a_config_of_transformers_5_says_what_transformers_4_looks_for(folders):
     assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
-
-
-@pytest.mark.parametrize("name, content, told", [
-    ("model.safetensors", POINTER, "model.safetensors: a git-lfs pointer"),
-    ("tokenizer.json", POINTER, "tokenizer.json: a git-lfs pointer"),
-    ("model.safetensors.index.json", POINTER, "index.json: a git-lfs pointer"),
-    ("optimizer.safetensors", POINTER, "optimizer.safetensors: a git-lfs pointer"),
-    ("model.safetensors", "x" * 100, "model.safetensors: cannot be loaded"),
-    ("adapter_config.json", "{}", "an adapter (adapter_config.json); merge it"),
-])
-def test_files_that_are_no_model_say_what_they_are(name, content, told, tmp_path, capfd):
-    llama(tmp_path)
-    models.check_model(str(tmp_path))
-    (tmp_path / name).write_text(content)
-    assert told in refusal(capfd, models.check_model, str(tmp_path))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_is_seen_and_a_large_sum_is_no_reason(dtype):
     inf, nan, large = float("inf"), float("nan"), torch.finfo(dtype).max
