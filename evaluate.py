@@ -30,6 +30,7 @@ import array
 import collections
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -38,7 +39,8 @@ import sys
 import time
 from typing import Any, Literal
 
-from data.files import Parser, Sample, claim, describe, echo, fail, publish, read_rows
+from data.files import (Parser, Sample, claim, describe, echo, fail, publish, read_rows,
+                        write_synced)
 from data.files import run as run_stage  # a run is a scored file here
 
 
@@ -380,16 +382,9 @@ def new_figure(rows, columns, width, height):
 
 
 def save(figure, path):
-    """Write a figure atomically."""
-    try:
-        with open(path + ".partial", "wb") as file:
-            figure.savefig(file, format=path[-3:], dpi=200)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".partial", path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):  # it is there after an error alone
-            os.remove(path + ".partial")
+    image = io.BytesIO()
+    figure.savefig(image, format=path[-3:], dpi=200)
+    write_synced(path, image.getvalue())
 
 
 def shorten(name, longest=24):

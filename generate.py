@@ -40,7 +40,7 @@ import re
 import sys
 import time
 
-from data.files import Parser, Problem, describe, fail, rank_and_world, read_rows, run, stamp
+from data.files import Parser, Problem, describe, fail, rank_and_world, read_once, run, stamp
 
 
 def add_flags(parser):
@@ -281,11 +281,8 @@ def load_problems(path, limit=None):
     A chat may also stand under `prompt`, and the text of a turn in parts, as in many data sets. The
     turns keep all their keys: a template may know more than role and content.
     """
-    problems, seen = [], set()
-    for where, line, problem in itertools.islice(read_rows(path, Problem), limit):
-        if problem.id in seen:
-            fail(f"{where}: duplicate id {problem.id!r}")
-        seen.add(problem.id)
+    problems = []
+    for where, line, problem in itertools.islice(read_once(path, Problem), limit):
         if problem.prompt == "" and problem.messages:  # an empty column
             problem.prompt = None
         if (problem.prompt is None) == (problem.messages is None):

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from data.files import claim, digest, fail, publish, rank_and_world, stamp
+from data.files import claim, digest, fail, publish, rank_and_world, stamp, write_synced
 from data.models import OF_TRAINING
 
 # Flags that change no byte of the output, and those that name inputs, whose digests are compared.
@@ -56,15 +56,6 @@ def chunk_path(folder, number):
     return f"{folder}/{number:06d}.jsonl"
 
 
-def write_synced(path, lines, rank=0):
-    """Write lines (str) to disk under a name of this rank, then rename: never half a file."""
-    with open(f"{path}.{rank}", "w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.{rank}", path)
-
-
 def command_of(folder):
     """The command in command.json, to which the folder's chunks belong; None if there is none."""
     with contextlib.suppress(OSError, ValueError):
@@ -96,7 +87,7 @@ def begin(out, meta, work):
         check_work(folder, begun, work)
     command |= {"work": digest_of(work),
                 "stamps": [stamp(path, OF_TRAINING) for path in meta["inputs"]]}
-    write_synced(f"{folder}/command.json", [json.dumps(command)])
+    write_synced(f"{folder}/command.json", json.dumps(command))
     return folder
 
 
@@ -145,7 +136,7 @@ def run_chunks(sample_chunk, chunks, out):
             continue
         start = time.monotonic()
         lines = sample_chunk(chunks[number])
-        write_synced(path, lines, rank)
+        write_synced(path, "".join(lines), rank)  # under a name of this rank until it is whole
         seconds += time.monotonic() - start
         tokens += sum(line.count(",", line.index('"completion_ids"'), line.index('"logprobs"'))
                       for line in lines)

@@ -113,8 +113,7 @@ class Verdict(msgspec.Struct):
 
 # ---- What is said to people ----------------------------------------------------------------------
 def fail(message, code=2):
-    """End the stage with one line on stderr: `score.py: error: rows.jsonl:17: missing field
-    'id'`."""
+    """End the stage with one line on stderr: `score.py: error: rows.jsonl:17: missing 'id'`."""
     line = " ".join(str(message).split())
     # It may quote hostile text, which must not command the terminal.
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
@@ -250,6 +249,16 @@ def read_rows(path, kind=dict):
             yield where, line, row
     if empty:
         fail(f"{path}: no rows in this file")
+
+
+def read_once(path, kind):
+    """read_rows of a file in which every `id` stands once."""
+    places = {}
+    for where, line, row in read_rows(path, kind):
+        if row.id in places:
+            fail(f"{where}: duplicate id {row.id[:80]!r}, first in {places[row.id]}")
+        places[row.id] = where
+        yield where, line, row
 
 
 CHAT = '"messages": [{"role": "user", "content": "a text"}]'
@@ -417,6 +426,20 @@ def lock_file(handle, out):
     return True
 
 
+def write_synced(path, content, part="partial"):
+    """Write content (text or bytes) to disk as `path`.`part`, then rename: never half a file."""
+    try:
+        with open(f"{path}.{part}", "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.{part}")
+        raise
+
+
 def publish(out, meta, partial=None):
     """Give `partial` (`out`.partial) its name: contents to disk, the meta, the rename."""
     def sync(path):
@@ -430,10 +453,7 @@ def publish(out, meta, partial=None):
         for path in [os.path.join(root, name) for name in names] + [root]:
             sync(path)
     sync(partial)
-    with open(out + ".meta.json.partial", "w", encoding="utf-8") as file:
-        file.write(json.dumps(meta, indent=1) + "\n")
-    sync(file.name)
-    os.replace(file.name, out + ".meta.json")
+    write_synced(out + ".meta.json", json.dumps(meta, indent=1) + "\n")
     os.replace(partial, out)
     sync(os.path.dirname(os.path.abspath(out)))
     with contextlib.suppress(OSError):
@@ -441,8 +461,7 @@ def publish(out, meta, partial=None):
 
 
 def sampling_of(path):
-    """The sampling settings in the meta of a row file; None where another program wrote the
-    rows."""
+    """The sampling settings in the meta of a row file; None of rows that another program wrote."""
     try:
         with open(path + ".meta.json", encoding="utf-8") as file:
             return json.load(file).get("sampling")

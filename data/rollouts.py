@@ -2,14 +2,13 @@
 import dataclasses
 import json
 import math
-import os
 import typing
 
 import msgspec
 import numpy as np
 
 from data import files
-from data.files import Scored, fail, read_rows
+from data.files import Scored, fail, read_rows, write_synced
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -29,6 +28,16 @@ class Trajectory:
     fields: dict  # those that the objective reads
 
 
+def trajectory(where, scored, group, fields=()):
+    """The Trajectory of a Scored row of the group with this index."""
+    return Trajectory(
+        where=where, id=scored.id, sample=scored.sample, group=group, prompt=scored.prompt_ids,
+        completion=np.array(scored.completion_ids, np.int64),
+        logprobs=np.array(scored.logprobs, np.float32), correct=scored.correct,
+        reward=scored.reward, truncated=scored.finish_reason == "length", used=True,
+        fields={name: getattr(scored, name) for name in fields})
+
+
 def load_rollouts(path, truncated="wrong", fields=()):
     """The rows of a scored file by `id`, in the order of `sample`: a list of groups of n, and n."""
     declared = {field.name for field in msgspec.structs.fields(Scored)}
@@ -40,19 +49,14 @@ def load_rollouts(path, truncated="wrong", fields=()):
         if len(logprobs) != len(ids):
             fail(f"{where}: {len(logprobs)} logprobs for {len(ids)} completion_ids")
         group = groups.setdefault(scored.id, {})
-        number = numbers.setdefault(scored.id, len(numbers))
         if scored.sample in group:
             fail(f"{where}: duplicate sample {scored.sample} of id {scored.id!r}")
-        at_limit = scored.finish_reason == "length"
-        # score.py calls such a rollout correct where it holds a complete right answer.
-        wrong = at_limit and truncated == "wrong" and not scored.correct
-        group[scored.sample] = Trajectory(
-            where=where, id=scored.id, sample=scored.sample, group=number,
-            prompt=scored.prompt_ids, completion=np.array(ids, np.int64),
-            logprobs=np.array(logprobs, np.float32), correct=scored.correct,
-            reward=0.0 if wrong else scored.reward, truncated=at_limit,
-            used=not (at_limit and truncated == "mask"),
-            fields={name: getattr(scored, name) for name in fields})
+        number = numbers.setdefault(scored.id, len(numbers))
+        group[scored.sample] = row = trajectory(where, scored, number, fields)
+        row.used = not (row.truncated and truncated == "mask")
+        # score.py calls a truncated rollout correct where it holds a complete right answer.
+        if row.truncated and truncated == "wrong" and not row.correct:
+            row.reward = 0.0
     n = len(next(iter(groups.values())))
     for group in groups.values():
         first = next(iter(group.values()))
@@ -60,11 +64,15 @@ def load_rollouts(path, truncated="wrong", fields=()):
             fail(f"{first.where}: id {first.id!r} has {len(group)} samples, others have {n}: a "
                  f"group is not whole")
         for row in group.values():
-            if row.prompt != first.prompt:
-                fail(f"{row.where}: prompt_ids differ from those of the other samples of id "
-                     f"{row.id!r}")
-            row.prompt = first.prompt
+            share_prompt(row, first)
     return [[group[sample] for sample in sorted(group)] for group in groups.values()], n
+
+
+def share_prompt(row, first):
+    """Give a row the list of ids of the first one of its group, which must be equal."""
+    if row.prompt != first.prompt:
+        fail(f"{row.where}: prompt_ids differ from those of the other samples of id {row.id!r}")
+    row.prompt = first.prompt
 
 
 def check_ids(rows, vocabulary, positions, name):
@@ -101,15 +109,10 @@ def load_answers(path, temperature, weight="distinct", off_policy=False):
             continue
         answers = problems.setdefault(scored.id, {})
         number = numbers.setdefault(scored.id, len(numbers))
-        prompt = next(iter(answers.values())).prompt if answers else scored.prompt_ids
-        if prompt != scored.prompt_ids:
-            fail(f"{where}: prompt_ids differ from those of the other samples of id {scored.id!r}")
+        row = trajectory(where, scored, number)
+        share_prompt(row, next(iter(answers.values()), row))
         key = tuple(scored.completion_ids) if weight == "distinct" else len(answers)
-        answers.setdefault(key, Trajectory(
-            where=where, id=scored.id, sample=scored.sample, group=number, prompt=prompt,
-            completion=np.array(scored.completion_ids, np.int64),
-            logprobs=np.array(scored.logprobs, np.float32), correct=True, reward=scored.reward,
-            truncated=scored.finish_reason == "length", used=True, fields={}))
+        answers.setdefault(key, row)
     if not problems:
         fail(f"{path}: no correct rollout to rehearse")
     return [list(answers.values()) for answers in problems.values()]
@@ -128,16 +131,11 @@ def draw_answers(problems, count, seed):
 
 def write_rollouts(path, rows):
     """Write rows as a scored file that load_rollouts reads again."""
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps({
-                "id": row.id, "sample": row.sample, "where": row.where, "prompt_ids": row.prompt,
-                "completion_ids": row.completion.tolist(), "logprobs": row.logprobs.tolist(),
-                "correct": row.correct, "reward": row.reward,
-                "finish_reason": "length" if row.truncated else "stop"}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    write_synced(path, "".join(json.dumps({
+        "id": row.id, "sample": row.sample, "where": row.where, "prompt_ids": row.prompt,
+        "completion_ids": row.completion.tolist(), "logprobs": row.logprobs.tolist(),
+        "correct": row.correct, "reward": row.reward,
+        "finish_reason": "length" if row.truncated else "stop"}) + "\n" for row in rows))
 
 
 def temperature_of(path, sampling):
@@ -214,7 +212,7 @@ def plan_update(rows, members, rank, world, budget, share):
                       + len(rows[i].prompt) / (siblings[rows[i].group] if share else 1)
                       for i in order])
     bounds = np.linspace(0, cost[-1] if order else 0, world + 1)[1:-1]
-    bounds = [0, *np.searchsorted(cost, bounds).tolist(), len(order)]
+    bounds = [0, *np.searchsorted(cost, bounds, side="right").tolist(), len(order)]
     plans = []
     for start, end in zip(bounds, bounds[1:]):
         own = [i for i in order[start:end] if rows[i].used]

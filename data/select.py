@@ -21,8 +21,8 @@ import random
 
 import msgspec
 
-from data.files import (Parser, Problem, claim, describe, echo, fail, publish, read_rows, run,
-                        sampling_of)
+from data.files import (Parser, Problem, claim, describe, echo, fail, publish, read_once,
+                        read_rows, run, sampling_of)
 
 
 class Correct(msgspec.Struct):
@@ -73,16 +73,6 @@ def indices_of_round(total, n, number, seed):
     return chosen
 
 
-def read_problems(path):
-    """{id: [line]} of a file of problems."""
-    lines, places = {}, {}
-    for where, line, problem in read_rows(path, Problem):
-        if problem.id in lines:
-            fail(f"{where}: duplicate id {problem.id!r}, first in {places[problem.id]}")
-        lines[problem.id], places[problem.id] = [line], where
-    return lines
-
-
 def main(args):
     inputs = [path for path in (args.prompts, args.scored) if path]
     sampling = {} if args.prompts else {"sampling": sampling_of(args.scored)}
@@ -92,8 +82,9 @@ def main(args):
         return
 
     # 1. All problems, with their line or their rollouts.
-    lines = read_problems(args.prompts) if args.prompts else collections.defaultdict(list)
-    right = collections.Counter()
+    lines, right = collections.defaultdict(list), collections.Counter()
+    for _, line, problem in read_once(args.prompts, Problem) if args.prompts else ():
+        lines[problem.id].append(line)
     for _, line, row in read_rows(args.scored, Correct) if args.scored else ():
         right[row.id] += row.correct
         if not args.prompts:
