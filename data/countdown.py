@@ -12,20 +12,16 @@ Writes one problem a line (and OUT.meta.json): id, task "countdown", prompt (or 
 Numbers are drawn independently and uniformly from 1..max-number; the target is the value of a
 random expression over them, drawn again until it is a whole number in 1..max-target. No prompt
 occurs twice, but the same numbers may come in another order: 4 of the first 300 test problems
-(--split test --seed 1) repeat an earlier one so. The stream stays as it is, so that results can be
-repeated. A problem is a multiset of numbers with a target: its hash assigns it to one of three
-splits, train (80 %, all that the embedded model was pre-trained on), tune and test (10 % each). It
-was pre-trained on targets up to 300: about one default problem in twelve lies beyond.
+(--split test --seed 1) repeat an earlier one so. A problem is a multiset of numbers with a target:
+its hash assigns it to one of three splits, train (80 %, all that the embedded model was pre-trained
+on), tune and test (10 % each). It was pre-trained on targets up to 300: about one default problem
+in twelve lies beyond.
 
-The verdict (score.py calls `verify`). The answer is the last complete innermost
-<answer>..</answer>; without any <answer>, the whole completion, if it has at most 200 characters.
-Right are whole ASCII numbers without leading zeros, + - * / ( ) and blanks, no unary signs, nothing
-else (no "= 24"); exactly the given numbers, each once; exactly the target. Nothing is evaluated by
-Python: a small parser reads the answer, and values are exact.
-
-Two expressions are one solution when they differ by commutativity and associativity alone: sums are
-flattened to signed terms, products to factors with exponents, and both are sorted, so a-(b-c) is
-a-b+c. The text of that form stands in `solution` and is counted in `n_solutions`.
+The verdict (score.py calls `verify`): data/README.md has its rules. Nothing is evaluated by Python:
+a small parser reads the answer, and values are exact. Two expressions are one solution when they
+differ by commutativity and associativity alone: sums are flattened to signed terms, products to
+factors with exponents, and both are sorted, so a-(b-c) is a-b+c. The text of that form stands in
+`solution` and is counted in `n_solutions`.
 """
 import functools
 import hashlib
@@ -341,22 +337,20 @@ def problems(args, excluded=frozenset()):
     def count(numbers, target):
         return len(solutions(numbers, target))
 
-    def wanted(numbers, target):
-        """The number of solutions of a problem that may be written, or None."""
-        key = (tuple(sorted(numbers)), target)
+    def fits(numbers, target):
+        if target is None or target.denominator > 1 or not 1 <= target <= args.max_target:
+            return False
+        key = (tuple(sorted(numbers)), int(target))
         if (numbers, target) in seen or key in excluded:
-            return None
+            return False
         if args.split != "all" and split_of(*key) not in SPLITS[args.split]:
-            return None
-        return found if (found := count(*key)) <= (args.max_solutions or math.inf) else None
+            return False
+        return count(*key) <= (args.max_solutions or math.inf)
 
     while len(seen) < args.n:
         numbers = tuple(rng.randint(1, args.max_number) for _ in range(args.numbers))
         target = random_value(numbers, rng)
-        n_solutions = None
-        if target is not None and target.denominator == 1 and 1 <= target <= args.max_target:
-            n_solutions = wanted(numbers, int(target))
-        if n_solutions is None:
+        if not fits(numbers, target):
             misses += 1
             if misses > 50_000:
                 fail(f"only {len(seen)} of {args.n} problems found; "
@@ -365,24 +359,21 @@ def problems(args, excluded=frozenset()):
         misses, target = 0, int(target)
         seen.add((numbers, target))
         yield {"id": f"countdown-{'-'.join(map(str, numbers))}-{target}", "task": "countdown",
-               "numbers": list(numbers), "target": target, "n_solutions": n_solutions}
+               "numbers": list(numbers), "target": target,
+               "n_solutions": count(tuple(sorted(numbers)), target)}
 
 
 def with_prompt(problem, template):
     numbers = (" " if template == "plain" else ", ").join(map(str, problem["numbers"]))
     text = TEMPLATES[template].format(numbers=numbers, target=problem["target"])
-    if template == "instruct":
-        prompt = {"messages": [{"role": "user", "content": text}]}
-    else:
-        prompt = {"prompt": text}
+    chat = {"messages": [{"role": "user", "content": text}]}
+    prompt = chat if template == "instruct" else {"prompt": text}
     return {"id": problem["id"], "task": problem["task"], **prompt, **problem}
 
 
 def main(args):
-    excluded = set()
-    for path in args.exclude:
-        for _, _, row in read_rows(path, Excluded):
-            excluded.add((tuple(sorted(row.numbers)), row.target))
+    excluded = {(tuple(sorted(row.numbers)), row.target)
+                for path in args.exclude for _, _, row in read_rows(path, Excluded)}
     meta = describe(args, args.exclude)
     partial = claim(args.out, meta, ignore=("out", "exclude"))
     if partial is None:

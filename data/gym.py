@@ -67,14 +67,6 @@ def verify(completion, row):
     return Pending(answer, JUDGE, [answer, row.gym, row.entry])
 
 
-def read_literal(text):
-    return json.loads(text.replace("'", '"'))
-
-
-def read_expression(text):
-    return parse(text, int, OPERATE)
-
-
 def prepare():
     """Make every scorer, in a worker: they read their files now, and later none."""
     global SCORERS
@@ -82,11 +74,10 @@ def prepare():
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
     from reasoning_gym.games import countdown, puzzle24
 
-    countdown.parse_expr = puzzle24.parse_expr = read_expression
-    number_sorting.eval = read_literal
-    SCORERS = {}
-    for name in DATASETS.keys() - {*EVALUATED, "composite"}:  # that one needs others to be named
-        SCORERS[name] = get_score_answer_fn(name)
+    countdown.parse_expr = puzzle24.parse_expr = lambda text: parse(text, int, OPERATE)
+    number_sorting.eval = lambda text: json.loads(text.replace("'", '"'))
+    SCORERS = {name: get_score_answer_fn(name) for name in DATASETS.keys()
+               - {*EVALUATED, "composite"}}  # composite needs others to be named
     return ()
 
 

@@ -25,15 +25,11 @@ Writes an ordinary Hugging Face folder (config, safetensors in fp32, character-l
 made_from.json (the flags) and curve.jsonl: step, training loss, and the loss on problems of the
 tune split. Nothing needs this script to run: both models stand in the repository.
 """
+import itertools
 import json
 import math
-import os
 import random
-import sys
 import time
-
-if __name__ == "__main__":  # the repository's root, not this folder
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from data import countdown  # the problems, their splits and the exact solver
 from data.files import Parser
@@ -41,28 +37,20 @@ from data.files import Parser
 
 def parse_args(argv=None):
     parser = Parser(__file__, description=__doc__)
-    # what it starts from and what it leaves
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--init", help="start from this folder's weights (default: random ones)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of the problems, the answers and the weights (default %(default)s)")
-    parser.add_argument("--save-every", type=int, default=500,
-                        help="steps between snapshots in OUT-STEP (default %(default)s)")
-    # the problems
-    parser.add_argument("--max-number", type=int, default=15,
-                        help="numbers are 1..this (default %(default)s)")
-    parser.add_argument("--max-target", type=int, default=300,
-                        help="targets are 1..this (default %(default)s)")
-    parser.add_argument("--problems", type=int, default=150_000,
-                        help="distinct training problems (default %(default)s)")
-    # the optimizer
-    parser.add_argument("--steps", type=int, default=6000,
-                        help="optimizer steps of --batch problems (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=256,
-                        help="problems a step (default %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3,
-                        help="peak learning rate (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
+    for flag, default, help in [
+            ("--seed", 0, "of the problems, the answers and the weights"),
+            ("--save-every", 500, "steps between snapshots in OUT-STEP"),
+            ("--max-number", 15, "numbers are 1..this"),
+            ("--max-target", 300, "targets are 1..this"),
+            ("--problems", 150_000, "distinct training problems"),
+            ("--steps", 6000, "optimizer steps of --batch problems"),
+            ("--batch", 256, "problems a step"),
+            ("--lr", 2e-3, "peak learning rate"),
+            ("--threads", 2, "CPU threads")]:
+        parser.add_argument(flag, type=type(default), default=default,
+                            help=f"{help} (default {default})")
     args = parser.parse_args(argv)
     parser.at_least(args, seed=0, save_every=1, max_number=1, max_target=1, problems=1, steps=1,
                     batch=1, threads=1)
@@ -96,33 +84,19 @@ def make_model(vocab_size):
 
 def shuffled(text, rng):
     """The same solution (canonical text) with its terms and factors in a random order."""
-    parts, depth, start, operators = [], 0, 0, []
-    top = "+-" if any(c in "+-" for c in outside(text)) else "*/"
-    for i, c in enumerate(text):
-        depth += (c == "(") - (c == ")")
-        if not depth and c in top:
-            parts.append(text[start:i])
-            operators.append(c)
-            start = i + 1
-    if not operators:
+    depths = list(itertools.accumulate((c == "(") - (c == ")") for c in text))
+    outside = [(i, c) for i, c in enumerate(text) if not depths[i]]
+    signs = [one for one in outside if one[1] in "+-"] or [one for one in outside if one[1] in "*/"]
+    if not signs:
         return f"({shuffled(text[1:-1], rng)})" if text[0] == "(" else text
-    parts.append(text[start:])
-    operators = [top[0], *operators]
-    blocks = [(operator, shuffled(part, rng)) for operator, part in zip(operators, parts)]
+    top = "+" if signs[0][1] in "+-" else "*"
+    starts, ends = [(-1, top), *signs], [*signs, (len(text), "")]
+    blocks = [(sign, shuffled(text[i + 1:j], rng)) for (i, sign), (j, _) in zip(starts, ends)]
     rng.shuffle(blocks)
     # an expression cannot begin with - or /
-    first = next(i for i, block in enumerate(blocks) if block[0] == top[0])
+    first = next(i for i, block in enumerate(blocks) if block[0] == top)
     blocks[0], blocks[first] = blocks[first], blocks[0]
     return blocks[0][1] + "".join(operator + part for operator, part in blocks[1:])
-
-
-def outside(text):
-    """The characters of `text` outside all parentheses."""
-    depth = 0
-    for c in text:
-        depth += (c == "(") - (c == ")")
-        if not depth:
-            yield c
 
 
 def solved(n, split, args):
@@ -168,10 +142,10 @@ def loss_of(model, ids, labels):
 def save(folder, model, tokenizer, args, step, curve):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with open(os.path.join(folder, "made_from.json"), "w") as file:
+    with open(f"{folder}/made_from.json", "w") as file:
         made = {"script": "data/make_tiny.py", "flags": vars(args), "steps_done": step}
         json.dump(made, file, indent=1)
-    with open(os.path.join(folder, "curve.jsonl"), "w") as file:
+    with open(f"{folder}/curve.jsonl", "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in curve)
 
 
