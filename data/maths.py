@@ -19,13 +19,9 @@ OUT.meta.json): id, task "math", prompt or messages, answer (text; a list where 
 asked for), unit and error where the row has them, source. A repeated id and a row without a problem
 or an answer ("proof", "N/A") are errors with the row's number (see --keep-first, --skip-bad).
 
-The verdict (score.py calls `verify`, which hands it to a worker). The answer is the last
-\\boxed{..} with matched braces; where n parts are asked for and it holds fewer, the last n boxes.
-Gold and answer are brought into one spelling (`normal`) and split into the sides of an equation,
-value and unit; data/values.py compares the values. All parts must be met, in any order; a unit may
-be left out, another unit is wrong; with `error`, |answer - gold| <= error. Of an equation
-each side must be the gold or name what was asked for: x = 5, not 2x + 1 = 5. data/README.md has
-the rules and their limits.
+The verdict (score.py calls `verify`, which hands it to a worker): gold and answer are brought into
+one spelling (`normal`) and split into the sides of an equation, value and unit; data/values.py
+compares the values. data/README.md has the rules and their limits.
 """
 import contextlib
 import decimal
@@ -36,8 +32,10 @@ import math
 import os
 import re
 
-from data.files import (Parser, Rollout, Verdict, claim, describe, echo, fail, publish, read_rows,
-                        run)
+import msgspec
+
+from data.files import (Parser, Rollout, Verdict, claim, describe, echo, explain, fail, publish,
+                        read_rows, run)
 from data.latex import (ALIKE, MULTIPLIED, NO_ANSWER, PERCENT, SIZES, boxes, choice_of, commas,
                         is_name, join_thousands, multiplied, normal, parts_of, sides_of, signs_of,
                         split_parts, split_unit, unit_name, unpacked, words)
@@ -302,10 +300,6 @@ def parquet_rows(path):
         fail(f"{path}: no rows in this file")
 
 
-class BadRow(ValueError):
-    """A row that is no problem with an answer; its message says why."""
-
-
 def first(row, *names):
     """The first field that holds something; a dot goes into an object."""
     for name in names:
@@ -325,8 +319,8 @@ def content_of(turn):
     parts = content if isinstance(content, list) else [content]
     texts = [part if isinstance(part, str) else first(part, "text") for part in parts]
     if not all(isinstance(text, str) for text in texts):
-        raise BadRow("a turn's content must be a text, or a list of parts with a text each; "
-                     "pictures are not supported")
+        raise ValueError("a turn's content must be a text, or a list of parts with a text each; "
+                         "pictures are not supported")
     return "\n".join(texts)
 
 
@@ -379,11 +373,11 @@ def stated_gold(row):
 
 def id_of(row, problem, source):
     name = first(row, "unique_id", "id", "ID", "problem_idx", "extra_info.index")
-    if isinstance(name, str) and name:
-        return name if not name.isdigit() else f"{source}-{name}"
-    if type(name) is int:
-        return f"{source}-{name}"
-    return f"{source}-{hashlib.sha256(problem.encode()).hexdigest()[:12]}"
+    if isinstance(name, str) and not name.isdigit():
+        return name
+    if type(name) not in (str, int):
+        name = hashlib.sha256(problem.encode()).hexdigest()[:12]
+    return f"{source}-{name}"
 
 
 def prompt_of(problem, template, system):
@@ -400,57 +394,40 @@ def prompt_of(problem, template, system):
 def extras_of(row, gold):
     """The fields `unit` and `error` of a benchmark's row, where it has them."""
     extras = {}
-    for field, fits, what in (("unit", lambda value: isinstance(value, str), "a text"),
-                              ("error", lambda value: 0 <= size_of(value) < math.inf,
-                               "a number of at least 0")):
+    for field in ("unit", "error"):
         value = first(row, field)
         if isinstance(value, str):
             one_a_part = isinstance(gold, list) and len(commas(value)) == len(gold)
             value = commas(value) if one_a_part else value.strip()
-        values = [one for one in (value if isinstance(value, list) else [value])
-                  if one is not None]
-        if not all(map(fits, values)):
-            raise BadRow(f"field '{field}' must be {what}, or a list of them, one a part of the "
-                         "answer")
-        if values:
+        if any(one is not None for one in (value if isinstance(value, list) else [value])):
             extras[field] = value
     return extras
 
 
 def convert(row, args):
-    """The prompt row of a benchmark's row; None if its problem is too long; or BadRow."""
+    """The prompt row of a benchmark's row; None if its problem is too long; ValueError if it is
+    no problem with an answer that score.py takes."""
     problem, gold = problem_of(row), stated_gold(row)
     if problem is None:
-        raise BadRow("no problem text (problem, Problem, question, Question, prompt or messages)")
+        raise ValueError("no problem text (problem, Problem, question, Question, prompt or "
+                         "messages)")
     if gold is None:
-        raise BadRow("no gold (final_answer, answer, Answer, reward_model.ground_truth, "
-                     "or a box in solution)")
+        raise ValueError("no gold (final_answer, answer, Answer, reward_model.ground_truth, "
+                         "or a box in solution)")
     golds = gold if isinstance(gold, list) else [gold]
     if none := [one for one in golds if NO_ANSWER.fullmatch(one)]:
-        raise BadRow(f"no gold: {none[0]!r} is no answer")
+        raise ValueError(f"no gold: {none[0]!r} is no answer")
     if args.max_chars and len(problem) > args.max_chars:
         return None
-    return {"id": id_of(row, problem, args.source), "task": "math",
-            **prompt_of(problem, args.template, args.system), "answer": gold,
-            **extras_of(row, gold), "source": args.source}
-
-
-def converted(args, counts):
-    """Yield (where, prompt row) of the input's rows; counts what is left out."""
-    reader = parquet_rows if args.input.endswith(".parquet") else read_rows
-    for where, _, row in reader(args.input):
-        try:
-            new = convert(row, args)
-        except BadRow as error:
-            if not args.skip_bad:
-                fail(f"{where}: {error} (see --skip-bad)")
-            counts.setdefault("first_bad", f"{where}: {error}")
-            counts["bad"] = counts.get("bad", 0) + 1
-            continue
-        if new is None:
-            counts["too_long"] = counts.get("too_long", 0) + 1
-        else:
-            yield where, new
+    new = {"id": id_of(row, problem, args.source), "task": "math",
+           **prompt_of(problem, args.template, args.system), "answer": gold,
+           **extras_of(row, gold), "source": args.source}
+    sampled = {"sample": 0, "completion": "", "finish_reason": "stop"}
+    try:
+        msgspec.convert({**new, **sampled}, Row)
+    except msgspec.ValidationError as error:
+        raise ValueError(explain(error, Row)) from None
+    return new
 
 
 def main(args):
@@ -458,16 +435,26 @@ def main(args):
     partial = claim(args.out, meta, ignore=("out", "input"))
     if partial is None:
         return
+    reader = parquet_rows if args.input.endswith(".parquet") else read_rows
     places_of_ids, counts = {}, {}
     with open(partial, "w", encoding="utf-8") as file:
-        for where, new in converted(args, counts):
-            if new["id"] in places_of_ids:
-                if args.keep_first:
-                    continue
+        for where, _, row in reader(args.input):
+            try:
+                new = convert(row, args)
+            except ValueError as error:
+                if not args.skip_bad:
+                    fail(f"{where}: {error} (see --skip-bad)")
+                counts.setdefault("first_bad", f"{where}: {error}")
+                counts["bad"] = counts.get("bad", 0) + 1
+                continue
+            if new is None:
+                counts["too_long"] = counts.get("too_long", 0) + 1
+            elif new["id"] not in places_of_ids:
+                places_of_ids[new["id"]] = where
+                file.write(json.dumps(new, ensure_ascii=False) + "\n")
+            elif not args.keep_first:
                 fail(f"{where}: id {new['id']!r} is repeated, first in "
                      f"{places_of_ids[new['id']]} (see --keep-first)")
-            places_of_ids[new["id"]] = where
-            file.write(json.dumps(new, ensure_ascii=False) + "\n")
     left_out = f"; {counts['too_long']} longer ones left out" if "too_long" in counts else ""
     if "bad" in counts:
         left_out += f"; {counts['bad']} bad ones left out, the first is {counts['first_bad']}"
