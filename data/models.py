@@ -12,17 +12,15 @@ import os
 import re
 import shutil
 import sys
+import unittest.mock
 import warnings
 
 import huggingface_hub
 import tokenizers
 import torch
-import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from data.files import LFS_POINTER, fail, files_of, rank_and_world
@@ -131,19 +129,8 @@ def load_errors(name):
     """End the stage with one line, whatever a damaged folder makes a library raise in here."""
     try:
         yield
-    except (Exception, CheckpointException) as error:
-        if isinstance(error, CheckpointException) and rank_and_world()[0]:
-            sys.exit(2)  # all ranks have it: rank 0 says it
-        fail(f"{name}: cannot be loaded: {explain(error)}")
-
-
-def explain(error):
-    """The kind and text of an error; of torch's about several ranks, those of the first one."""
-    while isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, SystemExit):  # Ctrl-C or SIGTERM, which `fail` has said
-        raise error
-    return f"{type(error).__name__}: {error}"
+    except Exception as error:
+        fail(f"{name}: cannot be loaded: {type(error).__name__}: {error}")
 
 
 def load_tokenizer(name, options):
@@ -238,6 +225,22 @@ def all_finite(weight):
 
 
 # ---- Files of tensors ----------------------------------------------------------------------------
+@contextlib.contextmanager
+def distributed_checkpoint():
+    """torch.distributed.checkpoint, whose import takes a while. Its error, which all ranks get and
+    which is no Exception, becomes that of the first rank; rank 0 alone goes on to report it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    try:
+        yield dcp
+    except CheckpointException as error:
+        if rank_and_world()[0]:
+            sys.exit(2)
+        while isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        raise error
+
+
 def weight_files(folder, stem):
     """The paths of STEM.safetensors, or of the files in its index; [] of neither."""
     single = os.path.join(folder, f"{stem}.safetensors")
@@ -263,11 +266,11 @@ def read_tensors(files, tensors):
     """Fill `tensors`, {name: tensor or DTensor}, from safetensors files; of a DTensor a rank reads
     its own rows. files: {name: path}.
 
-    ValueError or CheckpointException if one is missing, has another shape or is not finite."""
-    reader = dcp.HuggingFaceStorageReader("")
-    reader.fs.ls = lambda _: sorted(set(files.values()))  # not all files of a folder
-    with warnings.catch_warnings(action="ignore"):  # that there is one process
-        dcp.load(tensors, storage_reader=reader)
+    An Exception if one is missing, has another shape or is not finite."""
+    with distributed_checkpoint() as dcp, warnings.catch_warnings(action="ignore"):
+        reader = dcp.HuggingFaceStorageReader("")
+        reader.fs.ls = lambda _: sorted(set(files.values()))  # not all files of a folder
+        dcp.load(tensors, storage_reader=reader)  # warns that there is one process
     for name, tensor in tensors.items():
         if not all_finite(tensor.to_local() if isinstance(tensor, DTensor) else tensor):
             raise ValueError(f"{name} is not finite")
@@ -286,8 +289,9 @@ def write_tensors(folder, stem, tensors):
     for file, names in split.filename_to_tensors.items():
         path, part = f"{folder}/{file}", {name: tensors[name].detach() for name in names}
         if any(isinstance(tensor, DTensor) for tensor in part.values()):
-            dcp.save(part, storage_writer=dcp.HuggingFaceStorageWriter(
-                f"{path}.parts", save_distributed=True, enable_consolidation=True))
+            with distributed_checkpoint() as dcp:
+                dcp.save(part, storage_writer=dcp.HuggingFaceStorageWriter(
+                    f"{path}.parts", save_distributed=True, enable_consolidation=True))
             if rank == 0:
                 os.replace(f"{path}.parts/model-00001-of-00001.safetensors", path)
                 shutil.rmtree(f"{path}.parts")
@@ -300,31 +304,20 @@ def write_tensors(folder, stem, tensors):
 
 
 # ---- Models that no rank could hold --------------------------------------------------------------
-@contextlib.contextmanager
-def weights_on_meta():
-    """Modules made in here have parameters on the meta device; buffers, which no file holds, are
-    real."""
-    register = torch.nn.Module.register_parameter
-
-    def on_meta(module, name, parameter):
-        if parameter is not None and not parameter.is_meta:
-            parameter = torch.nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    torch.nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = register
-
-
 def empty_model(name, options, dtype=torch.float32):
     """(a causal language model whose parameters take no memory, {weight: path of its file}).
 
     The second is {} where from_pretrained alone loads the files right: they spell the weights
     otherwise, hold two weights that config.json ties, or quantised ones."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):  # buffers, which no file holds, are real
+        if parameter is not None and not parameter.is_meta:
+            parameter = torch.nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
     config = transformers.AutoConfig.from_pretrained(name, **options)
-    with weights_on_meta():
+    with unittest.mock.patch.object(torch.nn.Module, "register_parameter", on_meta):
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=options["trust_remote_code"]).eval()
     if not os.path.isdir(name):
@@ -371,6 +364,8 @@ def save_round(out, policy, optimizer, state, lines, source):
     folder that the round started from, whose config and tokenizer it takes over as they came.
     Under FSDP2 all ranks take part.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     rank, model = rank_and_world()[0], policy.model
     moments = {f"{name}.{key}": optimizer.state[weight][key]
                for name, weight in model.named_parameters() for key in MOMENTS}
@@ -388,8 +383,8 @@ def save_round(out, policy, optimizer, state, lines, source):
                 model.save_pretrained(out, state_dict=whole)
                 os.remove(f"{out}/generation_config.json")
         write_tensors(out, "optimizer", moments)
-    except (OSError, SafetensorError, CheckpointException) as error:
-        fail(f"{out}: cannot be written: {explain(error)}") if rank == 0 else sys.exit(2)
+    except (OSError, SafetensorError) as error:
+        fail(f"{out}: cannot be written: {type(error).__name__}: {error}")
     if rank:
         return
     for name, path in files_of(source):
@@ -450,9 +445,9 @@ def load_optimizer(optimizer, policy, folder, step):
         moments = {f"{name}.{key}": torch.empty_like(weight, requires_grad=False)
                    for name, weight in weights.items() for key in MOMENTS}
         read_tensors(tensor_files(folder, "optimizer"), moments)
-    except (Exception, CheckpointException) as error:
-        fail(f"{folder}: the optimizer cannot be carried on ({explain(error)}); mend it or give "
-             f"--reset-optimizer")
+    except Exception as error:
+        fail(f"{folder}: the optimizer cannot be carried on ({type(error).__name__}: {error}); "
+             f"mend it or give --reset-optimizer")
     for name, weight in weights.items():
         # The fused optimizer of a GPU counts its steps there.
         where = weight.device if weight.device.type == "cuda" else "cpu"

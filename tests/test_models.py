@@ -569,7 +569,7 @@ def test_ctrl_c_in_the_middle_of_reading_is_its_own_line(tmp_path, monkeypatch, 
     """torch wraps whatever its steps raise, also the end of the process."""
     models.write_tensors(str(tmp_path), "optimizer", {"a": torch.ones(3)})
     files = models.tensor_files(str(tmp_path), "optimizer")
-    monkeypatch.setattr(models.dcp.HuggingFaceStorageReader, "read_data",
+    monkeypatch.setattr("torch.distributed.checkpoint.HuggingFaceStorageReader.read_data",
                         lambda *_: models.fail("interrupted", 130))
 
     def load_one():
