@@ -378,16 +378,6 @@ def token_losses(job, micro, logp, entropy, row, metrics):
     return loss
 
 
-def rehearsal_losses(job, logp, metrics):
-    """- c log pi of every token of right answers of an earlier model, the base: (tokens,).
-
-    Drawn by `samples` this is, up to a constant and a factor, the forward KL to the base filtered
-    by the verifier: DPH-RL (arXiv 2509.07430), the limit of alpha-DPG (2512.05962).
-    """
-    metrics.add(rehearsed=-logp.detach())
-    return -job.args.rehearse_coef * logp
-
-
 def update_step(job, members, step, optimizer_step):
     """One optimizer step on the rows `members`; its line of metrics (a dict).
 
@@ -410,7 +400,11 @@ def update_step(job, members, step, optimizer_step):
             if not micro:
                 loss = 0 * logp
             elif rows is answers:
-                loss = rehearsal_losses(job, logp, metrics)
+                # Drawn by `samples` this is, up to a constant and a factor, the forward KL to the
+                # base filtered by the verifier: DPH-RL (arXiv 2509.07430), the limit of alpha-DPG
+                # (2512.05962).
+                loss = -args.rehearse_coef * logp
+                metrics.add(rehearsed=-logp.detach())
             else:
                 loss = token_losses(job, micro, logp, entropy, row, metrics)
             # DDP takes the mean over ranks; the loss is one sum over all.
