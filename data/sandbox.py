@@ -76,15 +76,6 @@ def limit():
         resource.setrlimit(kind, (most, most))
 
 
-def peak_meter():
-    """A function: the most memory this process has held, in bytes."""
-    if not os.path.exists("/proc/self/status"):
-        return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # On Linux ru_maxrss begins at the parent's peak, VmHWM does not.
-    status = os.open("/proc/self/status", os.O_RDONLY)
-    return lambda: 1024 * int(re.search(rb"VmHWM:\s+(\d+)", os.pread(status, 8192, 0))[1])
-
-
 def work(module, function, seconds):
     """Read arguments, those of a Pending a line, from stdin, and answer one word a line. Ends with
     its stdin, and dies by the kernel's alarm should the parent be gone when an answer takes too
@@ -92,8 +83,8 @@ def work(module, function, seconds):
     module = importlib.import_module(module)
     out = os.dup(1)
     os.dup2(2, 1)  # nothing else may speak on the line to the parent
-    may_compile = module.prepare()
-    judge, peak = getattr(module, function), peak_meter()
+    may_compile, judge = module.prepare(), getattr(module, function)
+    status = os.open("/proc/self/status", os.O_RDONLY)  # ru_maxrss begins at the parent's peak
     limit()
     sys.addaudithook(guard(may_compile))
     os.write(out, b"ready\n")
@@ -105,7 +96,8 @@ def work(module, function, seconds):
             return
         except Exception:
             word = "parse"
-        if peak() > MEMORY // 2:
+        peak = re.search(rb"VmHWM:\s+(\d+) kB", os.pread(status, 8192, 0))
+        if 1024 * int(peak[1]) > MEMORY // 2:
             return  # a library may have swallowed a MemoryError
         os.write(out, word.encode() + b"\n")
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -152,20 +144,18 @@ class Workers:
         for process, (deadline, word) in list(self.busy.items()):
             if process.stdout not in ready and time.monotonic() < deadline:
                 continue
-            said = ""
+            said = b""
             if process.stdout in ready:
-                said = os.read(process.stdout.fileno(), 64).decode(errors="replace")
+                said = os.read(process.stdout.fileno(), 64)
+            said = said.decode(errors="replace").removesuffix("\n")
+            fits = said in (("ready",) if word is None else WORDS)
             del self.busy[process]
-            if said.removesuffix("\n") in (("ready",) if word is None else WORDS):
-                self.free.append(process)
-            else:
-                said = ""
-                self.end(process)
-                if word is None:
-                    fail(f"no worker for {self.judge.module} starts; is {self.judge.package} "
-                         "installed? (see requirements.txt)")
+            self.free.append(process) if fits else self.end(process)
             if word is not None:
-                word.append(said.strip() or "timeout")
+                word.append(said if fits else "timeout")
+            elif not fits:
+                fail(f"no worker for {self.judge.module} starts; is {self.judge.package} "
+                     "installed? (see requirements.txt)")
 
     def end(self, process):
         process.kill()

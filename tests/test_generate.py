@@ -799,8 +799,8 @@ def test_errors_of_a_process_are_one_line_too(tiny_model, tmp_path):
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert (done.returncode, done.stdout, len(lines)) == (2, "", 1)
     assert lines[0].startswith(f"generate.py: error: {path}:2: {NEITHER} id;")
-    for script in ("data/make_tiny.py", "generate.py"):
-        done = launch(script, "--help")
+    for script in (["-m", "data.make_tiny"], ["generate.py"]):
+        done = launch(*script, "--help")
         assert done.returncode == 0
         assert " torch" not in done.stderr and " transformers" not in done.stderr
     places = [done.stdout.index(group) for group in  # in the code's order
