@@ -103,7 +103,7 @@ def add_flags(parser):
     add("--rehearse-coef", type=float, help="c of loss -= c mean log pi over the answers drawn")
     add("--rehearse-weight", choices=["samples", "distinct"],
         help="draw each right rollout of a problem equally often (the forward KL to the filtered "
-             "base), or each distinct answer (a flatter target) (default distinct)")
+             "base), or each distinct answer (a flatter target) (default samples)")
     add("--rehearse-n", type=int,
         help="answers drawn an update (default: as many as the update has rollouts)")
 
@@ -184,7 +184,7 @@ def parse_args(argv=None):
     if bool(args.rehearse_coef) != bool(args.rehearse):
         parser.error("--rehearse and --rehearse-coef go together")
     if args.rehearse:
-        args.rehearse_weight = args.rehearse_weight or "distinct"
+        args.rehearse_weight = args.rehearse_weight or "samples"
     elif args.rehearse_n or args.rehearse_weight:
         parser.error("--rehearse-n and --rehearse-weight belong to --rehearse")
     unshared = args.checkpoint_activations or args.shard

@@ -89,7 +89,7 @@ def check_ids(rows, vocabulary, positions, name):
                  f"rollouts of another model?")
 
 
-def load_answers(path, temperature, weight="distinct", off_policy=False):
+def load_answers(path, temperature, weight="samples", off_policy=False):
     """The right rollouts of each problem of a scored file, a list of rows a problem.
 
     weight: "samples" keeps each, "distinct" one of each completion. Groups may be of any size;
