@@ -165,11 +165,14 @@ def test_rank_0_alone_hashes_the_inputs(tiny_model, prompts, tmp_path, monkeypat
     os.utime(f"{model}/config.json", (0, 0))
     start(*command)
     assert len(hashed) == 2
-    with open(f"{model}/config.json", "a") as file:
-        file.write("\n")  # another model, which rank 0 will refuse
     begun = tmp_path / "out.jsonl.partial" / "command.json"
-    for text in begun.read_text(), '["of another run"]':
+    text = begun.read_text()
+    assert '"n": 1,' in text
+    for text, end in [(text.replace('"n": 1,', '"n": 2,'), ""), ('["of another run"]', ""),
+                      (text, "\n")]:
         begun.write_text(text)
+        with open(f"{model}/config.json", "a") as file:
+            file.write(end)  # another model
         assert refusal(capfd, start, *command, "--rank-timeout", 0.3, code=4) == (
             f"generate.py: error: rank 1: rank 0 did not begin {out}.partial in 0 s: no shared "
             f"file system?")
