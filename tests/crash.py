@@ -80,8 +80,8 @@ def serve(path, base):
     modules = {name.rpartition(".")[2]: importlib.import_module(name) for name in (
         "generate", "score", "train", "evaluate", "data.countdown", "data.maths", "data.select",
         "data.make_tiny")}
-    report = modules["evaluate"]
-    report.save(report.new_figure(1, 2, 9, 4)[0], base + ".png")  # the first picture loads fonts
+    figure = modules["evaluate"].new_figure(1, 2, 9, 4)[0]
+    modules["evaluate"].save(figure, base + ".png")  # the first picture loads fonts
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = modules["make_tiny"].make_tokenizer()
@@ -117,14 +117,12 @@ def answer(connection, modules):
             os.setsid()
             for number, handle in enumerate(handles):
                 os.dup2(handle, number)
-            # a lock of this process must not outlive it in another
-            os.closerange(3, connection.fileno() + 4)
+            os.closerange(3, connection.fileno() + 4)  # no lock may outlive its process in another
             os.chdir(request["cwd"])
             sys.argv = request["argv"]
             stage = modules[os.path.basename(sys.argv[0]).removesuffix(".py")]
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            # as Python starts; parse_args replaces it
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python starts
             args = stage.parse_args(sys.argv[1:])
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             if request["fault"]:
@@ -150,8 +148,22 @@ def answer(connection, modules):
 def inject(kind, at=0):
     """Give this process a fault; `at` is the number of the step that fails, the bytes of a disk or
     the seed of a clock."""
-    # dirty: inodes written since their last fsync
-    root, steps, dirty = os.getcwd() + os.sep, iter(range(10**9)), set()
+    if kind == "clock":
+        rng, now = random.Random(at), time.time
+        time.time = lambda: now() + rng.uniform(-1e7, 1e7)
+        return
+    if kind == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
+        return
+    import safetensors.torch
+    import tokenizers
+
+    root, steps = os.getcwd() + os.sep, itertools.count()
+    dirty = set()  # inodes written since their last fsync
+    plain_open, plain_handle, plain_sync, plain_send = open, os.open, os.fsync, os.sendfile
+
+    def written(handle_or_path):
+        dirty.add(os.stat(handle_or_path).st_ino)
 
     def step(half=None, error=None):
         if next(steps) != at and kind != "read-only":
@@ -176,7 +188,7 @@ def inject(kind, at=0):
     class Raw(io.FileIO):
         def write(self, data):
             data = memoryview(data).cast("B")
-            dirty.add(os.fstat(self.fileno()).st_ino)
+            written(self.fileno())
             step(lambda: io.FileIO.write(self, data[:len(data) // 2]))
             return super().write(data)
 
@@ -185,7 +197,7 @@ def inject(kind, at=0):
             return plain_open(file, mode, buffering, encoding, errors, newline, **more)
         step()
         raw = Raw(file, mode.replace("b", "").replace("t", ""))
-        dirty.add(os.fstat(raw.fileno()).st_ino)
+        written(raw.fileno())
         buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline)
 
@@ -199,6 +211,11 @@ def inject(kind, at=0):
             step()
         return plain_handle(path, flags, *more, **also)
 
+    def send(to, *arguments):
+        written(to)
+        step()
+        return plain_send(to, *arguments)
+
     def change(name, plain):  # of a folder's entries; only what takes room can find the disk full
         def changed(path, *more, **also):
             takes_room = (name in ("rename", "replace")
@@ -208,45 +225,24 @@ def inject(kind, at=0):
             return plain(path, *more, **also)
         return changed
 
-    # a function of a Rust library that writes the file arguments[place]
-    def foreign(plain, place, error):
-        def write(*arguments, **also):
-            path = arguments[place]
-
+    def foreign(plain, error):  # a function of a Rust library that writes the file `path`
+        def write(what, path, *more, **also):
             def half():
-                plain(*arguments, **also)
+                plain(what, path, *more, **also)
                 os.truncate(path, os.path.getsize(path) // 2)
-                dirty.add(os.stat(path).st_ino)
-            step(half, error)
-            result = plain(*arguments, **also)
-            dirty.add(os.stat(path).st_ino)
-            return result
+                written(path)
+            step(half, error(f"I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"))
+            plain(what, path, *more, **also)
+            written(path)
         return write
 
-    def send(to, *arguments):
-        dirty.add(os.fstat(to).st_ino)
-        step()
-        return plain_send(to, *arguments)
-
-    if kind == "clock":
-        rng, now = random.Random(at), time.time
-        time.time = lambda: now() + rng.uniform(-1e7, 1e7)
-    elif kind == "disk":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
-    else:
-        plain_open, plain_sync = builtins.open, os.fsync
-        plain_handle, plain_send = os.open, os.sendfile
-        builtins.open = io.open = open_file
-        os.fsync, os.open, os.sendfile = sync, open_handle, send
-        for name in ("mkdir", "rmdir", "unlink", "remove", "rename", "replace"):
-            setattr(os, name, change(name, getattr(os, name)))
-        import safetensors.torch
-        import tokenizers
-        full = "No space left on device (os error 28)"
-        safetensors.torch.serialize_file = foreign(
-            safetensors.torch.serialize_file, 1,
-            safetensors.SafetensorError(f"Error while serializing: I/O error: {full}"))
-        tokenizers.Tokenizer.save = foreign(tokenizers.Tokenizer.save, 1, Exception(full))
+    builtins.open = io.open = open_file
+    os.fsync, os.open, os.sendfile = sync, open_handle, send
+    for name in ("mkdir", "rmdir", "unlink", "remove", "rename", "replace"):
+        setattr(os, name, change(name, getattr(os, name)))
+    safetensors.torch.serialize_file = foreign(safetensors.torch.serialize_file,
+                                               safetensors.SafetensorError)
+    tokenizers.Tokenizer.save = foreign(tokenizers.Tokenizer.save, Exception)
 
 
 class Warm:
@@ -256,12 +252,11 @@ class Warm:
         self.folder = tempfile.mkdtemp(prefix="crash-")
         self.path, self.base = f"{self.folder}/socket", f"{self.folder}/base"
         atexit.register(self.close)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                       "MPLBACKEND": "agg"}
         self.process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), "--serve", self.path, self.base],
-            env=environment, start_new_session=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True)
+            start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                 "MPLBACKEND": "agg"})
         if self.process.stdout.readline() != "ready\n":
             sys.exit("crash.py: the warm process did not start")
 
@@ -324,18 +319,18 @@ class Campaign:
     def __init__(self, folder, seed=0):
         self.folder, self.rng, self.number = folder, random.Random(seed), 0
         self.faults, self.losses, self.seconds = collections.Counter(), [], {}
-        self.reference = os.path.join(folder, "undisturbed")
+        self.reference = f"{folder}/undisturbed"
         os.makedirs(self.reference)
-        os.symlink(warm().base, os.path.join(self.reference, "base"))
+        os.symlink(warm().base, f"{self.reference}/base")
         earlier = STAGES["train"][0].replace("first", "base").replace("second", "first")
         for name, (command, *_) in STAGES.items():
             if name == "train":  # an earlier round, whose optimizer and metrics are carried on
                 self.undisturbed(earlier)
             self.seconds[name] = self.undisturbed(command)
-        self.outputs = {name: {out + end: content(os.path.join(self.reference, out + end))
-                               for out in STAGES[name][1] for end in ("", ".meta.json")
-                               if os.path.exists(os.path.join(self.reference, out + end))}
-                        for name in STAGES}
+        self.outputs = {name: {out + end: content(f"{self.reference}/{out}{end}")
+                               for out in outputs for end in ("", ".meta.json")
+                               if os.path.exists(f"{self.reference}/{out}{end}")}
+                        for name, (_, outputs, _) in STAGES.items()}
 
     def undisturbed(self, command):
         began = time.monotonic()
@@ -347,11 +342,11 @@ class Campaign:
     def fresh(self, name):
         """A new folder with links to the inputs of a stage."""
         self.number += 1
-        folder = os.path.join(self.folder, f"{name}-{self.number}")
+        folder = f"{self.folder}/{name}-{self.number}"
         os.makedirs(folder)
         for entry in os.listdir(self.reference):
             if entry not in self.outputs[name]:
-                os.symlink(os.path.join(self.reference, entry), os.path.join(folder, entry))
+                os.symlink(f"{self.reference}/{entry}", f"{folder}/{entry}")
         return folder
 
     def start(self, name, folder, **fault):
@@ -362,13 +357,11 @@ class Campaign:
         left over."""
         wrong = []
         for entry, expected in self.outputs[name].items():
-            path = os.path.join(folder, entry)
-            try:
-                if not os.path.exists(path) and not whole or content(path) == expected:
-                    continue
-            except (OSError, ValueError):
-                pass
-            wrong.append(entry)
+            path, found = f"{folder}/{entry}", None
+            with contextlib.suppress(OSError, ValueError):
+                found = content(path)
+            if found != expected and (whole or os.path.exists(path)):
+                wrong.append(entry)
         if whole:
             wrong += sorted(set(os.listdir(folder)) - set(os.listdir(self.reference)))
         return wrong
@@ -379,8 +372,7 @@ class Campaign:
         problems = [*problems, *(f"{entry} is half"
                                  for entry in self.differing(name, folder, whole=False))]
         again = self.start(name, folder)
-        code = again.wait()
-        if code:
+        if code := again.wait():
             problems.append(f"started again it ends with {code}: {again.err.strip()}")
         problems += [f"{entry} differs in the end"
                      for entry in self.differing(name, folder, whole=True)
@@ -394,6 +386,14 @@ class Campaign:
             shutil.rmtree(folder)
 
     # ---- The kinds of faults ---------------------------------------------------------------------
+    def disturb(self, name, kind, steps, count):
+        """Faults of one kind: at each of `steps` to the disk, or `count` of them."""
+        if kind in ("instant", "twice", "torn"):
+            getattr(self, kind)(name, count)
+        else:
+            places = {"read-only": [0], "clock": range(count), "disk": self.rooms(name, count)}
+            self.injected(name, kind, places.get(kind, steps))
+
     def injected(self, name, kind, places):
         """A start with the fault `kind` at each of `places`, until one does not meet it."""
         for at in places:
@@ -413,12 +413,11 @@ class Campaign:
 
     def rooms(self, name, parts):
         """Bytes that are too few for the largest file; 4096 at least, as stderr is a file too."""
-        paths = [os.path.join(self.reference, out, inner).rstrip("/")
-                 for out, found in self.outputs[name].items() for inner in found]
-        largest = max(map(os.path.getsize, paths))
+        largest = max(os.path.getsize(f"{self.reference}/{out}/{inner}".rstrip("/"))
+                      for out, found in self.outputs[name].items() for inner in found)
         return sorted({max(4096, largest * part // parts) for part in range(parts)})
 
-    def instants(self, name, count):
+    def instant(self, name, count):
         """`count` starts that were really ended by a signal at a random instant."""
         for _ in range(4 * count):
             if self.faults[name, "instant"] == count:
@@ -441,12 +440,12 @@ class Campaign:
         for at in [self.rng.randrange(20) for _ in range(count)]:
             folder = self.fresh(name)
             first = self.start(name, folder, kind="stop", at=at)
-            while not (stopped := state(first.pid) == "T") and state(first.pid) not in "ZX":
+            while (state_of_first := state(first.pid)) not in "TZX":
                 time.sleep(0.005)
             second = self.start(name, folder)
             refused = second.wait()
             problems = self.differing(name, folder, whole=False)
-            if stopped:
+            if state_of_first == "T":
                 os.kill(first.pid, signal.SIGCONT)
             done = first.wait()
             if not (refused == 2 and done == 0 and "another run is writing it" in second.err
@@ -458,34 +457,34 @@ class Campaign:
             folder = self.fresh(name)
             both = [self.start(name, folder) for _ in "ab"]
             codes = sorted(child.wait() for child in both)
-            problems = []
-            if codes not in ([0, 0], [0, 2]):
-                problems = [f"ended with {codes}: {both[0].err} {both[1].err}"]
+            problems = [] if codes in ([0, 0], [0, 2]) else [
+                f"ended with {codes}: {both[0].err} {both[1].err}"]
             self.check(name, "twice", folder, "at once", problems, litter=True)
 
-    def torn(self, name):
-        source, folder = STAGES[name][2], self.fresh(name)
-        with open(os.path.join(self.reference, source), "rb") as file:
+    def torn(self, name, _):
+        if not (source := STAGES[name][2]):
+            return
+        folder = self.fresh(name)
+        whole, torn = f"{self.reference}/{source}", f"{folder}/{source}"
+        with open(whole, "rb") as file:
             data = file.read()
-        last = data.rindex(b"\n", 0, -1)
-        os.remove(os.path.join(folder, source))
-        with open(os.path.join(folder, source), "wb") as file:
-            file.write(data[:(last + len(data)) // 2])
+        os.remove(torn)
+        with open(torn, "wb") as file:
+            file.write(data[:(data.rindex(b"\n", 0, -1) + len(data)) // 2])
         child = self.start(name, folder)
-        code = child.wait()
-        problems = one_line(name, code, child.err)
+        problems = one_line(name, child.wait(), child.err)
         number = data.count(b"\n")
         if f"{source}:{number}: not a valid JSON row" not in child.err:
             problems.append(f"the line is not named: {child.err}")
-        os.remove(os.path.join(folder, source))
-        os.symlink(os.path.join(self.reference, source), os.path.join(folder, source))
+        os.remove(torn)
+        os.symlink(whole, torn)
         self.check(name, "torn", folder, "last line", problems)
+
 
 def one_line(name, code, err):
     """What is wrong with the end of a stage that must fail with exit 2 and one line of its own as
     the last on stderr."""
-    stage = os.path.basename(STAGES[name][0].split()[0])
-    start = f"{stage}: error: "
+    start = os.path.basename(STAGES[name][0].split()[0]) + ": error: "
     fine = (code == 2 and err.count(start) == 1 and err.splitlines()[-1].startswith(start)
             and "Traceback" not in err and "ignored" not in err)
     return [] if fine else [f"not one line and exit 2, but {code}: {err.strip()}"]
@@ -493,52 +492,39 @@ def one_line(name, code, err):
 
 def state(pid):
     """T stopped, Z or X ended, anything else at work."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except OSError:
-        return "X"
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+    return "X"
 
 
 # ---- The campaign --------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES,
-                        help="which stages (default: all)")
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS,
-                        help="which faults (default: all)")
-    parser.add_argument("--kills", type=int, default=200,
-                        help="random instants, over all stages (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="seed of the instants (default %(default)s)")
+    add = parser.add_argument
+    add("--stages", nargs="+", default=list(STAGES), choices=STAGES, help="(default: all)")
+    add("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of faults (default: all)")
+    add("--kills", type=int, default=200,
+        help="random instants, over all stages (default %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the instants (default %(default)s)")
     return parser.parse_args(argv)
 
 
 def main(args):
     began, folder = time.monotonic(), tempfile.mkdtemp(prefix="campaign-")
     campaign = Campaign(folder, args.seed)
-    kinds = {
-        **{kind: lambda name, kind=kind: campaign.injected(name, kind, itertools.count())
-           for kind in ("kill", "power", "full")},
-        "read-only": lambda name: campaign.injected(name, "read-only", [0]),
-        "disk": lambda name: campaign.injected(name, "disk", campaign.rooms(name, 8)),
-        "clock": lambda name: campaign.injected(name, "clock", range(3)),
-        "instant": lambda name: campaign.instants(name, -(-args.kills // len(args.stages))),
-        "twice": lambda name: campaign.twice(name, 5),
-        "torn": lambda name: STAGES[name][2] and campaign.torn(name)}
+    counts = {"instant": -(-args.kills // len(args.stages)), "twice": 5, "disk": 8, "clock": 3}
     for name in args.stages:
         for kind in args.kinds:
-            kinds[kind](name)
+            campaign.disturb(name, kind, itertools.count(), counts.get(kind, 1))
         print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
-    shown = [kind for kind in KINDS if kind in args.kinds]
-    print("| stage | " + " | ".join(shown) + " | faults | losses |\n|---|"
-          + "---|" * (len(shown) + 2))
+    print("| stage | " + " | ".join(args.kinds) + " | faults | losses |\n|---|"
+          + "---|" * (len(args.kinds) + 2))
     for name in [*args.stages, "all"]:
-        counts = [sum(campaign.faults[stage, kind] for stage in args.stages
-                      if name in (stage, "all")) for kind in shown]
+        faults = [sum(campaign.faults[stage, kind] for stage in args.stages
+                      if name in (stage, "all")) for kind in args.kinds]
         losses = sum(name in (loss[0], "all") for loss in campaign.losses)
-        print(f"| {name} | {' | '.join(map(str, counts))} | {sum(counts)} | {losses} |")
+        print(f"| {name} | {' | '.join(map(str, faults))} | {sum(faults)} | {losses} |")
     if campaign.losses:
         sys.exit(1)
     shutil.rmtree(folder)

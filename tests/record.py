@@ -19,12 +19,10 @@ import tempfile
 
 ARMS = "--method {repo}/experiments/arms.py"
 TRAIN = {  # name: flags; {..} are spellings that changed, see SPELLINGS
-    "grpo": "--method grpo",
-    "grpo-none": "--method grpo --adv-norm none",
+    "grpo": "--method grpo", "grpo-none": "--method grpo --adv-norm none",
     "ds-token": "--gamma-p 0.3 --gamma-n 0.03 --updates 3",
-    "ds-mean": "--smooth-level {mean} --updates 2",
+    "ds-mean": "--smooth-level {mean} --updates 2", "ds-positive": "--gamma-p 0.1 --gamma-n 0",
     "ds-reward": "--smooth-level reward --updates 2",
-    "ds-positive": "--gamma-p 0.1 --gamma-n 0",
     "entropy": "--method grpo --entropy-coef 0.01",
     "ds-entropy": "--method grpo --entropy-coef-correct 0.1 --entropy-coef-wrong -0.05",
     "kl": "--method grpo --kl-coef 0.1 --ref-model {model} --updates 2",
@@ -34,25 +32,16 @@ TRAIN = {  # name: flags; {..} are spellings that changed, see SPELLINGS
     "repeated": "--no-share-prompts --updates 2",
     "checkpointed": "--checkpoint-activations --updates 2",
     "small-batches": "--micro-batch-tokens 200 --weight-decay 0.1 --warmup-steps 5",
-    "passk": ARMS + ":passk --arm k=4 --updates 2",
-    "cispo": ARMS + ":cispo --updates 2",
-    "w-reinforce": ARMS + ":w_reinforce --updates 2",
-}
+    "passk": ARMS + ":passk --arm k=4 --updates 2", "cispo": ARMS + ":cispo --updates 2",
+    "w-reinforce": ARMS + ":w_reinforce --updates 2"}
 SPELLINGS = {"mean": ("sequence", "mean"), "distinct": ("", "--rehearse-weight distinct")}
 RANKS = {"ds-ranks": "--updates 2", "ds-shard": "--updates 2 --shard"}
 GENERATE = {
-    "base": "--n 8",
-    "top": "--n 4 --top-p 0.9 --top-k 20 --temperature 0.7",
-    "greedy": "--n 1 --temperature 0",
-    "stop": "--n 4 --stop 7 2)",
-    "model": "--n 4 --attention model",
-    "chunks": "--n 4 --max-batch-tokens 900",
-}
-EVALUATE = {
-    "two": "scored-base.jsonl scored-model.jsonl --names a b --k 1 2 4",
-    "one": "scored-top.jsonl",
-    "maths": "scored-maths.jsonl",
-}
+    "base": "--n 8", "top": "--n 4 --top-p 0.9 --top-k 20 --temperature 0.7",
+    "greedy": "--n 1 --temperature 0", "stop": "--n 4 --stop 7 2)",
+    "model": "--n 4 --attention model", "chunks": "--n 4 --max-batch-tokens 900"}
+EVALUATE = {"two": "scored-base.jsonl scored-model.jsonl --names a b --k 1 2 4",
+            "one": "scored-top.jsonl", "maths": "scored-maths.jsonl"}
 OF_ONE_COMMIT = ("tokens_per_s", "peak_mem_bytes", "pass@n")
 
 
@@ -60,10 +49,8 @@ def digest(path):
     with open(path, "rb") as file:
         data = file.read()
     if path.endswith("metrics.jsonl"):
-        rows = [json.loads(line) for line in data.splitlines()]
-        for row in rows:
-            for key in OF_ONE_COMMIT:
-                row.pop(key, None)
+        rows = [{key: value for key, value in json.loads(line).items() if key not in OF_ONE_COMMIT}
+                for line in data.splitlines()]
         data = json.dumps(rows).encode()
     return hashlib.sha256(data).hexdigest()
 
@@ -73,10 +60,10 @@ def maths_rows(repo):
     with open(f"{repo}/tests/maths_pairs.jsonl", encoding="utf-8") as file:
         pairs = [json.loads(line) for line in file][:1540]  # as many as there were at first
     for number, pair in enumerate(pairs):
-        for sample, text in enumerate((pair["answer"], pair["gold"])):
-            completion = f"so \\boxed{{{text}}}" if sample == 0 else f"\\boxed{{{text}}}"
+        for sample, text in enumerate((f"so \\boxed{{{pair['answer']}}}",
+                                       f"\\boxed{{{pair['gold']}}}")):
             yield {"id": str(number), "task": "math", "answer": pair["gold"], "sample": sample,
-                   "completion": completion, "completion_ids": [1], "finish_reason": "stop",
+                   "completion": text, "completion_ids": [1], "finish_reason": "stop",
                    "source": "ab"[number % 2]}
 
 
@@ -88,14 +75,12 @@ def record(repo):
     spelled = {name: each[new] for name, each in SPELLINGS.items()}
     with tempfile.TemporaryDirectory() as folder:
         def stage(command, ranks=1):
-            launcher = [sys.executable]
-            if ranks > 1:
-                launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                             str(ranks), "--"]
+            launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --".split()
             script, *flags = command.split()
             script = [f"{repo}/{script}"] if script.endswith(".py") else ["-m", script]
             done = subprocess.run(
-                [*launcher, *script, *flags], cwd=folder, capture_output=True, text=True,
+                [sys.executable, *(launcher if ranks > 1 else ()), *script, *flags], cwd=folder,
+                capture_output=True, text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": repo})
             if done.returncode:
                 sys.exit(f"{command}: exit {done.returncode}\n{done.stderr}")
@@ -108,8 +93,8 @@ def record(repo):
             flags = flags.format(repo=repo, model=model, **spelled)
             stage(f"train.py --model {start} --rollouts scored-base.jsonl --out {name} --lr 3e-4 "
                   f"{flags}", ranks)
-            keep(*(f"{name}/{file}" for file in ("model.safetensors", "optimizer.safetensors",
-                                                 "metrics.jsonl")))
+            keep(*(f"{name}/{file}" for file in (
+                "model.safetensors", "optimizer.safetensors", "metrics.jsonl")))
 
         stage("data.countdown --out prompts.jsonl --n 24 --seed 3")
         keep("prompts.jsonl")
@@ -139,9 +124,10 @@ def record(repo):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repo", default=".", help="the checkout to run (default: this folder)")
-    parser.add_argument("--out", required=True, help="JSON file to write: {output: sha256}")
-    parser.add_argument("--against", help="an earlier --out to compare with")
+    add = parser.add_argument
+    add("--repo", default=".", help="the checkout to run (default: this folder)")
+    add("--out", required=True, help="JSON file to write: {output: sha256}")
+    add("--against", help="an earlier --out to compare with")
     args = parser.parse_args()
     found = record(os.path.abspath(args.repo))
     with open(args.out, "w", encoding="utf-8") as file:

@@ -3,7 +3,6 @@
 Most tests put stand-ins for all stages behind python3 (`Mock`), each a few lines of shell. Others
 run the real stages, forked from a warm process (`Loop`; see crash.py), with a tiny random model.
 """
-import collections
 import json
 import os
 import re
@@ -138,10 +137,10 @@ def mock(tmp_path):
 
 
 def write_problems(path, count):
-    with open(path, "w", encoding="utf-8-sig") as file:  # with a BOM
-        file.writelines(json.dumps({
-            "id": f"../{i}", "task": "countdown", "prompt": f"1 {i}={1 + i}:", "numbers": [1, i],
-            "target": 1 + i, "n_solutions": 1}) + "\n" for i in range(count))
+    rows = [{"id": f"../{i}", "task": "countdown", "prompt": f"1 {i}={1 + i}:", "numbers": [1, i],
+             "target": 1 + i, "n_solutions": 1} for i in range(count)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8-sig")  # with a BOM
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -159,12 +158,11 @@ def test_help_has_every_flag_with_its_default_and_needs_no_python(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--epochs", "3"], "unknown flag --epochs (see --help)"),
-    (["--rounds"], "--rounds needs a value"),
-    (["demo"], "unknown flag demo (see --help)"),
+    (["demo"], "unknown flag demo (see --help)"), (["--rounds"], "--rounds needs a value"),
     *(([flag, value], f"{flag} must be a whole number of at least {least}, not '{value}'")
-      for flag, value, least in (("--rounds", "x", 1), ("--n", "1 2", 1), ("--keep", "", 1),
-                                 ("--nproc", "9" * 20, 1), ("--keep", "0", 1), ("--seed", "-1", 0),
-                                 ("--updates", "08", 1))),
+      for flag, value, least in (
+          ("--rounds", "x", 1), ("--n", "1 2", 1), ("--keep", "", 1), ("--nproc", "9" * 20, 1),
+          ("--keep", "0", 1), ("--seed", "-1", 0), ("--updates", "08", 1))),
     (["--prompts-per-round", "2", "--updates", "3"], "--updates: more than --prompts-per-round"),
     *((["--name", name], f"--name is a folder's name in runs/, not '{name}'")
       for name in ("../x", "")),
@@ -202,16 +200,11 @@ def test_wrong_flags_end_with_one_line_before_anything_is_made(mock, flags, mess
     (["--prompts", "no-task.jsonl", "--updates", "1"],
      "score.py: error: no-task.jsonl:1: missing field 'task'"),
     (["--eval-prompts", "no-gold.jsonl"], "score.py: error: no-gold.jsonl:1: missing field 'answ"),
-    (["--prompts", "two.jsonl", "--updates", "3"], "score.py: error: two.jsonl: 2 problems, few"),
-    (["--prompts", "twice.jsonl"],
-     "score.py: error: twice.jsonl:3: duplicate id '../1', first in twice.jsonl:2\n"),
-])
+    (["--prompts", "two.jsonl", "--updates", "3"], "score.py: error: two.jsonl: 2 problems, few")])
 def test_flags_and_problems_are_checked_by_the_stages_before_anything_is_made(loop, flags, message):
     (loop.folder / "no-task.jsonl").write_text('{"id": "a", "prompt": "1"}\n')
     (loop.folder / "no-gold.jsonl").write_text('{"id": "a", "prompt": "1", "task": "math"}\n')
     write_problems(loop.folder / "two.jsonl", 2)
-    lines = (loop.folder / "two.jsonl").read_text().splitlines(keepends=True)
-    (loop.folder / "twice.jsonl").write_text("".join([*lines, lines[1]]))
     assert loop.refused(*TINY, *flags).startswith(message)
     assert not (loop.folder / "runs").exists()  # the name is free for the command without the typo
 
@@ -299,7 +292,7 @@ def test_other_flags_are_refused_and_change_nothing(mock):
                   ["--sampler", "mine.py"], ["--rehearse", "9"]):
         err = mock.refused(*QUICK, *flags)
         assert err.startswith("run.sh: error: runs/demo was begun with other flags")
-        assert flags[0].lstrip("-").replace("-", "_") + "=" in err and mock.files() == before
+        assert flags[0][2:] + "=" in err and mock.files() == before
     (mock.folder / "runs/demo/settings").write_text("")  # as a power cut may leave it
     mock.run(*QUICK)
     assert mock.files() == before
@@ -340,15 +333,13 @@ def test_processes_are_started_by_torchrun_but_a_sampler_is_one(mock):
     mock.run(*QUICK, "--nproc", "2")
     mock.run(*QUICK, "--nproc", "2", "--name", "other", "--sampler", "mine.py")
     assert (mock.folder / "torchruns").read_text().splitlines() == [
-        f"--standalone --nproc-per-node 2 -- {stage}.py"
-        for stage in ("generate", "train", "train")]
+        f"--standalone --nproc-per-node 2 -- {name}.py" for name in ("generate", "train", "train")]
     assert len(mock.calls("mine.py")) == 1
 
 
 def test_the_demonstration_runs_two_side_by_side_and_compares_them(mock):
     lines = mock.run()
-    assert collections.Counter(line.split()[-1] for line in lines[:10]) == {"demo": 5,
-                                                                            "demo-grpo": 5}
+    assert sorted(line.split()[-1] for line in lines[:10]) == ["demo"] * 5 + ["demo-grpo"] * 5
     assert lines[10:] == ["a table", "Pass@1 and Pass@4: base 0.1 and 0.2"]
     assert re.search(r"base.scored.jsonl runs/demo/eval/demo-grpo-005.scored.jsonl "
                      r"runs/demo/eval/005.scored.jsonl --names base demo-grpo ds-grpo.rehearsal "
@@ -379,18 +370,16 @@ def test_a_finished_run_is_whole_and_started_again_makes_nothing_new(loop):
 
 
 SHIFTED = """
-import json, os, subprocess, sys
-
+import json, subprocess, sys
 out = sys.argv[sys.argv.index("--out") + 1]
 code = subprocess.run(["python3", "generate.py", *sys.argv[1:]]).returncode
 if code or "--check-flags" in sys.argv:
     sys.exit(code)
-with open(out) as file:
-    rows = [json.loads(line) for line in file]
-for row in rows:
-    row["logprobs"] = [value - 0.1 for value in row["logprobs"]]
+rows = [json.loads(line) for line in open(out)]
 with open(out, "w") as file:
-    file.writelines(json.dumps(row) + "\\n" for row in rows)
+    for row in rows:
+        row["logprobs"] = [value - 0.1 for value in row["logprobs"]]
+        file.write(json.dumps(row) + "\\n")
 """
 
 
@@ -400,8 +389,8 @@ def test_a_sampler_whose_log_probs_are_shifted_trains_as_without_it(loop):
     (loop.folder / "engine.py").write_text(SHIFTED)
     write_problems(loop.folder / "seed=1 mine.jsonl", 5)
     names = set(os.listdir(loop.folder))
-    flags = ["--n", "4", "--updates", "2", "--rounds", "2", "--eval-problems", "0", "--method",
-             "grpo", "--prompts", "seed=1 mine.jsonl", "--prompts-per-round", "3"]
+    flags = ["--prompts", "seed=1 mine.jsonl", *("--n 4 --updates 2 --rounds 2 --eval-problems 0 "
+             "--method grpo --prompts-per-round 3").split()]
     loop.run(*flags)
     loop.run(*flags, "--name", "engine", "--sampler", "engine.py", "--train", "--tis-cap 1")
     files, plain = loop.files("engine"), loop.files()
@@ -413,22 +402,6 @@ def test_a_sampler_whose_log_probs_are_shifted_trains_as_without_it(loop):
            for line in files[f"00{number}/problems.jsonl"].splitlines()]
     assert sorted(ids[:5]) == [f"../{i}" for i in range(5)] and len(set(ids[3:])) == 3
     assert set(os.listdir(loop.folder)) == {*names, "runs"}  # an id is no file name
-
-
-def test_groups_without_a_signal_can_be_left_out(loop):
-    """Dynamic sampling by files: dead_groups falls to 0."""
-    train = "train.py --model data/tiny-countdown --method grpo --lr 1e-4"
-    for command in (
-            "-m data.countdown --out problems.jsonl --n 24 --split train --seed 1",
-            "generate.py --model data/tiny-countdown --prompts problems.jsonl --out r.jsonl --n 8 "
-            "--max-new-tokens 24", "score.py r.jsonl --out s.jsonl",
-            "-m data.select --scored s.jsonl --out mixed.jsonl --at-least 1 --at-most 7",
-            f"{train} --rollouts s.jsonl --out all", f"{train} --rollouts mixed.jsonl --out mixed"):
-        subprocess.run(["bin/python3", *command.split()], cwd=loop.folder, check=True,
-                       env=loop.environment())
-    dead = [json.loads((loop.folder / name / "metrics.jsonl").read_text())["dead_groups"]
-            for name in ("all", "mixed")]
-    assert dead[0] > 0 == dead[1]
 
 
 @pytest.mark.slow
