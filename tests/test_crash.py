@@ -5,7 +5,6 @@ The kinds of faults are described in crash.py. A loss is an output that is half,
 different in the end.
 """
 import itertools
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ import crash
 import evaluate
 import score
 import train
+from conftest import refusal, write
 from data import files
 
 
@@ -81,11 +81,9 @@ class Read(Exception):
     """All rows were taken: next the model would be loaded, or the figures computed."""
 
 
-def written(tmp_path, rows):
-    path = tmp_path / "scored.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "scored.jsonl.meta.json").write_text('{"sampling": {"temperature": 1.0}}')
-    return str(path)
+def written(folder, rows):
+    write(folder / "scored.jsonl.meta.json", [{"sampling": {"temperature": 1.0}}])
+    return str(write(folder / "scored.jsonl", rows))
 
 
 @pytest.fixture
@@ -159,9 +157,7 @@ def test_a_hostile_id_names_no_file_and_does_not_command_the_terminal(stage, rea
 def test_a_hostile_meta_is_refused_by_train_and_no_news_to_evaluate(meta, tmp_path, capfd):
     path = written(tmp_path, ROWS)
     (tmp_path / "scored.jsonl.meta.json").write_bytes(meta.encode(errors="surrogateescape"))
-    with pytest.raises(SystemExit) as end:
-        train.sampling_of(types.SimpleNamespace(rollouts=path, temperature=None,
-                                                allow_off_policy=False))
-    assert end.value.code == 2 and capfd.readouterr().err.count("\n") == 1
+    refusal(capfd, train.sampling_of, types.SimpleNamespace(
+        rollouts=path, temperature=None, allow_off_policy=False))
     evaluate.main(evaluate.parse_args([path, "--resamples", "10"]))
     assert "2 problems" in capfd.readouterr().out

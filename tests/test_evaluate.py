@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import evaluate
+from conftest import meta_of, refusal, write
 from data.files import run
 
 
@@ -22,13 +23,6 @@ def row(key, sample, correct, **more):
             "sample": sample, "completion_ids": [1, 2, 3], "finish_reason": "stop",
             "correct": correct, "solution": f"s{sample % 2}" if correct else None,
             "reward": float(correct), **more}
-
-
-def write(path, rows, sampling=None):
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    if sampling:
-        (path.parent / (path.name + ".meta.json")).write_text(json.dumps({"sampling": sampling}))
-    return str(path)
 
 
 def random_rows(seed, problems=30, n=16, skill=0.0):
@@ -51,12 +45,9 @@ def report_of(tmp_path, *runs, flags=()):
 
 
 def refused(capsys, *argv):
-    """The one line on stderr of a call that must end with exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        main(*argv)
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("\n") == 1 and err.startswith("evaluate.py: error: ")
-    return err
+    line = refusal(capsys, main, *argv)
+    assert line.startswith("evaluate.py: error: ")
+    return line
 
 
 # ---- The estimators ------------------------------------------------------------------------------
@@ -67,6 +58,8 @@ def test_product_form_is_exact(n, ks):
     for k in ks:
         exact = [float(1 - Fraction(math.comb(n - c, k), math.comb(n, k))) for c in range(n + 1)]
         np.testing.assert_allclose(evaluate.pass_at_k(n, k), exact, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=f"k = {n + 1} is not"):
+        evaluate.pass_at_k(n, n + 1)
 
 
 @pytest.mark.parametrize("answers, k, share", [
@@ -176,7 +169,7 @@ def test_hand_counted_file(tmp_path):
     rows = [row("p", 0, True), row("p", 1, True), row("p", 2, True, completion_ids=[1] * 7),
             row("p", 3, False, finish_reason="length"), *(row("q", s, False) for s in range(4))]
     sampling = {"temperature": 1.0, "top_p": 1.0}
-    write(tmp_path / "0.jsonl", rows, sampling)
+    write(tmp_path / "0.jsonl.meta.json", [{"sampling": sampling}])
     result = report_of(tmp_path, rows, flags=("--k", 2, 1, 2))[0]
     values = [cell["value"] for cell in result.pop("pass_at_k").values()]
     assert values == [0.375, 0.5] and result == {
@@ -245,12 +238,16 @@ def test_table(tmp_path, capsys):
 
 
 def test_other_sampling_settings_are_named(tmp_path, capsys):
+    def sampled(name, n, sampling):
+        if sampling:
+            write(tmp_path / f"{name}.jsonl.meta.json", [{"sampling": sampling}])
+        return write(tmp_path / f"{name}.jsonl", random_rows(1, n=n))
+
     alike = {"temperature": 1.0, "top_k": 0}
-    a = write(tmp_path / "a.jsonl", random_rows(1), alike)
+    a = sampled("a", 16, alike)
     others = (16, alike, 0), (16, {**alike, "temperature": 0.7}, 1), (8, alike, 1), (16, None, 1)
     for index, (n, sampling, lines) in enumerate(others):
-        b = write(tmp_path / f"{index}.jsonl", random_rows(2, n=n), sampling)
-        main(a, b, "--resamples", 9)
+        main(a, sampled(index, n, sampling), "--resamples", 9)
         err = capsys.readouterr().err
         assert err.count("\n") == lines == err.count("warning: the runs were not sampled alike")
 
@@ -264,8 +261,8 @@ def test_complete_output_is_printed_again_and_left_alone(tmp_path, capsys):
     assert after.out == table and "complete, left alone" in after.err
     assert (out.stat().st_ino, out.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-    meta = json.loads((tmp_path / "eval.json.meta.json").read_text())
-    assert meta["stage"] == "evaluate.py" and len(meta["inputs"][scored]) == 64
+    meta = meta_of(out)
+    assert meta["stage"] == "evaluate.py" and len(meta["inputs"][str(scored)]) == 64
     assert "made with other seed" in refused(capsys, scored, "--out", out, "--seed", 1)
     write(tmp_path / "a.jsonl", random_rows(2))
     assert "made with other inputs" in refused(capsys, scored, "--out", out)
@@ -374,7 +371,7 @@ def test_bad_files_are_named(tmp_path, capsys, rows, message):
     """Rows with a field missing or of a wrong type: test_crash.py."""
     scored = write(tmp_path / "a.jsonl", rows)
     error = refused(capsys, scored, "--k", 1, 8)
-    assert scored in error and message in error
+    assert str(scored) in error and message in error
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -16,19 +16,16 @@ from unittest import mock
 
 import pytest
 
+from conftest import refusal
 from data import files as stage
 
 ROOT = pathlib.Path(stage.__file__).parents[1]
 
 
-def refused(capsys, function, *args, code=2, **flags):
-    """The one line on stderr of a call that must end with this exit code."""
-    with pytest.raises(SystemExit) as end:
-        function(*args, **flags)
-    err = capsys.readouterr().err
-    assert end.value.code == code and err.count("\n") == 1
-    assert err.startswith("evaluate.py: error: ")
-    return err
+def refused(capsys, function, *args, code=2):
+    line = refusal(capsys, function, *args, code=code)
+    assert line.startswith("evaluate.py: error: ")
+    return line
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +43,7 @@ def test_texts_are_printed_whatever_they_hold(capsys):
     """An error on one line; bytes of a name that are not UTF-8 escaped."""
     text = "two\nlines\r\n\u2028and\x85more \x1b[2J\udcff"
     assert refused(capsys, stage.fail, text, 3, code=3) == (
-        "evaluate.py: error: two lines and more \\x1b[2J\\udcff\n")
+        "evaluate.py: error: two lines and more \\x1b[2J\\udcff")
     stage.run(stage.echo, "\udcff\u00e9")
     assert capsys.readouterr().out == "\\udcff\u00e9\n"
 
@@ -55,7 +52,7 @@ def test_flags(capsys):
     """No usage text before an error; negative numbers of every spelling are values."""
     parser = stage.Parser("evaluate.py")
     parser.add_argument("--gamma", type=float)
-    assert refused(capsys, parser.parse_args, ["--gamma", "x"]).endswith("(see --help)\n")
+    assert refused(capsys, parser.parse_args, ["--gamma", "x"]).endswith("(see --help)")
     for text in "-1e-3", "-.5", "-2", "1e3", "-1.E+2":
         assert parser.parse_args(["--gamma", text]).gamma == float(text)
 
@@ -187,7 +184,7 @@ def test_one_run_at_a_time(tmp_path, capsys, claim, monkeypatch, kind, folder):
         assert told.count("\n") == 1
     else:
         assert told == ""
-        assert "another run is writing it" in refused(capsys, claim, out, meta_of(), folder=folder)
+        assert "another run is writing it" in refused(capsys, claim, out, meta_of(), (), folder)
     claim.release()
     claim(out, meta_of(), folder=folder)
     assert pathlib.Path(inner).read_text() == "half"
@@ -267,7 +264,7 @@ def test_ranks_are_numbers(monkeypatch, capsys, rank, world, local, expected):
 def test_what_ends_a_stage(capsys, error, told):
     args = argparse.Namespace(out=None if "stdout" in told else "o")
     message = refused(capsys, stage.run, mock.Mock(side_effect=error), args)
-    assert message == f"evaluate.py: error: {told}\n"
+    assert message == f"evaluate.py: error: {told}"
     with pytest.raises(ZeroDivisionError):  # a defect shows itself
         stage.run(lambda _: 1 / 0, args)
 

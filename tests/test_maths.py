@@ -1,6 +1,5 @@
 """data/maths.py: every field spelling of the Hub's maths sets becomes the contract's rows; and
 numbers are equal exactly where exact arithmetic says so."""
-import json
 import math
 import pathlib
 import sys
@@ -9,6 +8,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import Phase, assume, example, given, settings, strategies
 
+from conftest import meta_of, read, refusal, stage, write
 from data import latex, maths
 from test_score import NO_GOLDS
 
@@ -16,24 +16,16 @@ SAMPLES = pathlib.Path(__file__).parent / "maths_samples"
 
 
 def convert(source, out, *flags):
-    maths.main(maths.parse_args(["--input", str(source), "--out", str(out), *flags]))
-    return [json.loads(line) for line in open(out, encoding="utf-8")]
+    stage(maths, "--input", source, "--out", out, *flags)
+    return read(out)
 
 
 def refused(capsys, source, *flags):
     """The one line of a conversion that ends with exit code 2 and without an output."""
     out = source.parent / "refused.jsonl"
-    with pytest.raises(SystemExit) as end:
-        maths.main(maths.parse_args(["--input", str(source), "--out", str(out), *flags]))
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("\n") == 1 and err.startswith("maths.py: error: ")
-    assert not out.exists()
-    return err
-
-
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    line = refusal(capsys, stage, maths, "--input", source, "--out", out, *flags)
+    assert line.startswith("maths.py: error: ") and not out.exists()
+    return line
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +64,7 @@ def test_every_spelling(tmp_path, judge, name, form):
     if form == "parquet":
         pyarrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
-        rows = [json.loads(line) for line in open(source, encoding="utf-8")]
+        rows = read(source)
         if name in ("amc23", "dapo"):
             rows = rows[:1]  # a column has one type there
         source = tmp_path / f"{name}.parquet"
@@ -91,7 +83,7 @@ def test_every_spelling(tmp_path, judge, name, form):
 
 
 def test_templates(tmp_path):
-    source = write(tmp_path / "in.jsonl", {"id": "a", "problem": "What is 1+1?", "answer": "2"})
+    source = write(tmp_path / "in.jsonl", [{"id": "a", "problem": "What is 1+1?", "answer": "2"}])
     instruction = maths.INSTRUCTION
     user = {"role": "user", "content": f"What is 1+1?\n\n{instruction}"}
     for number, (flags, put) in enumerate([
@@ -112,26 +104,26 @@ def test_ids_are_stable_texts(tmp_path, capsys):
     rows = [{"problem": "p", "answer": 1}, {"problem": "q", "answer": 2},
             {"id": "../../x", "problem": "r", "answer": 3},
             {"id": "5", "problem": "s", "answer": 4}, {"id": "", "problem": "t", "answer": 5}]
-    one = convert(write(tmp_path / "in.jsonl", *rows), tmp_path / "one.jsonl")
+    one = convert(write(tmp_path / "in.jsonl", rows), tmp_path / "one.jsonl")
     assert one == convert(tmp_path / "in.jsonl", tmp_path / "one.jsonl")
     assert "complete, left alone" in capsys.readouterr().err
-    two = convert(write(tmp_path / "in.jsonl", *rows[::-1]), tmp_path / "two.jsonl")
+    two = convert(write(tmp_path / "in.jsonl", rows[::-1]), tmp_path / "two.jsonl")
     assert one == two[::-1] and [row["id"] for row in one][2:4] == ["../../x", "in-5"]
 
 
 def test_long_problems_are_left_out_and_counted(tmp_path, capsys):
     rows = [{"id": i, "problem": "p" * i, "answer": i} for i in (1, 5, 6, 100)]
-    source = write(tmp_path / "in.jsonl", *rows)
+    source = write(tmp_path / "in.jsonl", rows)
     new = convert(source, tmp_path / "out.jsonl", "--max-chars", "5")
     assert [row["answer"] for row in new] == ["1", "5"]
     assert "2 problems; 2 longer ones left out" in capsys.readouterr().out
-    source = write(tmp_path / "long.jsonl", rows[3])
+    source = write(tmp_path / "long.jsonl", rows[3:])
     assert "no problem is left" in refused(capsys, source, "--max-chars", "5")
 
 
 def test_duplicates_are_errors_unless_the_first_is_kept(tmp_path, capsys):
     rows = [{"id": id, "problem": "p", "answer": answer} for id, answer in ((1, 1), (2, 2), (1, 3))]
-    source = write(tmp_path / "in.jsonl", *rows)
+    source = write(tmp_path / "in.jsonl", rows)
     err = refused(capsys, source)
     assert "in.jsonl:3: id 'in-1' is repeated" in err and "in.jsonl:1" in err
     new = convert(source, tmp_path / "kept.jsonl", "--keep-first")
@@ -160,17 +152,17 @@ BAD = [({"problem": "p", **row}, message) for row, message in [
 def test_a_row_that_cannot_be_used_is_one_line_or_skipped_and_counted(tmp_path, capsys):
     good = [{"problem": "fine", "answer": "1"}, {"problem": "fine, too", "answer": "2"}]
     for number, (row, message) in enumerate(BAD):
-        source = write(tmp_path / "in.jsonl", good[0], row)
+        source = write(tmp_path / "in.jsonl", [good[0], row])
         assert f"in.jsonl:2: {message}" in refused(capsys, source), row
         (tmp_path / "refused.jsonl.partial").unlink()
     bad = [row for row, _ in BAD]
-    source, out = write(tmp_path / "in.jsonl", good[0], *bad, good[1]), tmp_path / "out.jsonl"
+    source, out = write(tmp_path / "in.jsonl", [good[0], *bad, good[1]]), tmp_path / "out.jsonl"
     assert [row["answer"] for row in convert(source, out, "--skip-bad")] == ["1", "2"]
     summary = capsys.readouterr().out
     assert f"2 problems; {len(bad)} bad ones left out, the first is {source}:2: no gold" in summary
-    meta = json.load(open(f"{out}.meta.json"))
+    meta = meta_of(out)
     assert meta["rows"] == 2 and meta["bad"] == len(bad) and ":2: no gold" in meta["first_bad"]
-    source = write(tmp_path / "all_bad.jsonl", *bad)
+    source = write(tmp_path / "all_bad.jsonl", bad)
     assert "no problem is left" in refused(capsys, source, "--skip-bad")
 
 

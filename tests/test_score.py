@@ -18,6 +18,7 @@ import pytest
 import crash
 import fuzz
 import score
+from conftest import meta_of, read, refusal, stage, write
 from data import countdown, gym, maths, sandbox
 from data.files import Verdict
 from data.sandbox import Judge, Pending
@@ -44,26 +45,16 @@ def maths_row(answer, completion, **fields):
             "finish_reason": "stop", **fields}
 
 
-def write(path, rows):
-    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in rows]
-    path.write_text("".join(lines), encoding="utf-8")
-    return str(path)
-
-
 def run(source, out, *flags):
     """The scored rows of a run in this process."""
-    score.main(score.parse_args([str(source), "--out", str(out), *flags]))
-    return [json.loads(line) for line in open(out, encoding="utf-8")]
+    stage(score, source, "--out", out, *flags)
+    return read(out)
 
 
 def refused(capsys, *flags):
-    """The one line on stderr of a run that must end with exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        score.main(score.parse_args(list(map(str, flags))))
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and out == ""
-    assert err.count("\n") == 1 and err.startswith("score.py: error: ")
-    return err
+    line = refusal(capsys, stage, score, *flags)
+    assert line.startswith("score.py: error: ")
+    return line
 
 
 # ---- Countdown ---------------------------------------------------------------------------------
@@ -240,9 +231,9 @@ CUT = [(r"\boxed{5} and", "ok", "5"), (r"\boxed 5 and", "ok", "5"), (r"\boxed{5}
 def test_labelled_pairs_golds_and_cut_completions(tmp_path):
     """Golds in the styles of MATH: units, lists, intervals, matrices, words, equations, bases,
     money, mixed numbers. Each is a right answer to itself."""
-    pairs, golds = ([json.loads(line) for line in open(ROOT / "tests" / name, encoding="utf-8")]
-                    for name in ("maths_pairs.jsonl", "maths_golds.jsonl"))
-    pairs += [{"gold": gold, "answer": gold, "right": True} for gold in golds]
+    pairs = read(ROOT / "tests/maths_pairs.jsonl")
+    pairs += [{"gold": gold, "answer": gold, "right": True}
+              for gold in read(ROOT / "tests/maths_golds.jsonl")]
     rows = []
     for pair in pairs:
         extras = {field: pair[field] for field in ("unit", "error") if field in pair}
@@ -413,7 +404,7 @@ def test_what_is_shown_cannot_speak_to_the_terminal(tmp_path, capsys):
     counts = {line.split()[0]: int(line.split()[1])
               for line in out.splitlines()[-len(score.REASONS):]}
     assert counts == {**dict.fromkeys(score.REASONS, 1), "timeout": 0}
-    assert json.load(open(tmp_path / "s.jsonl.meta.json"))["reasons"] == counts
+    assert meta_of(tmp_path / "s.jsonl")["reasons"] == counts
 
 
 def test_show_spreads_over_the_reasons_and_writes_nothing_of_a_scored_file(tmp_path, capsys):
@@ -428,7 +419,7 @@ def test_show_spreads_over_the_reasons_and_writes_nothing_of_a_scored_file(tmp_p
     before = sorted(os.listdir(tmp_path))
 
     def shown(path, *flags):
-        score.main(score.parse_args([str(path), "--show", *flags]))
+        stage(score, path, "--show", *flags)
         return capsys.readouterr().out
 
     out = shown(tmp_path / "s.jsonl", "4")
@@ -458,8 +449,9 @@ def test_problems_are_checked_before_anything_is_sampled(tmp_path, capsys, chang
              "entry": {}}
     source = write(tmp_path / "p.jsonl", [problem, other])
     if not change:
-        score.main(score.parse_args([source, "--check-problems", "2"]))
-    assert source + message in refused(capsys, source, "--check-problems", *["3"] * (not change))
+        stage(score, source, "--check-problems", 2)
+    least = [] if change else [3]
+    assert f"{source}{message}" in refused(capsys, source, "--check-problems", *least)
     assert os.listdir(tmp_path) == ["p.jsonl"]
 
 
@@ -467,7 +459,7 @@ def test_countdown_alone_imports_no_torch_and_may_be_piped_into_head(tmp_path):
     """Quiet, and the output is complete."""
     rows = [row(sample=i, completion="1+2" * 60) for i in range(2000)]
     source = write(tmp_path / "r.jsonl", rows)
-    flags = [source, "--out", str(tmp_path / "s.jsonl"), "--show", "2000"]
+    flags = [str(source), "--out", str(tmp_path / "s.jsonl"), "--show", "2000"]
     heavy = {"torch", "transformers", "math_verify", "sympy", "numpy"}
     (tmp_path / "shown.py").write_text(
         f"import score, sys\nscore.main(score.parse_args({flags!r}))\n"
@@ -489,10 +481,10 @@ def test_the_meta_passes_the_sampling_on_and_other_flags_are_refused(tmp_path, c
     sampling = {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
     source, out = write(tmp_path / "r.jsonl", [row()]), tmp_path / "s.jsonl"
     run(source, tmp_path / "without.jsonl")
-    assert json.load(open(tmp_path / "without.jsonl.meta.json"))["sampling"] is None
+    assert meta_of(tmp_path / "without.jsonl")["sampling"] is None
     meta = write(tmp_path / "r.jsonl.meta.json", [{"sampling": sampling}])
     run(source, out)
-    assert json.load(open(f"{out}.meta.json"))["sampling"] == sampling
+    assert meta_of(out)["sampling"] == sampling
     before = os.stat(out)
     run(source, out, "--workers", "7", "--show", "1")
     assert "complete, left alone" in capsys.readouterr().err
@@ -500,7 +492,7 @@ def test_the_meta_passes_the_sampling_on_and_other_flags_are_refused(tmp_path, c
     write(tmp_path / "r.jsonl", [row(completion="2-1")])
     assert "made with other inputs" in refused(capsys, source, "--out", out)
     assert os.stat(out) == before
-    pathlib.Path(meta).write_text("{")
+    meta.write_text("{")
     assert f"{meta}: not a valid meta" in refused(capsys, source, "--out", tmp_path / "t.jsonl")
 
 
