@@ -8,11 +8,17 @@ import os
 import socket
 import sys
 
-with socket.socket(socket.AF_UNIX) as connection:
-    connection.connect(sys.argv[1])
-    request = {"argv": sys.argv[2:], "cwd": os.getcwd(), "fault": None}
-    socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
-    with connection.makefile() as lines:
-        lines.readline()  # the process id
-        code = int(lines.readline().split()[0])
-sys.exit(code & 255)
+
+def ask(path, argv, handles, cwd, fault=None):
+    """Yield the stage's process id, then its exit code; handles: its three standard files."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        request = {"argv": argv, "cwd": cwd, "fault": fault}
+        socket.send_fds(connection, [json.dumps(request).encode()], handles)
+        with connection.makefile() as lines:
+            yield from map(int, lines)
+
+
+if __name__ == "__main__":
+    *_, code = ask(sys.argv[1], sys.argv[2:], [0, 1, 2], os.getcwd())
+    sys.exit(code & 255)

@@ -50,6 +50,8 @@ import tempfile
 import time
 import traceback
 
+from ask import ask
+
 REACHED = b"(here the fault)\n"  # on stderr
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KINDS = ("kill", "power", "full", "read-only", "instant", "disk", "twice", "torn", "clock")
@@ -271,23 +273,17 @@ class Child:
     its stderr then."""
 
     def __init__(self, argv, cwd, fault=None):
-        self.connection = socket.socket(socket.AF_UNIX)
-        self.connection.connect(warm().path)
-        request = json.dumps({"argv": argv, "cwd": cwd, "fault": fault}).encode()
         self.file = tempfile.TemporaryFile()
         with open(os.devnull, "r+b") as null:
-            socket.send_fds(self.connection, [request],
-                            [null.fileno(), null.fileno(), self.file.fileno()])
-        self.lines = self.connection.makefile()
-        self.pid = int(self.lines.readline())
+            handles = [null.fileno(), null.fileno(), self.file.fileno()]
+            self.answers = ask(warm().path, argv, handles, cwd, fault)
+            self.pid = next(self.answers)
 
     def wait(self):
-        code = int(self.lines.readline())
-        self.lines.close()
-        self.connection.close()
-        self.file.seek(0)
-        self.err = self.file.read().decode()
-        self.file.close()
+        (code,) = self.answers
+        with self.file:
+            self.file.seek(0)
+            self.err = self.file.read().decode()
         return code
 
 
@@ -379,9 +375,9 @@ class Campaign:
                      if not (litter and entry.endswith(".partial"))]
         self.faults[name, kind] += 1
         if problems:
-            self.losses.append((name, kind, f"{told}: {'; '.join(problems)}"))
-            print(f"LOSS: {name}, {kind}, {told}: {'; '.join(problems)} (see {folder})",
-                  file=sys.stderr)
+            loss = f"{name}, {kind}, {told}: {'; '.join(problems)} (see {folder})"
+            self.losses.append((name, loss))
+            print(f"LOSS: {loss}", file=sys.stderr)
         else:
             shutil.rmtree(folder)
 

@@ -116,10 +116,10 @@ def mutate(text, corpus, rng):
         elif way == 6:
             wrap = rng.choice(["{}<answer>{}</answer>{}", "<answer>{}{}{}</answer>", "{}({}){}"])
             text = wrap.format(before, between, after)
-        elif len(text) < 30:
-            text = "".join(rng.sample(text, len(text)))
         else:
-            text = text[::-1]
+            swap = list(text)
+            rng.shuffle(swap)
+            text = "".join(swap) if len(text) < 30 else text[::-1]
     return text[:2000]
 
 

@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 
-from conftest import refusal
+from conftest import refusal, write
 from data import files as stage
 
 ROOT = pathlib.Path(stage.__file__).parents[1]
@@ -267,6 +267,30 @@ def test_what_ends_a_stage(capsys, error, told):
     assert message == f"evaluate.py: error: {told}"
     with pytest.raises(ZeroDivisionError):  # a defect shows itself
         stage.run(lambda _: 1 / 0, args)
+
+
+@pytest.mark.parametrize("command, heavy", [
+    ("score.py scored.jsonl --out again.jsonl --show 9", "torch transformers sympy numpy"),
+    ("evaluate.py scored.jsonl --out again.json --resamples 9", "torch transformers matplotlib"),
+    ("evaluate.py --help", "torch numpy matplotlib")])
+def test_nobody_reads_what_a_stage_prints_and_nothing_heavy_is_imported(tmp_path, command, heavy):
+    """stage | head: quiet, and the output is complete; here the reader stops before a line."""
+    row = {"id": "a", "sample": 0, "task": "countdown", "numbers": [1, 2], "target": 3,
+           "completion": "1+2", "completion_ids": [3], "finish_reason": "stop", "correct": True,
+           "reason": "ok", "solution": "1+2"}
+    write(tmp_path / "scored.jsonl", [row])
+    read, written = os.pipe()
+    os.close(read)
+    name, *flags = command.split()
+    done = subprocess.run([sys.executable, "-X", "importtime", f"{ROOT}/{name}", *flags],
+                          cwd=tmp_path, stdout=written, stderr=subprocess.PIPE, text=True)
+    os.close(written)
+    lines = [line for line in done.stderr.splitlines()
+             if not line.startswith("import time:") and "rows" not in line]
+    assert not set(heavy.split()) & set(done.stderr.split())
+    if flags != ["--help"]:
+        assert (done.returncode, lines) == (0, [])
+        assert len(list(tmp_path.glob("again.json*.meta.json"))) == 1
 
 
 @pytest.mark.parametrize("name, rows, number, told", [
