@@ -158,11 +158,11 @@ def inject(kind, at=0):
         resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
         return
     import safetensors.torch
-    import tokenizers
 
     root, steps = os.getcwd() + os.sep, itertools.count()
     dirty = set()  # inodes written since their last fsync
     plain_open, plain_handle, plain_sync, plain_send = open, os.open, os.fsync, os.sendfile
+    plain_serialize = safetensors.torch.serialize_file
 
     def written(handle_or_path):
         dirty.add(os.stat(handle_or_path).st_ino)
@@ -227,45 +227,42 @@ def inject(kind, at=0):
             return plain(path, *more, **also)
         return changed
 
-    def foreign(plain, error):  # a function of a Rust library that writes the file `path`
-        def write(what, path, *more, **also):
-            def half():
-                plain(what, path, *more, **also)
-                os.truncate(path, os.path.getsize(path) // 2)
-                written(path)
-            step(half, error(f"I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"))
-            plain(what, path, *more, **also)
+    def serialize(tensors, path, *more, **also):  # written by Rust
+        def half():
+            plain_serialize(tensors, path, *more, **also)
+            os.truncate(path, os.path.getsize(path) // 2)
             written(path)
-        return write
+        step(half, safetensors.SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"))
+        plain_serialize(tensors, path, *more, **also)
+        written(path)
 
     builtins.open = io.open = open_file
     os.fsync, os.open, os.sendfile = sync, open_handle, send
     for name in ("mkdir", "rmdir", "unlink", "remove", "rename", "replace"):
         setattr(os, name, change(name, getattr(os, name)))
-    safetensors.torch.serialize_file = foreign(safetensors.torch.serialize_file,
-                                               safetensors.SafetensorError)
-    tokenizers.Tokenizer.save = foreign(tokenizers.Tokenizer.save, Exception)
+    safetensors.torch.serialize_file = serialize
 
 
-class Warm:
-    """The warm process, seen from outside: .base is its model, .path its socket."""
+@functools.cache
+def warm():
+    """The warm process, seen from outside: (its socket, its model's folder)."""
+    folder = tempfile.mkdtemp(prefix="crash-")
+    places = f"{folder}/socket", f"{folder}/base"
+    process = subprocess.Popen(
+        [sys.executable, os.path.abspath(__file__), "--serve", *places], start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+             "MPLBACKEND": "agg"})
 
-    def __init__(self):
-        self.folder = tempfile.mkdtemp(prefix="crash-")
-        self.path, self.base = f"{self.folder}/socket", f"{self.folder}/base"
-        atexit.register(self.close)
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "--serve", self.path, self.base],
-            start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                 "MPLBACKEND": "agg"})
-        if self.process.stdout.readline() != "ready\n":
-            sys.exit("crash.py: the warm process did not start")
+    def close():
+        process.communicate()
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+    atexit.register(close)
+    if process.stdout.readline() != "ready\n":
+        sys.exit("crash.py: the warm process did not start")
+    return places
 
 
 class Child:
@@ -276,7 +273,7 @@ class Child:
         self.file = tempfile.TemporaryFile()
         with open(os.devnull, "r+b") as null:
             handles = [null.fileno(), null.fileno(), self.file.fileno()]
-            self.answers = ask(warm().path, argv, handles, cwd, fault)
+            self.answers = ask(warm()[0], argv, handles, cwd, fault)
             self.pid = next(self.answers)
 
     def wait(self):
@@ -287,27 +284,23 @@ class Child:
         return code
 
 
-@functools.cache
-def warm():
-    return Warm()
-
-
 # ---- The undisturbed run, and comparing with it --------------------------------------------------
 def content(path):
     """What must not differ, of a file or folder. {relative path: bytes}, timings and argv taken
     out."""
     if os.path.isdir(path):
         return {f"{name}/{deeper}": data for name in sorted(os.listdir(path))
-                for deeper, data in content(os.path.join(path, name)).items()}
+                for deeper, data in content(f"{path}/{name}").items()}
+
+    def without(line, *measured):
+        return {key: value for key, value in json.loads(line).items() if key not in measured}
+
     with open(path, "rb") as file:
         data = file.read()
     if path.endswith(".meta.json"):
-        data = {key: value for key, value in json.loads(data).items()
-                if key not in ("argv", "git", "wall_s", "wall_time")}
+        data = without(data, "argv", "git", "wall_s", "wall_time")
     elif path.endswith("metrics.jsonl"):
-        data = [{key: value for key, value in json.loads(line).items()
-                 if key not in ("tokens_per_s", "peak_mem_bytes")}
-                for line in data.splitlines()]
+        data = [without(line, "tokens_per_s", "peak_mem_bytes") for line in data.splitlines()]
     return {"": data}
 
 
@@ -317,7 +310,7 @@ class Campaign:
         self.faults, self.losses, self.seconds = collections.Counter(), [], {}
         self.reference = f"{folder}/undisturbed"
         os.makedirs(self.reference)
-        os.symlink(warm().base, f"{self.reference}/base")
+        os.symlink(warm()[1], f"{self.reference}/base")
         earlier = STAGES["train"][0].replace("first", "base").replace("second", "first")
         for name, (command, *_) in STAGES.items():
             if name == "train":  # an earlier round, whose optimizer and metrics are carried on

@@ -10,15 +10,15 @@ each a reason.
 """
 import glob
 import importlib
-import json
 import os
 import re
 import sys
 import tempfile
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import score
+from conftest import read, stage, write
 from data.latex import boxes
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
@@ -51,15 +51,11 @@ def answer_of(text):
 def main(folder):
     labelled = [(where, answer_of(gold), answer_of(pred), right)
                 for where, gold, pred, right in cases(folder)]
+    rows = [{"id": str(i), "sample": 0, "task": "math", "answer": gold, "finish_reason": "stop",
+             "completion": f"\\boxed{{{pred}}}"} for i, (_, gold, pred, _) in enumerate(labelled)]
     with tempfile.TemporaryDirectory() as work:
-        with open(f"{work}/rollouts.jsonl", "w", encoding="utf-8") as file:
-            for i, (_, gold, pred, _) in enumerate(labelled):
-                row = {"id": str(i), "sample": 0, "task": "math", "answer": gold,
-                       "completion": f"\\boxed{{{pred}}}", "finish_reason": "stop"}
-                file.write(json.dumps(row) + "\n")
-        score.main(score.parse_args([f"{work}/rollouts.jsonl", "--out", f"{work}/scored.jsonl"]))
-        with open(f"{work}/scored.jsonl", encoding="utf-8") as file:
-            scored = [json.loads(line) for line in file]
+        stage(score, write(f"{work}/rows.jsonl", rows), "--out", f"{work}/scored.jsonl")
+        scored = read(f"{work}/scored.jsonl")
     differ = [(case, row) for case, row in zip(labelled, scored, strict=True)
               if case[3] != row["correct"]]
     for (where, gold, pred, right), row in differ:

@@ -115,14 +115,14 @@ class Loop(Mock):
     """The repository, in links, with the real stages and a tiny model, `base`."""
 
     def __init__(self, folder):
-        self.links, warm = SHARED, crash.warm()
+        self.links, (path, base) = SHARED, crash.warm()
         python = f'"{sys.executable}" -S -E'
         self.stages = (
             f'if [ "$1" = -m ]; then set -- "data/${{2#data.}}.py" "${{@:3}}"; fi\n'
             f'if [ "$1" = engine.py ]; then {python} "$@"\n'
-            f'else {python} "{crash.ROOT}/tests/ask.py" "{warm.path}" "$@"; fi\n')
+            f'else {python} "{crash.ROOT}/tests/ask.py" "{path}" "$@"; fi\n')
         super().__init__(folder)
-        (folder / "base").symlink_to(warm.base)
+        (folder / "base").symlink_to(base)
         self.model = ["--model", "base", *OWN]
 
 
