@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Loop the stages: sample, verify, update, R times; then evaluate on held-out problems.
-#   bash run.sh     # runs/demo-grpo (GRPO) beside runs/demo (DS-GRPO, rehearsal), a core each
+#   bash run.sh     # runs/GRPO beside runs/demo (DS-GRPO with rehearsal), a core each
 #   bash run.sh --name cd --model DIR --lr 1e-6 --max-new-tokens 999 --generate "--stop '</answer>'"
 #
 # Writes runs/NAME/, beside this script: settings; of each round (001/, 002/, ...) problems.jsonl,
@@ -64,8 +64,7 @@ one_round() {  # ROUND
   ((rehearse == 0)) || rehearsed=(--rehearse "$dir/rehearsal/scored.jsonl" --rehearse-coef "$coef")
   stage train.py --model "$before" --rollouts "$folder/scored.jsonl" --out "$folder/policy" \
     "${updating[@]}" "${rehearsed[@]}" > "$folder/means.txt"
-  printf '%3d  %s  %d s  %s\n' "$1" "$(head -n 1 "$folder/means.txt")" "$SECONDS" "$name" >&3
-  tail -n +2 "$folder/means.txt" >&3
+  printf '%3d  %s  %d s  %s\n' "$1" "$(cat "$folder/means.txt")" "$SECONDS" "$name" >&3
   prune "$1"
 }
 
@@ -217,11 +216,11 @@ check_flags() {
 }
 
 demonstration() {  # two runs side by side, then three curves
-  for run in "demo-grpo --method grpo" "demo --rehearse 1500"; do
+  for run in "GRPO --method grpo" "demo --rehearse 1000"; do
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} bash "$0" --name $run --rounds 5 --eval-problems 0 >&3 &
   done
   wait -n && wait -n || { wait; die "a run ended early, see above; the same command goes on"; }
-  main --name demo --rehearse 1500 --rounds 5 --against demo-grpo --eval-problems 100 --eval-n 256
+  main --name demo --rehearse 1000 --rounds 5 --against GRPO --eval-problems 80 --eval-n 256
 }
 
 main() {

@@ -584,7 +584,7 @@ class Metrics:
 
 
 def print_round(out, lines, n):
-    """The means over the updates of a round in one line; in a second one, what should be raised.
+    """The means over the updates of a round in one line; on stderr, what should be raised.
 
     lines: dicts of metrics.jsonl, of this round alone.
     """

@@ -45,7 +45,7 @@ score.py) seq 12 > "$out" ;;
    echo "$all" > "$out" ;;
 esac; fi
 case $stage in
-train.py) echo "Pass@1 0.041  entropy 1.234"; [ -z "$CUT" ] || echo "$out: raise the limit" ;;
+train.py) echo "Pass@1 0.041  entropy 1.234"; ;;
 evaluate.py) printf 'a table\\nPass@1 and Pass@4: base 0.1 and 0.2\\n' ;;
 esac
 """
@@ -211,9 +211,8 @@ def test_flags_and_problems_are_checked_by_the_stages_before_anything_is_made(lo
 
 def test_quoted_flags_are_split_as_by_a_shell_and_not_expanded(mock):
     text = "--stop '9 9' $HOME* \"it's\" \\' '\n\n' </answer> \"\\\\b \\\"\" --max-batch-tokens 100"
-    lines = mock.run(*QUICK, "--generate", text, CUT="1")
+    lines = mock.run(*QUICK, "--generate", text)
     assert re.fullmatch(r"  1  Pass@1 0.041  entropy 1.234  \d+ s  demo", lines[0])
-    assert lines[1].endswith("policy: raise the limit")  # whatever else train.py prints
     rollouts = (mock.folder / "runs/demo/001/rollouts.jsonl").read_text()
     assert "--stop 9 9 $HOME* it's ' \n\n </answer> \\b \" --max-batch-tokens 100\n" in rollouts
     settings = (mock.folder / "runs/demo/settings").read_text().splitlines()
@@ -339,12 +338,12 @@ def test_processes_are_started_by_torchrun_but_a_sampler_is_one(mock):
 
 def test_the_demonstration_runs_two_side_by_side_and_compares_them(mock):
     lines = mock.run()
-    assert sorted(line.split()[-1] for line in lines[:10]) == ["demo"] * 5 + ["demo-grpo"] * 5
+    assert sorted(line.split()[-1] for line in lines[:10]) == ["GRPO"] * 5 + ["demo"] * 5
     assert lines[10:] == ["a table", "Pass@1 and Pass@4: base 0.1 and 0.2"]
-    assert re.search(r"base.scored.jsonl runs/demo/eval/demo-grpo-005.scored.jsonl "
-                     r"runs/demo/eval/005.scored.jsonl --names base demo-grpo ds-grpo.rehearsal "
-                     r"--out runs/demo/eval/eval-005-demo-grpo.json", mock.calls("evaluate.py")[0])
-    assert any("--model runs/demo-grpo/005/policy" in call and "/demo/eval/" in call
+    assert re.search(r"base.scored.jsonl runs/demo/eval/GRPO-005.scored.jsonl "
+                     r"runs/demo/eval/005.scored.jsonl --names base GRPO ds-grpo.rehearsal "
+                     r"--out runs/demo/eval/eval-005-GRPO.json", mock.calls("evaluate.py")[0])
+    assert any("--model runs/GRPO/005/policy" in call and "/demo/eval/" in call
                for call in mock.calls("generate.py"))
 
 
@@ -408,9 +407,9 @@ def test_a_sampler_whose_log_probs_are_shifted_trains_as_without_it(loop):
 def test_the_demonstration_learns(loop):
     loop.model = ()  # without any flag
     lines = loop.run()
-    with open(loop.folder / "runs/demo/eval/eval-005-demo-grpo.json") as file:
+    with open(loop.folder / "runs/demo/eval/eval-005-GRPO.json") as file:
         runs = json.load(file)["runs"]
-    assert [run["name"] for run in runs] == ["base", "demo-grpo", "ds-grpo+rehearsal"]
+    assert [run["name"] for run in runs] == ["base", "GRPO", "ds-grpo+rehearsal"]
     base, *trained = [run["pass_at_k"]["1"]["value"] for run in runs]
     assert min(trained) > base + 0.015  # of this seed
     base, grpo, recipe = [run["pass_at_k"]["256"]["value"] for run in runs]
