@@ -27,9 +27,8 @@ How it works, in the order of the code:
      get copies of it (--attention); finished rows are dropped;
   3. prompts become token ids (`encode`); end-of-text ids and --stop end a completion;
   4. all (problem, sample), sorted by prompt length, are cut into chunks of at most
-     --max-batch-tokens, each of which becomes a file in OUT.partial/ (data/chunks.py): a restart
-     loses one at most; of W ranks, which share nothing but the file system, rank r takes the
-     chunks r, r + W, ...; rank 0 merges them in the problems' order.
+     --max-batch-tokens (data/chunks.py), of which a restart loses one at most; rank r of W takes
+     the chunks r, r + W, ...; rank 0 merges them in the problems' order.
 """
 import argparse
 import hashlib
@@ -125,8 +124,7 @@ from data.models import (OF_TRAINING, check_model, device_and_dtype, example_cha
                          load_errors, load_model, load_tokenizer, positions_of,
                          reference_tokenizer, source_of, special_tokens)
 
-# By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
-# installed.
+# By its own folder: `kernels` is also a package of Hugging Face, and both may be installed.
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
 from shared_prompt import (attention_of, check_sampler, choose_attention, pad_left,
                            shared_attention, spread, with_cache)

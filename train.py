@@ -214,8 +214,7 @@ from data.models import (OF_TRAINING, autocast, check_model, device_and_dtype, e
 from data.rollouts import (check_ids, draw_answers, load_answers, load_rollouts, plan_update,
                            sampling_of, write_rollouts)
 
-# By its own folder, not as `kernels.`: that name is also a package of Hugging Face, and both may be
-# installed.
+# By its own folder: `kernels` is also a package of Hugging Face, and both may be installed.
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
 from fused_linear_entropy import choose_backend, fused_linear_entropy
 from shared_prompt import attention_of, repeated_hidden, shared_hidden, shares_prompts
