@@ -6,10 +6,9 @@ different in the end.
 """
 import itertools
 import os
+import pathlib
 import re
-import shutil
 import signal
-import tempfile
 import types
 from unittest import mock
 
@@ -25,16 +24,8 @@ from data import files
 
 # ---- Faults --------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def whole_campaign():
-    folder = tempfile.mkdtemp(prefix="campaign-")
-    yield crash.Campaign(folder, seed=1)
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def campaign(whole_campaign):
-    whole_campaign.losses.clear()
-    return whole_campaign
+def campaign(tmp_path_factory):
+    return crash.Campaign(str(tmp_path_factory.mktemp("campaign")), seed=1)
 
 
 @pytest.mark.parametrize("name, kind", [
@@ -42,6 +33,7 @@ def campaign(whole_campaign):
     if (kind != "torn" or torn) and (kind != "disk" or name in ("generate", "train"))])
 def test_faults_lose_nothing(campaign, name, kind):
     """Of the steps towards the disk every one of score.py, every ninth elsewhere."""
+    campaign.losses.clear()
     steps = (0, 1) if name == "score" else (list(crash.STAGES).index(name), 9)
     campaign.disturb(name, kind, itertools.count(*steps), {"instant": 2, "disk": 3}.get(kind, 1))
     least = 10 if steps[1] == 1 and kind in ("kill", "power", "full") else 1
@@ -54,11 +46,9 @@ def test_the_campaign_sees_a_loss(campaign):
     folder = campaign.fresh("score")
     assert campaign.differing("score", folder, whole=False) == []
     assert campaign.start("score", folder).wait() == 0
-    with open(os.path.join(folder, "scored.jsonl.partial"), "w"):
-        pass
+    pathlib.Path(folder, "scored.jsonl.partial").touch()
     assert campaign.differing("score", folder, whole=True) == ["scored.jsonl.partial"]
-    with open(os.path.join(folder, "scored.jsonl"), "a") as file:
-        file.write("\n")
+    pathlib.Path(folder, "scored.jsonl").write_text("\n")
     assert campaign.differing("score", folder, whole=False) == ["scored.jsonl"]
     child = campaign.start("score", campaign.fresh("score"), kind="kill", at=0)
     assert child.wait() == -signal.SIGKILL

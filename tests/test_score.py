@@ -204,9 +204,6 @@ def test_a_gold_that_cannot_be_used_is_an_error(tmp_path, capsys, field, value):
     (["1, 2"], ["1", "2"]), ("３，4", ["3", "4"])])
 def test_golds_of_every_type(answer, golds):
     assert [gold for gold, *_ in maths.gold_of(maths.Row("m", 0, "", "stop", answer))] == golds
-
-
-def test_units_and_errors_of_golds():
     row = maths.Row("m", 0, "", "stop", ["a", 2], r"\text{ meters}", ["1e-1", None])
     assert maths.gold_of(row) == [("a", "m", 0.1), ("2", "m", None)]
 
@@ -394,15 +391,15 @@ def test_rows_pass_in_order_and_other_fields_untouched(tmp_path):
 
 def test_what_is_shown_cannot_speak_to_the_terminal(tmp_path, capsys):
     """And the histogram has every reason."""
-    completions = ["\x1b]0;x\x07\u202e<answer>1+2</answer>", "", "?", "1+1", "2-1"]
-    rows = [row(id="\x1b[2J", sample=i, completion=text) for i, text in enumerate(completions)]
+    texts = ["\x1b]0;x\x07\u202e<answer>1+2</answer>", "", "?", "1+1", "2-1"]
+    rows = [row(id="\x1b[2J", sample=i, completion=text) for i, text in enumerate(texts)]
     rows.append(row(id="\x1b[2J", sample=5, finish_reason="length"))
     run(write(tmp_path / "r.jsonl", rows), tmp_path / "s.jsonl", "--show", "2")
     out = capsys.readouterr().out
     assert "6 rows, 16.7% correct" in out and out.count("sample ") == 2 and "'1+2'" in out
     assert out.replace("\n", "").isprintable()
-    counts = {line.split()[0]: int(line.split()[1])
-              for line in out.splitlines()[-len(score.REASONS):]}
+    last = [line.split()[:2] for line in out.splitlines()[-len(score.REASONS):]]
+    counts = {reason: int(count) for reason, count in last}
     assert counts == {**dict.fromkeys(score.REASONS, 1), "timeout": 0}
     assert meta_of(tmp_path / "s.jsonl")["reasons"] == counts
 
