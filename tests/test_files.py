@@ -198,12 +198,12 @@ def test_one_run_at_a_time(tmp_path, capsys, claim, monkeypatch, kind, folder):
 
 def test_partial_renamed_under_the_lock_is_not_claimed(tmp_path, capsys, claim, monkeypatch):
     """The first run finishes between the second one's look for the output and its lock: nothing is
-    made twice."""
+    made twice, not even if the output was moved away at once."""
     out, flock, exists = str(tmp_path / "o"), fcntl.flock, os.path.exists
     make(tmp_path / "o.partial", "done")
 
     def finished_meanwhile(*args):
-        os.replace(out + ".partial", out)
+        os.replace(out + ".partial", out + ".moved")
         flock(*args)
 
     with monkeypatch.context() as patch:
