@@ -13,8 +13,7 @@ compared runs has, and the other has passed, is left out. Two paths of one seed 
     at equal Pass@1   at the largest Pass@1 that both reach, linear between checkpoints,
     by their gap      the area between them from the base to there, divided by the Pass@1 covered:
                       the mean difference of the measure at equal Pass@1,
-    at equal rounds   at the last checkpoint that both have, whatever their Pass@1 (beside
-                      grpo-longer: at the last one of each), or at every checkpoint.
+    at equal rounds   at every checkpoint that both have, whatever their Pass@1.
 
 Figures are means over seeds with 95 % Student t intervals over seeds. Differences are paired by
 seed; in brackets behind them stands the share of seeds with that sign.
@@ -54,10 +53,8 @@ LABELS = {
 LINES = {"grpo": ("#D55E00", 0), "grpo/2": ("#E69F00", 0), "ds-token": ("#0072B2", 0),
          "rehearsal": ("#7F7F7F", 14), "grpo-rehearsal": ("#009E73", 0)}
 TITLES = {"weak-base": "weak base", "strong-base": "strong base", "pre-trained": "SmolLM2-135M"}
-REFERENCES = ("grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal")
-# Arms whose differences are followed from checkpoint to checkpoint; None: all.
-FOLLOWED = {"base": None, "grpo": ("ds-token", "entropy-bonus"), "rehearsal": ("grpo-rehearsal",),
-            "grpo-rehearsal": ("ds-rehearsal", "ds-entropy-rehearsal")}
+REFERENCES = ("base", "grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal",
+              "grpo-rehearsal")
 # The summary's pairs, a first arm minus a second (/2: at the second learning rate): by the gap in
 # Pass@k at the largest k, by the round at three k, and rehearsal's two weightings.
 ALONG = (
@@ -217,42 +214,24 @@ def at_round(pairs, number, other, measure):
     return [a[number][measure] - b[at][measure] for a, b in pairs if number in a and at in b]
 
 
-def ends(arms, one, other):
-    """The checkpoints of two runs that are compared; arms: both names."""
-    if "grpo-longer" in arms:
-        return one[max(one)], other[max(other)]
-    common = max(one.keys() & other.keys())
-    return one[common], other[common]
-
-
 def paired(runs, others):
     """[(points, points of the other)] of the seeds that both have."""
     return [(runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())]
 
 
-def pairs_of(runs_of, reference):
-    """{(arm, lr): [its points and the reference's, a pair a seed that both have]}.
-
-    A reference at the best learning rate is compared with all arms, one at the second best with
-    those at that rate."""
-    best, pairs = best_rate(runs_of), {}
-    for key, runs in runs_of.items():
-        both = paired(runs, runs_of[reference])
-        at_its_rate = reference[1] in (best, key[1]) or reference[0] == "base"
-        if both and at_its_rate and key not in (reference, ("base", "0")):
-            pairs[key] = both
-    return pairs
-
-
 # ---- Tables ------------------------------------------------------------------------------------
-def row_of(*cells):
-    print("| " + " | ".join(map(str, cells)) + " |")
+def table(head, rows):
+    """Print rows of cells under a head, in Markdown; nothing without a row."""
+    if rows:
+        print()
+        for cells in (head, *rows):
+            print("| " + " | ".join(map(str, cells)) + " |")
+            if cells is head:
+                print("|" + "---|" * len(head))
 
 
-def header(*cells):
-    print()
-    row_of(*cells)
-    print("|" + "---|" * len(cells))
+def signed(cells):
+    return [text_of(cell, signed=True) if cell else "" for cell in cells]
 
 
 def name_of(arm, lr):
@@ -267,97 +246,66 @@ def title_of(regime, split):
 
 def end_points(runs_of):
     """Every arm at its last checkpoint."""
-    ks = ("1", "4", "16", "64", large(runs_of))
-    header("arm", "seeds", "round", *(f"Pass@{k}" for k in ks), "coverage", "distinct",
-           "updates, s")
+    measures, rows = ("1", "4", "16", "64", large(runs_of), "coverage", "distinct"), []
     for (arm, lr), runs in runs_of.items():
         last = [points[max(points)] for points in runs.values()]
-        cells = [text_of([point[measure] for point in last])
-                 for measure in (*ks, "coverage", "distinct")]
-        rounds = max(max(points) for points in runs.values())
-        row_of(name_of(arm, lr), len(runs), rounds, *cells,
-               f"{np.mean([point['train_s'] for point in last]):.0f}")
+        rows.append([name_of(arm, lr), len(runs), max(map(max, runs.values())),
+                     *(text_of([point[measure] for point in last]) for measure in measures),
+                     f"{np.mean([point['train_s'] for point in last]):.0f}"])
+    table(["arm", "seeds", "round", *(f"Pass@{k}" for k in measures[:5]), *measures[5:],
+           "updates, s"], rows)
 
 
 def differences(runs_of, reference):
-    """Every arm minus a reference, (arm, lr): at equal rounds, then at equal Pass@1."""
-    pairs = pairs_of(runs_of, reference)
-    if not pairs:
-        return
-    minus, top = f"minus {name_of(*reference)}", large(runs_of)
-    measures = ("1", "4", "16", "64", top, "coverage")
-    rounds = "last" if reference[0] == "grpo-longer" else "equal"
-    header(f"{minus}, {rounds} rounds", *(f"Pass@{k}" for k in measures[:5]), "coverage")
+    """The arms minus a reference, (arm, lr): at equal rounds, then at equal Pass@1.
+
+    A reference at the best learning rate is compared with all arms, one at the second best with
+    those at that rate."""
+    top, rates = large(runs_of), {"0", best_rate(runs_of)}
+    pairs = {key: paired(runs, runs_of[reference]) for key, runs in runs_of.items()
+             if key not in (reference, ("base", "0")) and reference[1] in {*rates, key[1]}}
+    measures, rows = ("1", "4", "16", "64", top, "coverage"), []
     for key, both in pairs.items():
-        points = [ends((key[0], reference[0]), a, b) for a, b in both]
-        cells = [[a[measure] - b[measure] for a, b in points] for measure in measures]
-        row_of(name_of(*key), *(text_of(cell, signed=True) for cell in cells))
-    measures = (top, "64", "16", "coverage")
-    header(f"{minus}, equal Pass@1", "at Pass@1", *(f"Pass@{k}" for k in measures[:3]),
-           "coverage", f"gap in Pass@{top}", "gap in Pass@64")
+        for number in sorted({number for points, _ in both for number in points if number}):
+            cells = [at_round(both, number, reference[0], measure) for measure in measures]
+            if any(cells):
+                rows.append([name_of(*key), number, *signed(cells)])
+    minus = f"minus {name_of(*reference)}"
+    table([f"{minus}, equal rounds", "round", *(f"Pass@{k}" for k in measures[:5]), "coverage"],
+          rows)
+    measures, rows = (top, "64", "16", "coverage"), []
     for key, both in pairs.items():
-        if {key[0], reference[0]} == {"grpo", "grpo-longer"}:
-            continue  # one path
         paths = {measure: paths_of(both, measure) for measure in measures}
         cells = [[at_equal(*pair) for pair in paths[measure]] for measure in measures]
         cells += [[gap(*pair) for pair in paths[measure]] for measure in (top, "64")]
-        row_of(name_of(*key), text_of([shared(*pair) for pair in paths[top]]),
-               *(text_of(cell, signed=True) for cell in cells))
-
-
-def along(runs_of, reference, arms):
-    """These arms, at its learning rate, or all (None) minus a reference, (arm, lr), at every
-    checkpoint that both have; of the base there is one."""
-    ks = [str(2 ** power) for power in (0, 2, 4, 5, 6, 7, 8) if 2 ** power <= int(large(runs_of))]
-    pairs = {key: both for key, both in pairs_of(runs_of, reference).items()
-             if arms is None or key[0] in arms and key[1] == reference[1]}
-    if pairs:
-        header(f"minus {name_of(*reference)}", "round", *(f"Pass@{k}" for k in ks), "coverage")
-    for key, both in pairs.items():
-        rounds = set.intersection(*(set(points) for points, _ in both)) - {0}
-        if reference[0] != "base":
-            rounds = rounds.intersection(*(set(points) for _, points in both))
-        for number in sorted(rounds):
-            cells = [at_round(both, number, reference[0], k) for k in (*ks, "coverage")]
-            row_of(name_of(*key), number, *(text_of(cell, signed=True) for cell in cells))
+        if both and reference[0] != "base":  # the base is where all paths begin
+            rows.append([name_of(*key), text_of([shared(*pair) for pair in paths[top]]),
+                         *signed(cells)])
+    table([f"{minus}, equal Pass@1", "at Pass@1", *(f"Pass@{k}" for k in measures[:3]),
+           "coverage", f"gap in Pass@{top}", "gap in Pass@64"], rows)
 
 
 def summary(panels):
     """The pairs ALONG, BY_ROUND and WEIGHTINGS, a column a panel; empty where not measured."""
-    def row(one, other, *more, figures):
-        cells = [figures(paired(runs_at(runs_of, one), runs_at(runs_of, other)), large(runs_of))
-                 for runs_of in panels.values()]
-        minus = " minus ".join(LABELS.get(arm, arm) for arm in (one, other))
-        texts = (text_of(cell, signed=True) if cell else "" for cell in cells)
-        return [minus, *more, *texts] if any(cells) else None
-
-    def table(first, rows):
-        rows = list(filter(None, rows))
-        if rows:
-            header(*first, *itertools.starmap(title_of, panels))
-        for cells in rows:
-            row_of(*cells)
-
-    table(["gap in Pass@k at the largest k"], [
-        row(*pair, figures=lambda pairs, top: [gap(*both) for both in paths_of(pairs, top)])
-        for pair in ALONG])
-    tables = [(number, BY_ROUND, ("1", "64", "largest")) for number in (5, 10, 20)]
-    tables += [(number, WEIGHTINGS, ("1", "16", "64", "largest", "entropy", "distinct"))
-               for number in (5, 10)]
-    for number, pairs, measures in tables:
-        table([f"after {number} rounds", "k"], [
-            row(one, other, k, figures=lambda pairs, top: at_round(
-                pairs, number, other, top if k == "largest" else k))
-            for (one, other), k in itertools.product(pairs, measures)])
-
-
-def tables_of(runs_of):
-    """A regime's tables: all arms, their differences to REFERENCES, those that are FOLLOWED."""
-    end_points(runs_of)
-    for reference in [key for key in runs_of if key[0] in REFERENCES]:
-        differences(runs_of, reference)
-    for reference in [key for key in runs_of if key[0] in FOLLOWED]:
-        along(runs_of, reference, FOLLOWED[reference[0]])
+    tables = [(["gap in Pass@k at the largest k"], ALONG, [(None, "largest")])]
+    for pairs, numbers, measures in (
+            (BY_ROUND, (5, 10, 20), ("1", "64", "largest")),
+            (WEIGHTINGS, (5, 10), ("1", "16", "64", "largest", "entropy", "distinct"))):
+        tables += [([f"after {number} rounds", "k"], pairs, [(number, k) for k in measures])
+                   for number in numbers]
+    for head, pairs, points in tables:
+        rows = []
+        for (one, other), (number, k) in itertools.product(pairs, points):
+            cells = []
+            for runs_of in panels.values():
+                both = paired(runs_at(runs_of, one), runs_at(runs_of, other))
+                measure = large(runs_of) if k == "largest" else k
+                cells.append(at_round(both, number, other, measure) if number else
+                             [gap(*paths) for paths in paths_of(both, measure)])
+            if any(cells):
+                minus = " minus ".join(LABELS.get(arm, arm) for arm in (one, other))
+                rows.append([minus, *[k] * bool(number), *signed(cells)])
+        table([*head, *itertools.starmap(title_of, panels)], rows)
 
 
 # ---- The figure --------------------------------------------------------------------------------
@@ -413,7 +361,9 @@ def main(argv=None):
         summary(panels)
         for panel, runs_of in panels.items():
             print(f"\n## {title_of(*panel)}")
-            tables_of(runs_of)
+            end_points(runs_of)
+            for reference in [key for key in runs_of if key[0] in REFERENCES]:
+                differences(runs_of, reference)
         return
     with open(f"{args.folder}/frontier.md", "w") as file, contextlib.redirect_stdout(file):
         print(TITLE)
