@@ -20,23 +20,17 @@ memory. Peak MiB is what an arm holds at most, its model included, beyond what w
 import argparse
 import collections
 import contextlib
-import ctypes
 import functools
 import io
 import itertools
 import json
 import os
 import random
-import re
-import resource
 import statistics
 import sys
 import tempfile
-import time
 from unittest import mock
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-EMBEDDED = os.path.join(ROOT, "data", "tiny-countdown")
 PARTS = ("generate", "score", "update", "evaluate")
 
 
@@ -77,60 +71,16 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import evaluate
 import generate
 import score
 import train
 from data import countdown, files, make_tiny, models
+from experiments.suite import ROOT, Meter
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
-class Meter:
-    """Seconds and peak memory of a `with` block: .seconds, .peak."""
-
-    def __init__(self, device):
-        self.cuda, self.left_out = device == "cuda", 0.0
-
-    def now(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-
-    def memory(self, peak):
-        """Bytes held now, or the most since __enter__."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-        with open("/proc/self/status", encoding="utf-8") as file:
-            field = "VmHWM" if peak else "VmRSS"
-            return 1024 * int(re.search(rf"{field}:\s+(\d+)", file.read())[1])
-
-    def __enter__(self):
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # freed memory must not hide what is needed next
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # resets VmHWM
-        self.held, self.began = self.memory(peak=False), self.now()
-        return self
-
-    def __exit__(self, *_):
-        self.seconds = self.now() - self.began - self.left_out
-        self.peak = self.memory(peak=True) - self.held
-
-    def untimed(self, function):
-        """The same function, its time left out."""
-        def call(*args, **flags):
-            start = self.now()
-            try:
-                return function(*args, **flags)
-            finally:
-                self.left_out += self.now() - start
-        return call
-
-
 LEFT_OUT = [models.load_model, models.load_tokenizer, models.save_round, files.describe]
 
 
@@ -191,7 +141,7 @@ class Bench:
 # ---- Models and rows -----------------------------------------------------------------------------
 def make_folder(bench, size):
     """A model folder, its tokenizer and a prompt file of this size."""
-    folder = EMBEDDED
+    folder = f"{ROOT}/data/tiny-countdown"
     if size.shape:
         folder = bench.fresh("model")
         torch.manual_seed(0)

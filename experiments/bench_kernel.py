@@ -20,10 +20,8 @@ hidden) and the head's weight (vocab, hidden). The columns:
                          entropy; of the gradient by the logits or hidden states
 """
 import argparse
-import ctypes
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -51,8 +49,9 @@ import torch
 import torch.nn.functional as F
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.join(ROOT, "kernels"))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "kernels")]
 import fused_entropy as kernel
+from experiments.suite import Meter
 from fused_linear_entropy import fused_linear_entropy
 
 GPU = torch.cuda.is_available()
@@ -121,36 +120,13 @@ def milliseconds(function):
     return 1e3 * (time.thread_time() - start)
 
 
-class Memory:
-    """Peak MiB since it was made: PyTorch's on a GPU, the process's (Linux) on a CPU."""
-
-    def __init__(self):
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated() / 2**20
-            return
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # sets the peak back to the present
-        self.start = self.resident("VmRSS")
-
-    def resident(self, field):
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
-
-    def peak(self):
-        now = torch.cuda.max_memory_allocated() / 2**20 if GPU else self.resident("VmHWM")
-        return now - self.start
-
-
-def both_passes(function, leaves, y, upstream, memory=None):
-    """Results, gradients of the leaves, and the peaks of memory after each pass."""
+def both_passes(function, leaves, y, upstream, between=lambda: None):
+    """Results, gradients of the leaves, and what `between` returns between both passes."""
     results = function(*leaves, y)
-    peaks = [memory.peak()] if memory else []
+    found = between()
     upstream = [torch.ones_like(one) if one.dim() == 0 else up.to(one.dtype)
                 for one, up in zip(results, upstream)]
-    gradients = torch.autograd.grad(results, leaves, upstream)
-    return results, gradients, peaks + [memory.peak()] if memory else []
+    return results, torch.autograd.grad(results, leaves, upstream), found
 
 
 def errors(form, inputs, y, upstream, results, gradients):
@@ -198,9 +174,12 @@ def measure(form, shape, rounds, compiled):
         try:
             for _ in range(2):  # the first one compiles and fills caches
                 leaves = [one.clone().requires_grad_() for one in inputs]
-                results, gradients, peaks = both_passes(function, leaves, y, upstream, Memory())
+                with Meter(DEVICE) as meter:
+                    results, gradients, forward = both_passes(function, leaves, y, upstream,
+                                                              meter.so_far)
             error = errors(form, inputs, y, upstream, results, gradients)
-            found[name] = {"mib": [round(one) for one in peaks], "error": error}
+            mib = [round(peak / 2**20) for peak in (forward, meter.peak)]
+            found[name] = {"mib": mib, "error": error}
             usable[name], times[name] = function, []
         except torch.OutOfMemoryError:
             found[name] = "out of memory"
@@ -241,14 +220,6 @@ def table(form, found):
                f"{one['of_copy']:.0%} | {one['mib'][0]}, {one['mib'][1]} | {error} |")
 
 
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(one) for one in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 def main(args):
     torch.set_num_threads(1)
     logits = [(8192, 151936)] if GPU else [(512, 151936), (2048, 32000)]
@@ -264,11 +235,11 @@ def main(args):
             found = measure(form, shape, args.rounds, not args.no_compile)
             name = f"{form} {'x'.join(map(str, shape))}"
             print(f"\n{name}\n", *table(form, found), sep="\n", flush=True)
-            report[name] = rounded(found)
+            report[name] = json.loads(json.dumps(found),  # rounded
+                                      parse_float=lambda text: float(f"{float(text):.4g}"))
             if args.out:
-                text = re.sub(r"(?<=[\[,])\s+(?=[-\d])|\s+(?=\])", "", json.dumps(report, indent=1))
                 with open(args.out, "w", encoding="utf-8") as file:
-                    file.write(text + "\n")  # lists of numbers on one line
+                    print(json.dumps(report, indent=1), file=file)
 
 
 if __name__ == "__main__":

@@ -107,15 +107,19 @@ CANDIDATES = {
     "rs": [f"--method experiments/arms.py:rs --arm beta={beta}" for beta in (2, 4, 8)],
     "ucpo": [f"--method experiments/arms.py:ucpo --arm tau={tau}" for tau in (0.1, 0.2, 0.4)],
 }
-# The arms that are made of what was chosen for others.
-PARTS = {"ds-positive": ("ds-token",), "ds-negative": ("ds-token",), "grpo-longer": ("grpo",),
-         "rehearsal": ("grpo-rehearsal",), "ds-rehearsal": ("ds-token", "grpo-rehearsal"),
-         "ds-entropy-rehearsal": ("ds-entropy", "grpo-rehearsal"),
-         "grpo-rehearsal-longer": ("grpo-rehearsal",)}
-LATER = ", from round 11 on --rehearse-coef 0.3"  # of grpo-rehearsal-longer
+# The arms that are made of what was chosen for others, and what is added; of a flag given twice
+# train.py takes the last.
+ALONE, BY_SAMPLES = "--method experiments/arms.py:nothing", "--rehearse-weight samples"
+PARTS = {"ds-positive": ["ds-token", "--gamma-n 0"], "ds-negative": ["ds-token", "--gamma-p 0"],
+         "grpo-longer": ["grpo"], "rehearsal": ["grpo-rehearsal", ALONE],
+         "ds-rehearsal": ["grpo-rehearsal", "ds-token"],
+         "ds-entropy-rehearsal": ["grpo-rehearsal", "ds-entropy"],
+         "grpo-rehearsal-longer": ["grpo-rehearsal", "from round 11 on --rehearse-coef 0.3"],
+         "rehearsal-samples": ["grpo-rehearsal", ALONE, BY_SAMPLES],
+         "grpo-rehearsal-samples": ["grpo-rehearsal", BY_SAMPLES]}
 SAMPLES = ("rehearsal-samples", "grpo-rehearsal-samples")
 EVEN = tuple(f"{arm}-even" for arm in ("rehearsal", "grpo-rehearsal", "ds-rehearsal"))
-ARMS = (*CANDIDATES, *PARTS, *SAMPLES, *EVEN)
+ARMS = (*CANDIDATES, *PARTS, *EVEN)
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo", "maxrl", "rs", "ucpo")
 FINALISTS = ()
@@ -190,25 +194,19 @@ def rehearsal_of(label, device):
     """The base's own scored rollouts on training problems: a file, which a seed's arms share."""
     even = label.arm.endswith("-even")
     stem = f"runs/frontier/rehearsal{'-even' * even}-{label.regime}-{label.seed}"
-    path = f"{stem}.scored.jsonl"
     with open(f"{stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first one samples, those beside it wait
-        if not os.path.exists(path):
+        if not os.path.exists(f"{stem}.scored.jsonl"):
             base, sampling = MODELS[label.regime], f"{SAMPLING} {DEVICES[device][0]}"
-            seed, (_, n) = label.seed * 100_000, REHEARSED[label.regime]
+            (problems, n), seed = REHEARSED[label.regime], label.seed * 100_000
             if even:
                 sampled(stem, base, draw_of(label, 0), f"--n {2 * n} {sampling} --seed {seed}")
             else:
-                sample_twice(stem, base, draw_of(label, 0), n, sampling, seed)
-    return path
+                sample_twice(stem, base, draw_of(label, 0), problems, n, sampling, seed)
+    return f"{stem}.scored.jsonl"
 
 
-def lines_of(path):
-    with open(path, "rb") as file:
-        return sum(1 for _ in file)
-
-
-def sample_twice(stem, base, draw, n, sampling, seed):
+def sample_twice(stem, base, draw, problems, n, sampling, seed):
     """n samples of each problem, then as many in all of those with at most one right answer:
     STEM.scored.jsonl."""
     once, hard = f"{stem}-once", f"{stem}-hard"
@@ -216,7 +214,8 @@ def sample_twice(stem, base, draw, n, sampling, seed):
     parts = [verified(once, base, f"--n {n} {sampling} --seed {seed}")]
     stage("data.select", f"--prompts {once}.prompts.jsonl --out {hard}.prompts.jsonl "
                          f"--scored {parts[0]} --at-most 1")
-    problems, few = (lines_of(f"{part}.prompts.jsonl") for part in (once, hard))
+    with open(f"{hard}.prompts.jsonl") as file:
+        few = sum(1 for _ in file)
     if few:
         again = f"--n {n * problems // few} {sampling} --seed {seed + 99_999}"
         parts.append(verified(hard, base, again))
@@ -229,9 +228,9 @@ def sample_twice(stem, base, draw, n, sampling, seed):
 
 
 def flags_of(setting, number):
-    """train.py's flags in a round: of a setting 'FLAGS, from round N on MORE' FLAGS before round N,
-    then FLAGS MORE; of a flag given twice train.py takes the last."""
-    flags, first, more = re.fullmatch(r"(.*?)(?:, from round (\d+) on (.*))?", setting).groups()
+    """train.py's flags in a round: of a setting 'FLAGS from round N on MORE' FLAGS before round N,
+    then FLAGS MORE."""
+    flags, first, more = re.fullmatch(r"(.*?)(?: from round (\d+) on (.*))?", setting).groups()
     return f"{flags} {more}" if first and number >= int(first) else flags
 
 
@@ -309,33 +308,23 @@ def chosen(folder, regime, arm):
     """The setting of an arm with candidates."""
     if len(CANDIDATES[arm]) == 1:
         return CANDIDATES[arm][0]
-    best = rates_of(folder, tuned_base(regime, arm))[0]
-    grpo, table = (tuning_table(folder, tuned_base(regime, arm), one) for one in ("grpo", arm))
+    base = tuned_base(regime, arm)
+    best = rates_of(folder, base)[0]
+    grpo, table = (tuning_table(folder, base, one) for one in ("grpo", arm))
     return elect({setting: table[best, setting] for setting in CANDIDATES[arm]},
                  grpo[best, CANDIDATES["grpo"][0]]["1"])
 
 
 def parts_of(arm):
-    """The arms with candidates that an arm is made of."""
-    plain = arm.removesuffix("-even").removesuffix("-samples")
-    return PARTS.get(plain, (plain,))
+    """The arms with candidates that an arm is made of, and what is added."""
+    plain = arm.removesuffix("-even")
+    return PARTS.get(plain, [plain])
 
 
 def setting_of(folder, regime, arm):
     """The flags with which an arm is reported."""
-    if arm in SAMPLES:
-        return setting_of(folder, regime, arm.removesuffix("-samples")).replace(
-            "--rehearse-weight distinct", "--rehearse-weight samples")
-    parts = [chosen(folder, regime, part) for part in parts_of(arm)]
-    if arm == "ds-positive":
-        return re.sub(r"(--gamma-n) \S+", r"\1 0", parts[0])
-    if arm == "ds-negative":
-        return re.sub(r"(--gamma-p) \S+", r"\1 0", parts[0])
-    if arm in ("rehearsal", "rehearsal-even"):
-        return parts[0].replace("--method grpo", "--method experiments/arms.py:nothing")
-    if arm == "grpo-rehearsal-longer":
-        return parts[0] + LATER
-    return parts[0] + parts[1].removeprefix("--method grpo") if len(parts) > 1 else parts[0]
+    return " ".join(chosen(folder, regime, part) if part in CANDIDATES else part
+                    for part in parts_of(arm))
 
 
 def tuning_jobs(args, pairs):
@@ -363,18 +352,14 @@ def is_reported(regime, arm, rate):
     return regime in REGIMES.get(arm, MODELS)
 
 
-def seeds_of(regime, arm, rate):
-    """How many seeds an arm is reported with."""
-    return SEEDS.get((regime, rate), {}).get(arm, 3)
-
-
 def labels_of(args):
     """The chosen runs: three seeds of everything before the others, seed by seed."""
     labels = []
     for regime, arm, rate in itertools.product(args.regimes, args.arms, args.rates):
         if is_reported(regime, arm, rate):
             lr = "0" if arm == "base" else rates_of(args.tables, regime)[rate - 1]
-            for seed in args.seeds or range(1, seeds_of(regime, arm, rate) + 1):
+            seeds = SEEDS.get((regime, rate), {}).get(arm, 3)
+            for seed in args.seeds or range(1, seeds + 1):
                 labels.append((seed > 3, rate, seed, Label(regime, arm, lr, seed)))
     return [label for *_, label in sorted(labels, key=lambda entry: entry[:3])]
 
@@ -397,13 +382,12 @@ def reported_jobs(args):
     done = {(label_of(row), int(row["round"])) for row in read_csv(f"{args.tables}/results.csv")}
     jobs = []
     for label in labels_of(args):
-        if args.check or (label, rounds_of(args.tables, label)[-1]) not in done:
+        rounds = rounds_of(args.tables, label)
+        wanted = [number for number in rounds if number <= (args.until or number)]
+        if wanted and (args.check or (label, rounds[-1]) not in done):
             name = f"frontier/{'check-' * args.check}{'-'.join(map(str, label))}"
-            rounds = [number for number in rounds_of(args.tables, label)
-                      if number <= (args.until or number)]
             setting = setting_of(args.tables, label.regime, label.arm)
-            if rounds:
-                jobs.append((label, (name, label, setting, rounds, "test", 300, 256, args.device)))
+            jobs.append((label, (name, label, setting, wanted, "test", 300, 256, args.device)))
     if args.until and not jobs:
         sys.exit(f"none of these runs was measured up to round {args.until} (--until)")
     return jobs
@@ -449,8 +433,8 @@ def one_by_one(keep, folder, key, figures):
         os.close(handle)
 
 
-def compare(folder, label, figures):
-    """Print by how much a repeated run differs from results.csv, and return that."""
+def compare(differences, folder, label, figures):
+    """Print by how much a repeated run differs from results.csv, and add that to `differences`."""
     stored = {(int(row["round"]), row["split"], row["k"]): float(row["pass_at_k"])
               for row in read_csv(f"{folder}/results.csv") if label_of(row) == label}
     made_by = {row["commit"] for row in read_csv(f"{folder}/checkpoints.csv")
@@ -462,7 +446,7 @@ def compare(folder, label, figures):
                 for figure in figures for k, value in figure["pass_at_k"].items())
     print(f"{name}: " + (f"Pass@k differs by up to {worst:.4f} (this is commit {commit()}, the "
                          f"table's is {', '.join(made_by)})" if worst else "equal"))
-    return worst
+    differences.append(worst)
 
 
 def phase(args, name, one_run, jobs, keep):
@@ -478,20 +462,17 @@ def phase(args, name, one_run, jobs, keep):
 
 def main(args):
     os.makedirs(args.tables, exist_ok=True)
-    differences = []
-
-    def check(folder, label, figures):
-        differences.append(compare(folder, label, figures))
-
     reported = [(regime, arm) for regime, arm in itertools.product(args.regimes, args.arms)
                 if arm != "base" and is_reported(regime, arm, 1)]
     tuned = dict.fromkeys((tuned_base(regime, part), part) for regime, arm in reported
-                          for part in parts_of(arm) if len(CANDIDATES[part]) > 1)
+                          for part in parts_of(arm) if len(CANDIDATES.get(part, "")) > 1)
     bases = [tuned_base(regime) for regime, _ in reported] + [base for base, _ in tuned]
     rates = dict.fromkeys((base, "grpo") for base in bases)
     phase(args, "learning rate", one_run, tuning_jobs(args, rates), keep_tuning)
     phase(args, "tuning", one_run, tuning_jobs(args, tuned), keep_tuning)
-    phase(args, "reported", one_run, reported_jobs(args), check if args.check else keep_result)
+    differences = []
+    keep = functools.partial(compare, differences) if args.check else keep_result
+    phase(args, "reported", one_run, reported_jobs(args), keep)
     sys.exit(any(differences))
 
 

@@ -1,4 +1,5 @@
-"""What the experiments share: stages in one process, runs side by side, tables written whole.
+"""What the experiments share: stages in one process, runs side by side, tables written whole, time
+and memory of the benches.
 
 A run is a process of its own on one core, with a folder runs/NAME of its own. It imports the
 stages once and calls the main functions that run.sh calls as commands, with the same flags:
@@ -8,10 +9,13 @@ print stands in runs/NAME/log.txt.
 import concurrent.futures
 import contextlib
 import csv
+import ctypes
 import importlib
 import json
 import multiprocessing
 import os
+import re
+import resource
 import shlex
 import shutil
 import statistics
@@ -67,17 +71,6 @@ def discard(*paths):
         os.remove(path + ".meta.json")
 
 
-def last_round(folder):
-    """The number of the last finished round in a run's folder; 0 where there is none."""
-    rounds = [entry[6:] for entry in os.listdir(folder) if entry.startswith("round-")]
-    return max((int(number) for number in rounds if number.isdigit()), default=0)
-
-
-def model_of(folder, number, base):
-    """The model after so many rounds."""
-    return f"{folder}/round-{number:03d}" if number > 0 else base
-
-
 def verified(stem, model, sample):
     """Sample the problems of STEM.prompts.jsonl and score them: STEM.scored.jsonl, its path.
     sample: flags of generate.py."""
@@ -102,20 +95,15 @@ def sampled(stem, model, draw, sample):
     return f"{stem}.scored.jsonl"
 
 
-def evaluated(stem, model, draw, sample):
-    """The same, and evaluate.py: one run of eval.json (a dict)."""
-    scored, report = sampled(stem, model, draw, sample), f"{stem}.eval.json"
-    stage("evaluate", f"{scored} --out {report}")
-    with open(report) as file:
-        return json.load(file)["runs"][0]
-
-
 def measure(stem, model, number, split, draw, sample, **more):
-    """The figures of a checkpoint on one split, with `more`; they stay in STEM.figures.json, so
-    that a stopped run has them again."""
+    """The same, and evaluate.py: the figures of a checkpoint on one split, with `more`; they stay
+    in STEM.figures.json, so that a stopped run has them again."""
     path = f"{stem}.figures.json"
     if not os.path.exists(path):
-        report = evaluated(stem, model, draw, sample)
+        scored, output = sampled(stem, model, draw, sample), f"{stem}.eval.json"
+        stage("evaluate", f"{scored} --out {output}")
+        with open(output) as file:
+            report = json.load(file)["runs"][0]
         figures = {"round": number, "split": split, **more, "entropy": "", "train_s": 0,
                    "pass_at_k": {k: cell["value"] for k, cell in report["pass_at_k"].items()},
                    "coverage": report["solution_coverage"], "distinct": report["distinct"],
@@ -128,7 +116,7 @@ def measure(stem, model, number, split, draw, sample, **more):
         with open(path + ".partial", "w") as file:
             json.dump(figures, file)
         os.replace(path + ".partial", path)
-        discard(f"{stem}.scored.jsonl", f"{stem}.eval.json")
+        discard(scored, output)
     with open(path) as file:
         return json.load(file)
 
@@ -139,16 +127,66 @@ def follow(folder, base, checkpoints, train_round, measure_round):
 
     train_round(number, before, after): train the model folder `after` from `before`.
     measure_round(number, model): a list of figures."""
-    done, figures = last_round(folder), []
-    for number in range(checkpoints[-1] + 1):
-        before, model = (model_of(folder, r, base) for r in (number - 1, number))
+    rounds = range(1, checkpoints[-1] + 1)
+    models, figures = [base, *(f"{folder}/round-{number:03d}" for number in rounds)], []
+    done = max(number for number in (0, *rounds) if not number or os.path.exists(models[number]))
+    for number, model in enumerate(models):
         if number > done:
-            train_round(number, before, model)
+            train_round(number, models[number - 1], model)
         if number in checkpoints:
             figures += measure_round(number, model)
         if number > max(done, 1):
-            discard(before)
+            discard(models[number - 1])
     return figures
+
+
+class Meter:
+    """What a `with` block takes: .seconds, and .peak, the most bytes beyond those held before. On a
+    GPU wall time and PyTorch's memory, else CPU time and memory of the process (Linux)."""
+
+    def __init__(self, device):
+        import torch
+        self.cuda, self.left_out = torch.cuda if device == "cuda" else None, 0.0
+
+    def now(self):
+        if self.cuda:
+            self.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+    def memory(self, peak):
+        """Bytes held now, or the most since __enter__."""
+        if self.cuda:
+            return self.cuda.max_memory_allocated() if peak else self.cuda.memory_allocated()
+        with open("/proc/self/status", encoding="utf-8") as file:
+            field = "VmHWM" if peak else "VmRSS"
+            return 1024 * int(re.search(rf"{field}:\s+(\d+)", file.read())[1])
+
+    def __enter__(self):
+        if self.cuda:
+            self.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory must not hide what is needed next
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # resets VmHWM
+        self.held, self.began = self.memory(peak=False), self.now()
+        return self
+
+    def so_far(self):
+        return self.memory(peak=True) - self.held
+
+    def __exit__(self, *_):
+        self.seconds, self.peak = self.now() - self.began - self.left_out, self.so_far()
+
+    def untimed(self, function):
+        """The same function, its time left out."""
+        def call(*args, **flags):
+            start = self.now()
+            try:
+                return function(*args, **flags)
+            finally:
+                self.left_out += self.now() - start
+        return call
 
 
 # ---- Runs side by side -------------------------------------------------------------------------

@@ -3,23 +3,21 @@ by side (experiments/suite.py); the weak base is weak."""
 import collections
 import concurrent.futures
 import fcntl
-import glob
 import json
 import os
-import shutil
-import subprocess
 import sys
 import threading
 
 import pytest
 
+from conftest import read
 from experiments import frontier, suite
 
 KS = [2**power for power in range(9)]
 BEST = {"5e-5": 0.05, "1e-4": 0.09, "2e-4": 0.07}  # GRPO's Pass@1 in tuning, by learning rate
 DS = "--method ds-grpo --smooth-level token"
 REHEARSE = " --rehearse FILE --rehearse-weight distinct --rehearse-coef 1.0"
-NOTHING = "--method experiments/arms.py:nothing"
+TINY = os.path.join(suite.ROOT, "data", "tiny-countdown")
 
 
 def fake(name, label, setting, checkpoints, split, problems, n, device):
@@ -84,6 +82,12 @@ def study(tmp_path_factory):
     return tuning, dict(jobs)
 
 
+def flags(*settings):
+    """{flag: its last value}, as train.py takes them."""
+    words = " ".join(settings).split()
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
 def test_the_rule_chooses(study):
     tuning, reported = study
 
@@ -91,21 +95,27 @@ def test_the_rule_chooses(study):
         return reported[regime, arm, lr, 1][2]
 
     # Best mean of Pass@k of those that keep GRPO's Pass@1 less 0.01; 3.0 does for one of two seeds.
-    smoothed = f"{DS} --gamma-p 1.0 --gamma-n 0.03"
+    grpo, smoothed = "--method grpo", f"{DS} --gamma-p 1.0 --gamma-n 0.03"
+    rehearsed, nothing = grpo + REHEARSE, "--method experiments/arms.py:nothing"
+    samples = "--rehearse-weight samples"
     expected = {
-        "grpo": "--method grpo", "grpo-longer": "--method grpo", "ds-token": smoothed,
-        "ds-positive": f"{DS} --gamma-p 1.0 --gamma-n 0",
-        "ds-negative": f"{DS} --gamma-p 0 --gamma-n 0.03", "rehearsal": NOTHING + REHEARSE,
-        "grpo-rehearsal": "--method grpo" + REHEARSE, "ds-rehearsal": smoothed + REHEARSE,
-        "ds-entropy-rehearsal": setting("ds-entropy") + REHEARSE,
-        "grpo-rehearsal-samples": "--method grpo" + REHEARSE.replace("distinct", "samples")}
-    assert {arm: setting(arm) for arm in expected} == expected
+        "grpo": [grpo], "grpo-longer": [grpo], "ds-token": [smoothed],
+        "ds-positive": [smoothed, "--gamma-n 0"], "ds-negative": [smoothed, "--gamma-p 0"],
+        "rehearsal": [nothing, REHEARSE], "grpo-rehearsal": [rehearsed],
+        "ds-rehearsal": [smoothed, REHEARSE],
+        "ds-entropy-rehearsal": [setting("ds-entropy"), REHEARSE],
+        "rehearsal-samples": [nothing, REHEARSE, samples],
+        "grpo-rehearsal-samples": [rehearsed, samples]}
+    assert {arm: flags(setting(arm)) for arm in expected} == {
+        arm: flags(*parts) for arm, parts in expected.items()}
+    for arm in frontier.EVEN:
+        even, plain = (setting(one, "strong-base") for one in (arm, arm.removesuffix("-even")))
+        assert even == plain
     assert setting("base", lr="0") == "" and setting("ds-token", lr="2e-4") == smoothed
     assert setting("entropy-bonus") != "--method grpo --entropy-coef 0.03"
     later = setting("grpo-rehearsal-longer", "strong-base")
-    assert later == f"--method grpo{REHEARSE}, from round 11 on --rehearse-coef 0.3"
-    assert frontier.flags_of(later, 10) == "--method grpo" + REHEARSE
-    assert frontier.flags_of(later, 11) == f"--method grpo{REHEARSE} --rehearse-coef 0.3"
+    assert frontier.flags_of(later, 10) == rehearsed
+    assert frontier.flags_of(later, 11) == f"{rehearsed} --rehearse-coef 0.3"
     # Two seeds of the tune split that are never reported; fixed takes what the strong base has,
     # and neighbours are tuned on the weak base alone.
     assert {(run[1].seed, *run[4:]) for run in tuning} == {
@@ -153,15 +163,9 @@ def test_a_finalist_replaces_its_shorter_runs(runs, monkeypatch):
         assert len(points) == 8 * 4 and set(points.values()) == {times}
 
 
-def read(path):
-    with open(path) as file:
-        return [json.loads(line) for line in file]
-
-
 def test_half_of_what_is_rehearsed_is_of_hard_problems(tmp_path, monkeypatch):
     monkeypatch.setitem(frontier.REHEARSED, "strong-base", (8, 4))
-    model = os.path.join(suite.ROOT, "data/tiny-countdown")
-    monkeypatch.setitem(frontier.MODELS, "strong-base", model)
+    monkeypatch.setitem(frontier.MODELS, "strong-base", TINY)
     monkeypatch.chdir(tmp_path)
     os.makedirs("runs/frontier")
     label = frontier.Label("strong-base", "grpo-rehearsal", "1e-4", 3)
@@ -295,42 +299,28 @@ def test_the_weak_base_is_weak_and_says_how_it_was_made(tmp_path):
     assert made["commands"][-1].partition("  #")[0] in text
     assert ["tune_loss" in line for line in read(os.path.join(folder, "curve.jsonl"))] == [True]
     sample = "--n 32 --max-new-tokens 24 --seed 1 --device cpu"
-    report = suite.evaluated(str(tmp_path / "weak"), folder, "--n 40 --split test --seed 1", sample)
-    assert 0.005 < report["pass_at_k"]["1"]["value"] < 0.04
-
-
-CODE = """
-import json, sys
-from experiments import frontier
-frontier.REHEARSED["fixed"] = (192, 2)
-label = frontier.Label("fixed", "an arm", "1e-4", int(sys.argv[3]))
-for rounds in json.loads(sys.argv[2]):
-    figures = frontier.one_run(sys.argv[1], label, sys.argv[4], rounds, "test", 6, 4, "cpu")
-print(json.dumps(figures), file=sys.__stdout__)
-"""
+    figures = suite.measure(f"{tmp_path}/weak", folder, 0, "test", "--n 40 --split test --seed 1",
+                            sample)
+    assert 0.005 < figures["pass_at_k"]["1"] < 0.04
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_and_a_check_repeats_its_bits():
+def test_a_stopped_run_goes_on_and_a_check_repeats_its_bits(tmp_path, monkeypatch):
     """Two rounds and two evaluations at toy size, whole, and stopped after the first round; what is
     rehearsed is sampled once for both."""
-    seed, results = os.getpid(), []  # a file of rehearsed rows of its own
-    for i, rounds in enumerate(([[1, 2]], [[1], [1, 2]])):
-        name = f"frontier/test-{seed}-{i}"
-        command = [sys.executable, "-c", CODE, name, json.dumps(rounds), str(seed),
-                   "--method grpo" + REHEARSE]
-        try:
-            shown = subprocess.run(command, cwd=suite.ROOT, check=True, capture_output=True,
-                                   text=True).stdout
-        finally:
-            shutil.rmtree(os.path.join(suite.ROOT, "runs", name))
-        results.append([{key: value for key, value in figure.items() if key != "train_s"}
-                        for figure in json.loads(shown)])
-    stem = os.path.join(suite.ROOT, "runs", "frontier", f"rehearsal-fixed-{seed}")
-    rehearsed = glob.glob(f"{stem}*")
-    for path in rehearsed:
-        os.remove(path)
-    assert sorted(path.removeprefix(stem) for path in rehearsed) == [".lock", ".scored.jsonl"]
+    monkeypatch.setattr(suite, "ROOT", str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(frontier.MODELS, "fixed", TINY)
+    monkeypatch.setitem(frontier.REHEARSED, "fixed", (192, 2))
+    label, results = frontier.Label("fixed", "an arm", "1e-4", 3), []
+    for name, courses in (("whole", [[1, 2]]), ("stopped", [[1], [1, 2]])):
+        for rounds in courses:
+            figures = frontier.one_run(f"frontier/{name}", label, "--method grpo" + REHEARSE,
+                                       rounds, "test", 6, 4, "cpu")
+        results.append([{**figure, "train_s": 0} for figure in figures])
     assert results[0] == results[1]
     assert [(figure["round"], figure["split"]) for figure in results[0]] == [
         (1, "test"), (1, "train"), (2, "test"), (2, "train")]
+    assert sorted(os.listdir("runs/frontier")) == [
+        "rehearsal-fixed-3.lock", "rehearsal-fixed-3.scored.jsonl", "stopped", "whole"]
