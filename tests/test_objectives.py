@@ -1,18 +1,17 @@
 """Objectives from files: the eight lines of README.md, what a file may hold, what is refused; and
 the rivals of experiments/arms.py against their formulas in loops."""
 import itertools
-import json
 import math
-import os
+import pathlib
 
+import numpy as np
 import pytest
 
 import train
 from experiments import arms
-from test_train import (LENGTHS, RIVALS, VERDICTS, advantage, arguments, distance, fp64,  # noqa: F401
-                        load, make_rows, mean_of, model, refused, refused_again, run, sampled_means,
-                        scores_of, std_of, tokens_of, write)
-
+from test_train import (LENGTHS, RIVALS, VERDICTS, Oracle, advantage, arguments, distance,  # noqa: F401
+                        fp64, make_rows, mean_of, model, refused, rollouts, run, sampled_means,
+                        same_round, std_of, write)
 
 OWN = '''def concise(batch, penalty=0.1):
     """Dr. GRPO's advantage, of r - penalty * (length / the longest of the group)."""
@@ -23,58 +22,32 @@ OWN = '''def concise(batch, penalty=0.1):
 '''
 
 
-def surrogate(logp, old, adv):
-    return -(logp - old).exp() * adv
-
-
-def gradient_of(model, rows, advantages_of, loss_of=surrogate):
-    """The gradient of one update of an objective in plain loops, as Round.gradient holds it."""
-    policy, groups, total = load(model), {}, 0
-    for row in rows:
-        groups.setdefault(row["id"], []).append(row)
-    for group in groups.values():
-        tokens = [[logp for logp, _ in tokens_of(policy, row["prompt_ids"], row["completion_ids"])]
-                  for row in group]
-        old = [[logp.item() for logp in of_row] for of_row in tokens]
-        for i, of_row in enumerate(advantages_of(group, old)):
-            for logp, old_logp, adv in zip(tokens[i], old[i], of_row, strict=True):
-                total = total + loss_of(logp, old_logp, adv)
-    (total / sum(len(row["completion_ids"]) for row in rows)).backward()
-    return {f"{name}.exp_avg": weight.grad for name, weight in policy.named_parameters()}
-
-
 def file_of(tmp_path, text, name="mine.py"):
     (tmp_path / name).write_text(text)
     return str(tmp_path / name)
 
 
-def test_your_own_objective_of_eight_lines(model, tmp_path, fp64, capsys):
-    """As README.md shows it: a file, a function, a setting; the gradient is that of its formula in
-    loops."""
-    with open(os.path.join(os.path.dirname(train.__file__), "README.md"), encoding="utf-8") as file:
-        assert OWN in file.read()
-    rows = make_rows(model, cut=())
-    path, mine = write(tmp_path / "rows.jsonl", rows), file_of(tmp_path, OWN)
-    flags = ["--method", f"{mine}:concise", "--max-grad-norm", 1e9]
+def test_your_own_objective_of_eight_lines(model, rollouts, tmp_path, fp64, capsys):
+    """As README.md shows it: a file, a function, a setting; a round is that of its formula."""
+    assert OWN in pathlib.Path(train.__file__).with_name("README.md").read_text()
+    mine, out = file_of(tmp_path, OWN), tmp_path / "out"
+    flags = ["--method", f"{mine}:concise", "--updates", 2, "--lr", 0.03]
     half = [*flags, "--arm", "penalty=0.5"]
-    found = run(model, path, tmp_path / "out", *half)
+    found = run(model, rollouts, out, *half)
 
-    def advantages_of(group, old):
+    def scores(args, group):
         longest = max(1, *(len(row["completion_ids"]) for row in group))
         rewards = [row["reward"] - 0.5 * len(row["completion_ids"]) / longest for row in group]
-        return [[reward - mean_of(rewards)] * len(of_row) for reward, of_row in zip(rewards, old)]
+        return [reward - mean_of(rewards) for reward in rewards]
 
-    assert distance(found.gradient, gradient_of(model, rows, advantages_of)) < 1e-9
-    with open(tmp_path / "out.meta.json", encoding="utf-8") as file:
-        meta = json.load(file)
-    assert meta["flags"]["arm"] == {"penalty": 0.5} and list(meta["inputs"])[-1] == mine
+    same_round(found, Oracle(model, scores).round(make_rows(model), *half))
+    assert found.meta["flags"]["arm"] == {"penalty": 0.5}
+    assert list(found.meta["inputs"])[-1] == mine
     # Its settings and the file itself belong to the command.
     for other in [*flags, "--arm", "penalty=0.25"], flags:
-        line = refused_again(capsys, model, path, tmp_path / "out", *other)
-        assert "made with other arm;" in line
+        assert "made with other arm;" in refused(capsys, model, rollouts, out, *other)
     file_of(tmp_path, OWN.replace("0.1", "0.12"))
-    line = refused_again(capsys, model, path, tmp_path / "out", *half)
-    assert "made with other inputs" in line
+    assert "made with other inputs" in refused(capsys, model, rollouts, out, *half)
 
 
 def test_an_objective_sees_whole_groups_and_row_fields_and_may_bring_a_loss(model, tmp_path, fp64):
@@ -97,20 +70,17 @@ mine.fields = ("solution", "id")
     rows = make_rows(model, cut=())
     for i, row in enumerate(rows):
         row["solution"] = "ab"[:i % 3] or None
-    found = run(model, write(tmp_path / "rows.jsonl", rows), tmp_path / "out", "--method",
-                f"{mine}:mine", "--arm", "scale=2", "--arm", "label=x", "--max-grad-norm", 1e9,
-                "--micro-batch-tokens", 25)
+    flags = ["--method", f"{mine}:mine", "--arm", "scale=2", "--arm", "label=x", "--max-grad-norm",
+             1e9, "--micro-batch-tokens", 25]
+    found = run(model, write(tmp_path / "rows.jsonl", rows), tmp_path / "out", *flags)
 
-    def advantages_of(group, old):
+    def scores(args, group):  # times the loss's scale: at rho = 1 its gradient is the surrogate's
         means = sampled_means(group)
-        return [[len(row["solution"] or "") + 2 * (mean - mean_of(means))] * len(of_row)
-                for row, mean, of_row in zip(group, means, old)]
+        return [2 * (len(row["solution"] or "") + 2 * (mean - mean_of(means)))
+                for row, mean in zip(group, means)]
 
-    def loss_of(logp, old, adv):
-        return -(logp - old) * adv * 2
-
-    assert distance(found.gradient, gradient_of(model, rows, advantages_of, loss_of)) < 1e-9
-    assert found.metrics[0]["clip_high_frac"] == 0
+    assert distance(found.gradient, Oracle(model, scores).round(rows, *flags).gradient) < 1e-9
+    assert found.metrics[0]["loss"] == found.metrics[0]["clip_high_frac"] == 0
 
 
 def test_a_wrong_objective_is_refused_before_a_model_is_loaded(model, tmp_path, capsys,
@@ -154,15 +124,18 @@ def test_pass_at_k_advantage_against_all_subsets():
     over the groups that it is in."""
     for n in range(1, 8):
         for k, wrong in itertools.product(range(1, n + 1), range(n + 1)):
-            corrects = [i >= wrong for i in range(n)]
+            corrects, expected = [i >= wrong for i in range(n)], [0.0] * n
             rewards = [float(correct) for correct in corrects]
             if k == n:  # one subset: nothing to differ within
                 with pytest.raises(ValueError, match=f"k = {k}"):
                     advantage(rewards, corrects, method=arms.passk, k=k)
                 continue
-            args = arguments("m", "r", "o", "--method", f"{RIVALS}:passk", "--arm", f"k={k}")
-            expected = scores_of(args, [{"reward": reward, "correct": correct}
-                                        for reward, correct in zip(rewards, corrects)])
+            subsets = list(itertools.combinations(range(n), k))
+            best = [max(rewards[i] for i in subset) for subset in subsets]
+            if std_of(best):
+                expected = [mean_of([(r - mean_of(best)) / std_of(best)
+                                     for r, subset in zip(best, subsets) if i in subset])
+                            for i in range(n)]
             found = advantage(rewards, corrects, method=arms.passk, k=k)
             assert found == pytest.approx(expected, abs=1e-9), (n, k, wrong)
 
@@ -175,103 +148,79 @@ def test_nothing_and_w_reinforce_by_hand():
 
 
 def beta_gain(right, n, k):
-    """E[k (1 - p)^(k - 1)] with p ~ Beta(right + 1, n - right + 1), by Simpson's rule."""
-    def density(p):
-        return p ** right * (1 - p) ** (n - right)
-
-    points = [i / 2000 for i in range(2001)]
-    weights = [1 if i in (0, 2000) else 4 if i % 2 else 2 for i in range(2001)]
-    above = math.fsum(w * density(p) * k * (1 - p) ** (k - 1) for w, p in zip(weights, points))
-    return above / math.fsum(w * density(p) for w, p in zip(weights, points))
-
-
-def spread(scores, old):
-    return [[score] * len(of_row) for score, of_row in zip(scores, old)]
+    """E[k (1 - p)^(k - 1)] with p ~ Beta(right + 1, n - right + 1); Gauss' rule is exact here."""
+    points, weights = np.polynomial.legendre.leggauss(9)
+    p = (points + 1) / 2
+    weights = weights * p ** right * (1 - p) ** (n - right)
+    return (weights * k * (1 - p) ** (k - 1)).sum() / weights.sum()
 
 
 def grpo_scores(rewards):
     return [(r - mean_of(rewards)) / (std_of(rewards) + 1e-6) for r in rewards]
 
 
-def solved(group):
-    return mean_of([float(row["correct"]) for row in group])
+def unlikeliness(rewards, corrects, means, lengths):
+    below = [sorted(means).index(mean) for mean in means]  # 0: the unlikeliest
+    return grpo_scores([r * (1 - 0.5 * rank / 4 if correct else 1)
+                        for r, correct, rank in zip(rewards, corrects, below)])
 
 
-class Neighbours:
-    """The formulas of experiments/arms.py in loops, with the settings of the test below."""
-
-    def __init__(self, rows):
-        self.tokens = {kind: sum(len(row["completion_ids"]) for row in rows
-                                 if row["correct"] == kind) for kind in (True, False)}
-
-    def focal(self, group, old):
-        scores = grpo_scores([row["reward"] for row in group])
-        return spread([(1 - solved(group)) ** 2 * score for score in scores], old)
-
-    def unlikeliness(self, group, old):
-        means = sampled_means(group)
-        ranks = [sorted(means).index(mean) for mean in means]  # 0: the unlikeliest
-        return spread(grpo_scores([row["reward"] * (1 - 0.5 * rank / 4 if row["correct"] else 1)
-                                   for row, rank in zip(group, ranks)]), old)
-
-    def boundary(self, group, old):
-        gain = beta_gain(sum(row["correct"] for row in group), 4, 3)
-        weight = gain / beta_gain(1, 4, 3) if gain >= 0.1 * 5 else 0
-        scores = grpo_scores([row["reward"] for row in group])
-        return spread([weight * score for score in scores], old)
-
-    def unsolved(self, group, old):
-        return spread([0 if any(row["correct"] for row in group) else -1] * 4, old)
-
-    def oreal(self, group, old):
-        scores = []
-        for row in group:
-            others = mean_of([other["reward"] for other in group if other is not row])
-            weight = sum(self.tokens.values()) / self.tokens[row["correct"]]
-            weight *= 1 if row["correct"] else 0.25
-            scores.append(weight * (row["reward"] - others))
-        return spread(scores, old)
-
-    def drpo(self, group, old):
-        longest = 6  # tokens, of all rows
-        short = [math.exp((1 - max(len(of_row), 1) / longest) / 0.5) for of_row in old]
-        likely = [math.exp(mean / 2) for mean in sampled_means(group)]
-        scores = []
-        for i, row in enumerate(group):
-            same = [j for j in range(4) if group[j]["correct"] == row["correct"]]
-            of_kind = short if row["correct"] else [-v for v in likely]
-            share = of_kind[i] / abs(math.fsum(of_kind[j] for j in same)) if len(same) < 4 else 0
-            tokens = sum(self.tokens.values())
-            scores.append(share * tokens / (len(VERDICTS) * max(len(old[i]), 1)))
-        return spread(scores, old)
-
-    def maxrl(self, group, old):
-        p = solved(group)
-        return spread([(row["correct"] - p) / p if p else 0 for row in group], old)
-
-    def rs(self, group, old):
-        risk = [math.exp(3 * row["reward"]) for row in group]
-        return spread([(one / mean_of(risk) - 1) / 3 for one in risk], old)
-
-    def ucpo(self, group, old):
-        likely = [math.exp(mean) if row["correct"] else 0
-                  for row, mean in zip(group, sampled_means(group))]
-        q = [one / math.fsum(likely) if one else 0 for one in likely]
-        entropy = -math.fsum(one * math.log(one) for one in q if one)
-        weights = [1 + 0.5 * (-math.log(one) - entropy) if one else 1 for one in q]
-        scores = grpo_scores([row["reward"] for row in group])
-        return spread([weight * score for weight, score in zip(weights, scores)], old)
+def boundary(rewards, corrects, means, lengths):
+    gain = beta_gain(sum(corrects), 4, 3)
+    weight = gain / beta_gain(1, 4, 3) if gain >= 0.1 * 5 else 0
+    return [weight * score for score in grpo_scores(rewards)]
 
 
-@pytest.mark.parametrize("name, settings", [
-    ("focal", ["gamma=2"]), ("unlikeliness", ["beta=0.5"]), ("boundary", ["k=3", "floor=0.1"]),
-    ("unsolved", []), ("oreal", ["negative_weight=0.25"]), ("drpo", ["tau=2", "length_tau=0.5"]),
-    ("maxrl", []), ("rs", ["beta=3"]), ("ucpo", ["tau=0.5"])])
-def test_neighbours_by_loops(name, settings, model, tmp_path, fp64):
+TOKENS = {kind: sum(length for group, lengths in zip(VERDICTS, LENGTHS)
+                    for (correct, _), length in zip(group, lengths) if correct == kind)
+          for kind in (0, 1)}  # of the round's wrong and right rollouts
+
+
+def oreal(rewards, corrects, means, lengths):
+    return [(1 if correct else 0.25) * sum(TOKENS.values()) / TOKENS[correct]
+            * (r - (sum(rewards) - r) / 3) for r, correct in zip(rewards, corrects)]
+
+
+def drpo(rewards, corrects, means, lengths):
+    short = [math.exp((1 - max(length, 1) / 6) / 0.5) for length in lengths]  # 6: the longest
+    signed = [weight if correct else -math.exp(mean / 2)
+              for weight, correct, mean in zip(short, corrects, means)]
+    of_kind = {kind: abs(math.fsum(one for one, correct in zip(signed, corrects)
+                                   if correct == kind)) for kind in (0, 1)}
+    scale = sum(TOKENS.values()) / len(VERDICTS) if all(of_kind.values()) else 0
+    return [scale * one / (of_kind[correct] * max(length, 1))
+            for one, correct, length in zip(signed, corrects, lengths)]
+
+
+def ucpo(rewards, corrects, means, lengths):
+    likely = [math.exp(mean) if correct else 0 for correct, mean in zip(corrects, means)]
+    q = [one / math.fsum(likely) if one else 0 for one in likely]
+    entropy = -math.fsum(one * math.log(one) for one in q if one)
+    return [score * (1 + 0.5 * (-math.log(one) - entropy) if one else 1)
+            for one, score in zip(q, grpo_scores(rewards))]
+
+
+@pytest.mark.parametrize("name, settings, formula", [
+    ("focal", "gamma=2", lambda rewards, corrects, *_: [
+        (1 - mean_of(corrects)) ** 2 * score for score in grpo_scores(rewards)]),
+    ("unlikeliness", "beta=0.5", unlikeliness), ("boundary", "k=3 floor=0.1", boundary),
+    ("unsolved", "", lambda rewards, corrects, *_: [0 if any(corrects) else -1] * 4),
+    ("oreal", "negative_weight=0.25", oreal), ("drpo", "tau=2 length_tau=0.5", drpo),
+    ("maxrl", "", lambda rewards, corrects, *_: [
+        (correct - mean_of(corrects)) / max(mean_of(corrects), 1e-9) for correct in corrects]),
+    ("rs", "beta=3", lambda rewards, *_: [
+        (math.exp(3 * r) / mean_of([math.exp(3 * one) for one in rewards]) - 1) / 3
+        for r in rewards]),
+    ("ucpo", "tau=0.5", ucpo)])
+def test_neighbours_by_loops(name, settings, formula, model, rollouts, tmp_path, fp64):
     """The gradient of one update of each is that of its formula in loops."""
-    rows = make_rows(model, cut=())
-    flags = sum((["--arm", setting] for setting in settings), [])
-    found = run(model, write(tmp_path / "rows.jsonl", rows), tmp_path / "out", "--method",
-                f"{RIVALS}:{name}", *flags, "--max-grad-norm", 1e9, "--micro-batch-tokens", 40)
-    expected = gradient_of(model, rows, getattr(Neighbours(rows), name))
-    assert distance(found.gradient, expected) < 1e-9
+    rows, flags = make_rows(model), ["--max-grad-norm", 1e9, "--micro-batch-tokens", 40]
+    flags += ["--method", f"{RIVALS}:{name}"] + [f"--arm={one}" for one in settings.split()]
+
+    def scores(args, group):
+        rewards, corrects = ([row[key] for row in group] for key in ("reward", "correct"))
+        lengths = [len(row["completion_ids"]) for row in group]
+        return formula(rewards, corrects, sampled_means(group), lengths)
+
+    found = run(model, rollouts, tmp_path / "out", *flags)
+    assert distance(found.gradient, Oracle(model, scores).round(rows, *flags).gradient) < 1e-9

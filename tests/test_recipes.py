@@ -15,7 +15,7 @@ import crash
 from test_models import make_folder
 from test_run import Loop
 
-PYTHON = os.path.dirname(sys.executable)
+PYTHON, slow = os.path.dirname(sys.executable), pytest.mark.slow
 TOY = {  # flag: its value in the dry run; all others stay as they are
     "--prompts-per-round": "4", "--n": "4", "--max-new-tokens": "8", "--eval-problems": "3",
     "--eval-n": "2", "--nproc": "2", "--at-most": "1", "--rehearse-coef": "1.0,0.3@2"}
@@ -24,9 +24,9 @@ TOY = {  # flag: its value in the dry run; all others stay as they are
 def recipes():
     """{heading: its bash blocks} of the file."""
     with open(os.path.join(crash.ROOT, "experiments", "recipes.md"), encoding="utf-8") as file:
-        parts = re.split(r"^## ", file.read(), flags=re.M)[1:]
-    return {part.partition("\n")[0]: "".join(re.findall(r"```bash\n(.*?)```", part, re.S))
-            for part in parts}
+        parts = re.split(r"^## (.*)\n", file.read(), flags=re.M)[1:]
+    return {heading: "".join(re.findall(r"```bash\n(.*?)```", part, re.S))
+            for heading, part in zip(parts[::2], parts[1::2])}
 
 
 def toy(commands):
@@ -52,9 +52,7 @@ def test_toy_changes_values_alone_and_every_recipe_has_commands():
 def loop(tmp_path_factory):
     """A folder with the scripts, the files that the recipes start from and a random model."""
     loop = Loop(tmp_path_factory.mktemp("recipes"))
-    stub = (loop.bin / "python3").read_text()
-    (loop.bin / "python").write_text(stub)
-    (loop.bin / "python").chmod(0o755)
+    (loop.bin / "python").symlink_to("python3")
     (loop.folder / "model").mkdir()
     make_folder("qwen2", loop.folder / "model", max_position_embeddings=1024)
     problems = [{"problem": f"What is {i} + 1?", "answer": str(i + 1), "id": i} for i in range(6)]
@@ -74,15 +72,14 @@ def run(loop, heading, folder=None, change=toy):
 
 
 def report(loop, name):
-    with open(loop.folder / "runs" / name, encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads((loop.folder / "runs" / name).read_text())
 
 
 def rows(loop, name):
     return [json.loads(line) for line in (loop.folder / name).read_text().splitlines()]
 
 
-@pytest.mark.slow
+@slow
 def test_maths(loop):
     run(loop, "Maths, Qwen2.5-Math-1.5B, one 80 GiB GPU")
     assert len(rows(loop, "math.jsonl")) == 6  # without the long one
@@ -94,7 +91,7 @@ def test_maths(loop):
     assert meta["world_size"] == 2 and meta["flags"]["shard"]
 
 
-@pytest.mark.slow
+@slow
 def test_countdown_goes_on(loop):
     run(loop, "Countdown, Qwen2.5-1.5B, one 80 GiB GPU")
     run(loop, "Stop, look, go on")
@@ -102,7 +99,7 @@ def test_countdown_goes_on(loop):
     assert (loop.folder / "training.png").exists()
 
 
-@pytest.mark.slow
+@slow
 def test_hard_problems_come_twice(loop):
     run(loop, "Hard problems sampled twice", PYTHON)
     for number in (1, 2):
@@ -118,7 +115,7 @@ def test_hard_problems_come_twice(loop):
     assert json.loads((loop.folder / "dars-2/trainer_state.json").read_text())["step"] == 8
 
 
-@pytest.mark.slow
+@slow
 def test_what_is_rehearsed(loop):
     fewer = {"1500": "8", "32": "16", "124": "6"}
     run(loop, "Rehearsal of the base's right answers", PYTHON, lambda commands: re.sub(
@@ -131,7 +128,7 @@ def test_what_is_rehearsed(loop):
     assert len(metrics) == 4 and all(line["rehearse_nll"] > 0 for line in metrics)
 
 
-@pytest.mark.slow
+@slow
 def test_objectives_that_change_on_the_way(loop):
     run(loop, "Rehearsal with a smaller weight later")
     assert [report(loop, f"far/00{number}/policy.meta.json")["flags"]["rehearse_coef"]
@@ -145,7 +142,7 @@ def test_objectives_that_change_on_the_way(loop):
     assert report(loop, "broad/001/policy.meta.json")["flags"]["updates"] == 4
 
 
-@pytest.mark.slow
+@slow
 def test_averaged_weights(loop):
     run(loop, "Averaged weights", PYTHON)
     folders = ("data/tiny-countdown", "runs/ends/001/policy", "averaged")
@@ -156,7 +153,7 @@ def test_averaged_weights(loop):
         torch.testing.assert_close(weight, (base[name] + trained[name]) / 2)
 
 
-@pytest.mark.slow
+@slow
 def test_dynamic_sampling_leaves_no_group_without_signal(loop):
     run(loop, "Dynamic sampling by files", PYTHON,
         lambda commands: commands.replace("--n 384", "--n 12"))

@@ -51,6 +51,14 @@ def figures(policy, base, right):
     return np.array([correctness, variance, kl, share.max(axis=1)])
 
 
+def step(policy, right, gamma_p, gamma_n):
+    """(A^DS, the gradient of the logits), each (SEEDS, answers)."""
+    p = (policy * right).sum(axis=1, keepdims=True)
+    advantage = (right - p) / (np.sqrt(p * (1 - p)) + 1e-6)
+    advantage = advantage + np.where(right, -gamma_p, gamma_n) * np.log(policy)
+    return advantage, policy * (advantage - (policy * advantage).sum(axis=1, keepdims=True))
+
+
 @functools.cache  # several tests compare the same paths
 def path(gamma_p, gamma_n, shape=SHAPES[0], updates=1500, lr=0.05):
     """`figures` before each update: (updates, 4, SEEDS)."""
@@ -60,11 +68,7 @@ def path(gamma_p, gamma_n, shape=SHAPES[0], updates=1500, lr=0.05):
         policy = np.exp(logits - logits.max(axis=1, keepdims=True))
         policy /= policy.sum(axis=1, keepdims=True)
         steps.append(figures(policy, base, right))
-        p = (policy * right).sum(axis=1, keepdims=True)
-        advantage = (right - p) / (np.sqrt(p * (1 - p)) + 1e-6)
-        advantage = advantage + np.where(right, -gamma_p, gamma_n) * np.log(policy)
-        mean = (policy * advantage).sum(axis=1, keepdims=True)
-        logits = logits + lr * policy * (advantage - mean)
+        logits = logits + lr * step(policy, right, gamma_p, gamma_n)[1]
     return np.array(steps)
 
 
@@ -78,25 +82,18 @@ def at_level(steps, which, level):
     return np.where(after > 0, (one + weight[:, None] * (two - one)).T, np.nan)
 
 
-def at_update(steps, updates):
-    """`figures` after updates[seed] updates: (4, SEEDS)."""
-    return steps[updates, :, np.arange(steps.shape[2])].T
-
-
 def test_update_is_the_gradient_of_the_expected_objective():
     """It equals the finite difference of sum pi_old(y) ratio(y) A(y) at ratio 1, logit by logit."""
     base, right = (one[:1] for one in base_policies(answers=7, correct=3))
-    p = (base * right).sum()
-    advantage = (right - p) / np.sqrt(p * (1 - p)) + np.where(right, -0.3, 0.03) * np.log(base)
+    advantage, exact = step(base, right, 0.3, 0.03)
 
     def objective(logits):
         policy = np.exp(logits) / np.exp(logits).sum()
         return (base * (policy / base) * advantage).sum()
 
-    logits, step = np.log(base), 1e-6
-    numeric = [(objective(logits + step * unit) - objective(logits - step * unit)) / (2 * step)
+    logits, size = np.log(base), 1e-6
+    numeric = [(objective(logits + size * unit) - objective(logits - size * unit)) / (2 * size)
                for unit in np.eye(7)]
-    exact = base * (advantage - (base * advantage).sum())
     np.testing.assert_allclose(exact[0], numeric, atol=1e-8)
 
 
@@ -131,7 +128,7 @@ def test_uniform_bonus_and_penalty_trade_correctness_against_diversity():
     updates = np.argmax(path(0, 0)[:, 0] >= 0.8, axis=0)
 
     def after(*gammas):
-        return at_update(path(*gammas), updates)
+        return path(*gammas)[updates, :, range(SEEDS)].T
 
     arms = [after(gamma, -gamma) for gamma in (-0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3)]
     for one, two in zip(arms, arms[1:]):
@@ -190,7 +187,7 @@ def table():
     for name, steps in paths.items():
         late = np.argmax(steps[:, 0] >= 0.95, axis=0)
         equal, budget, end = (one.mean(axis=1) for one in (
-            at_update(steps, updates), at_level(steps, 2, 0.5), at_level(steps, 0, 0.95)))
+            steps[updates, :, range(SEEDS)].T, at_level(steps, 2, 0.5), at_level(steps, 0, 0.95)))
         yield (name, *map(str, ARMS[name]), f"{equal[0]:.3f}", f"{equal[1]:.2f}", f"{equal[2]:.2f}",
                f"{budget[0]:.3f}", f"{budget[1]:.2f}", f"{late.mean():.0f}", f"{end[1]:.2f}")
 
