@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import train
+from conftest import refusal, set_rank
 from test_train import (VERDICTS, Round, arguments, distance, fp64, make_model, make_rows,  # noqa: F401
                         model, rollouts, run, same_round, write)
 
@@ -218,7 +219,7 @@ def test_ranks_in_fp32_also_of_a_model_that_its_config_ties_and_its_files_do_not
     """The gradient to 1e-6; after Adam 99.9 % of the weights within 1e-6, none further than a tenth
     of a step. Where the files are not tied, the model that they hold is trained."""
     flags, lr, untied = flags_of("one update", files), 1e-3, f"{ranks.folder}/untied"
-    ones = {source: run(source, files["all"], tmp_path / source[-6:], *flags)
+    ones = {source: run(source, files["all"], tmp_path / os.path.basename(source), *flags)
             for source in (model, untied)}
     assert "lm_head.weight" in ones[untied].weights
     for name, one in (("fp32 plain", ones[model]), ("fp32 sharded", ones[model]),
@@ -247,9 +248,8 @@ def test_ranks_refuse_a_step_that_is_not_finite_together(ranks):
 
 def test_a_decoder_without_layers_is_not_sharded(capsys):
     policy = types.SimpleNamespace(model=types.SimpleNamespace(get_decoder=torch.nn.Module))
-    with pytest.raises(SystemExit) as end:
-        train.over_ranks(policy, "cpu", 2, shard=True)
-    assert end.value.code == 2 and "--shard: unsupported architecture" in capsys.readouterr().err
+    line = refusal(capsys, train.over_ranks, policy, "cpu", 2, True)
+    assert "--shard: unsupported architecture" in line
 
 
 @pytest.mark.slow
@@ -316,17 +316,15 @@ def test_faults_of_one_of_four_ranks_are_one_line_and_undone(stage, more, model,
 def test_a_rank_waits_for_rank_0_not_for_ever_and_hashes_no_input(model, rollouts, tmp_path,
                                                                   monkeypatch, capsys):
     """Then it reads its rows and goes on to the meeting of the ranks, without a digest."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as error:
-        run(model, rollouts, tmp_path / "out", "--rank-timeout", 0.1)
-    assert error.value.code == 4 and "rank 1: rank 0 did not start" in capsys.readouterr().err
+    set_rank(monkeypatch, 1)
+    args = arguments(model, rollouts, tmp_path / "out", "--rank-timeout", 0.1)
+    assert "rank 1: rank 0 did not start" in refusal(capsys, train.main, args, code=4)
     os.mkdir(tmp_path / "out.partial")  # rank 0 has claimed it
     monkeypatch.setattr(train, "start_ranks", lambda *args: 1 / 0)
     for name in "describe", "claim_empty":
         monkeypatch.setattr(train, name, None)
     with pytest.raises(ZeroDivisionError):
-        train.train(arguments(model, rollouts, tmp_path / "out"))
+        train.train(args)
 
 
 # ---- Two nodes -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import crash
+from conftest import read, write
 from test_models import make_folder
 from test_run import Loop
 
@@ -58,7 +59,7 @@ def loop(tmp_path_factory):
     problems = [{"problem": f"What is {i} + 1?", "answer": str(i + 1), "id": i} for i in range(6)]
     long = {"problem": "What is 1 + 1? " * 200, "answer": "2", "id": 9}
     for name, part in (("math_train", [*problems, long]), ("math500", [*problems[:2], long])):
-        (loop.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        write(loop.folder / f"{name}.jsonl", part)
     return loop
 
 
@@ -75,14 +76,10 @@ def report(loop, name):
     return json.loads((loop.folder / "runs" / name).read_text())
 
 
-def rows(loop, name):
-    return [json.loads(line) for line in (loop.folder / name).read_text().splitlines()]
-
-
 @slow
 def test_maths(loop):
     run(loop, "Maths, Qwen2.5-Math-1.5B, one 80 GiB GPU")
-    assert len(rows(loop, "math.jsonl")) == 6  # without the long one
+    assert len(read(loop.folder / "math.jsonl")) == 6  # without the long one
     assert report(loop, "math-1.5b/eval/eval-001.json")["runs"][0]["problems"] == 2
     flags = report(loop, "math-1.5b/001/rollouts.jsonl.meta.json")["flags"]
     assert flags["stop"] == ["<|im_end|>", "<|endoftext|>"] and flags["overlong"] == "skip"
@@ -103,7 +100,7 @@ def test_countdown_goes_on(loop):
 def test_hard_problems_come_twice(loop):
     run(loop, "Hard problems sampled twice", PYTHON)
     for number in (1, 2):
-        both, hard = (rows(loop, f"{name}-{number}.jsonl") for name in ("both", "renamed"))
+        both, hard = (read(loop.folder / f"{name}-{number}.jsonl") for name in ("both", "renamed"))
         right = collections.Counter()
         for row in both:
             right[row["id"]] += row["correct"]
@@ -120,11 +117,11 @@ def test_what_is_rehearsed(loop):
     fewer = {"1500": "8", "32": "16", "124": "6"}
     run(loop, "Rehearsal of the base's right answers", PYTHON, lambda commands: re.sub(
         r"(?<=--n )\d+", lambda found: fewer[found[0]], commands))
-    once, more, both = (rows(loop, f"{name}.jsonl")
+    once, more, both = (read(loop.folder / f"{name}.jsonl")
                         for name in ("once.scored", "more.scored", "rehearse"))
-    hard = {row["id"] for row in rows(loop, "few.jsonl")}
+    hard = {row["id"] for row in read(loop.folder / "few.jsonl")}
     assert both == once + more and hard == {row["id"] for row in more} and 0 < len(hard) < 8
-    metrics = rows(loop, "rehearsed/metrics.jsonl")
+    metrics = read(loop.folder / "rehearsed/metrics.jsonl")
     assert len(metrics) == 4 and all(line["rehearse_nll"] > 0 for line in metrics)
 
 
@@ -157,4 +154,4 @@ def test_averaged_weights(loop):
 def test_dynamic_sampling_leaves_no_group_without_signal(loop):
     run(loop, "Dynamic sampling by files", PYTHON,
         lambda commands: commands.replace("--n 384", "--n 12"))
-    assert {line["dead_groups"] for line in rows(loop, "dynamic/metrics.jsonl")} == {0}
+    assert {line["dead_groups"] for line in read(loop.folder / "dynamic/metrics.jsonl")} == {0}

@@ -26,8 +26,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen2 import modeling_qwen2
 
+import conftest
 import evaluate
 import train
+from conftest import meta_of, read, refusal
 from data import files, models
 from data.rollouts import Trajectory
 from experiments import arms
@@ -111,14 +113,9 @@ def rows_as_json(folder, shapes, seed):
 
 
 def write(path, rows, sampling=SAMPLING):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if sampling:
-        path.with_name(path.name + ".meta.json").write_text(json.dumps({"sampling": sampling}))
-    return str(path)
-
-
-def read(path):
-    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+        conftest.write(f"{path}.meta.json", [{"sampling": sampling}])
+    return str(conftest.write(path, rows))
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +135,7 @@ class Round:
                          if name.endswith("exp_avg")}
         self.metrics = read(f"{folder}/metrics.jsonl")
         self.step = json.loads(pathlib.Path(folder, "trainer_state.json").read_text())["step"]
-        self.meta = json.loads(pathlib.Path(f"{folder}.meta.json").read_text())
+        self.meta = meta_of(folder)
 
 
 def arguments(model, rollouts, out, *flags):
@@ -847,26 +844,22 @@ def test_the_temperature_is_the_samplers(model, rollouts, tmp_path):
     logits / T."""
     bare = write(tmp_path / "bare.jsonl", make_rows(model), None)
     given = run(model, bare, tmp_path / "given", "--temperature", T)
-    read = run(model, rollouts, tmp_path / "read", "--temperature", T)
-    assert distance(given.weights, read.weights) == 0 and read.metrics[0]["logprob_gap"] < 1.1e-2
+    both = run(model, rollouts, tmp_path / "both", "--temperature", T)
+    assert distance(given.weights, both.weights) == 0 and both.metrics[0]["logprob_gap"] < 1.1e-2
     hot = run(model, bare, tmp_path / "hot", "--temperature", 1).metrics[0]
-    assert hot["entropy"] > read.metrics[0]["entropy"] and hot["logprob_gap"] > 0.1
+    assert hot["entropy"] > both.metrics[0]["entropy"] and hot["logprob_gap"] > 0.1
     cut = write(tmp_path / "cut.jsonl", make_rows(model), {**SAMPLING, "top_p": 0.9})
     allowed = run(model, cut, tmp_path / "allowed", "--allow-off-policy")
-    assert distance(allowed.weights, read.weights) == 0
+    assert distance(allowed.weights, both.weights) == 0
 
 
 # ---- Bad input: one line, exit 2 -----------------------------------------------------------------
 def refused(capsys, model, rollouts, out, *flags):
     """The one line on stderr with which train.py ends; nothing was published."""
     before = os.path.exists(out)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        train.main(arguments(model, rollouts, out, *flags))
-    lines = capsys.readouterr().err.splitlines()
-    assert error.value.code == 2 and len(lines) == 1, lines
-    assert lines[0].startswith("train.py: error: ") and os.path.exists(out) == before
-    return lines[0]
+    line = refusal(capsys, train.main, arguments(model, rollouts, out, *flags))
+    assert line.startswith("train.py: error: ") and os.path.exists(out) == before
+    return line
 
 
 def test_wrong_files(model, rollouts, tmp_path, capsys):
@@ -927,11 +920,8 @@ WRONG_FLAGS = {  # message: flags
 @pytest.mark.parametrize("message", WRONG_FLAGS)
 def test_wrong_flags(message, capsys):
     for flags in WRONG_FLAGS[message]:
-        with pytest.raises(SystemExit) as error:
-            arguments("m", "r", "o", *[f"{RIVALS}:passk" if flag == "PASSK" else flag
-                                       for flag in flags.split()])
-        lines = capsys.readouterr().err.splitlines()
-        assert error.value.code == 2 and len(lines) == 1 and message in lines[0]
+        flags = [f"{RIVALS}:passk" if flag == "PASSK" else flag for flag in flags.split()]
+        assert message in refusal(capsys, arguments, "m", "r", "o", *flags)
 
 
 # ---- Rehearsal and other engines -----------------------------------------------------------------
