@@ -79,13 +79,14 @@ RANKS = f"""
 """
 
 
-def free_port():
-    """Below those that the system gives away, as it might before ours is used."""
-    while True:
-        port = random.randrange(15_000, 32_000)
+def free_ports(count):
+    """Different ones, below those that the system gives away, as it might before ours are used."""
+    ports = set()
+    while len(ports) < count:
         with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+            probe.bind(("127.0.0.1", port := random.randrange(15_000, 32_000)))
+            ports.add(port)
+    return list(ports)
 
 
 def start(folder, ranks, stage, jobs, fault="", options=("--standalone",)):
@@ -93,8 +94,8 @@ def start(folder, ranks, stage, jobs, fault="", options=("--standalone",)):
     script = os.path.join(folder, "ranks.py")
     with open(script, "w", encoding="utf-8") as file:
         file.write(textwrap.dedent(RANKS))
-    jobs = [(free_port() if len(jobs) > 1 else None, dtype, list(map(str, flags)))
-            for dtype, flags in jobs]
+    ports = free_ports(len(jobs)) if len(jobs) > 1 else [None]
+    jobs = [(port, dtype, list(map(str, flags))) for port, (dtype, flags) in zip(ports, jobs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"FAULT": fault} if fault else {})}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks),
@@ -331,7 +332,7 @@ def test_a_rank_waits_for_rank_0_not_for_ever_and_hashes_no_input(model, rollout
 def two_nodes(folder, ranks, *flags):
     """(exit code, stderr) of two torchruns that meet on this machine's loopback."""
     options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-               f"127.0.0.1:{free_port()}", "--rdzv-id", "round"]
+               f"127.0.0.1:{free_ports(1)[0]}", "--rdzv-id", "round"]
     nodes = [start(str(folder), ranks, "train", [("fp32", flags)], options=options) for _ in "ab"]
     return [finish(node) for node in nodes]
 

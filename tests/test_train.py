@@ -585,6 +585,10 @@ def test_the_plan_covers_every_row_once(shapes, world, share, budget):
         if share:
             cost = len({rows[i].group for i in batch}) * max(prompts) + sum(completions)
         assert cost <= budget or len(batch) == 1
+    equal = [row_of([2], [0] * 5, g) for g in range(2 * world)]
+    plans = [train.plan_update(equal, range(2 * world), rank, world, 100, share)
+             for rank in range(world)]
+    assert [len(sum(plan, [])) for plan in plans] == [2] * world
 
 
 def test_the_padding_of_a_micro_batch_is_bounded():
