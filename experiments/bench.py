@@ -77,7 +77,7 @@ import generate
 import score
 import train
 from data import countdown, files, make_tiny, models
-from experiments.suite import ROOT, Meter
+from experiments.suite import ROOT, Meter, read_rows, write_rows
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
@@ -153,30 +153,17 @@ def make_folder(bench, size):
             transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
         make_tiny.make_tokenizer().save_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-    return folder, tokenizer, write_prompts(bench, size.prompts, size.repeat)
-
-
-def write_prompts(bench, count, repeat=1):
-    made, path = bench.fresh("problems.jsonl"), bench.fresh("prompts.jsonl")
-    countdown.main(countdown.parse_args(["--out", made, "--n", str(count)]))
-    write_rows(path, ({**row, "prompt": row["prompt"] * repeat} for row in read_rows(made)))
-    return path
+    made, prompts = bench.fresh("problems.jsonl"), bench.fresh("prompts.jsonl")
+    countdown.main(countdown.parse_args(["--out", made, "--n", str(size.prompts)]))
+    write_rows(prompts, ({**row, "prompt": row["prompt"] * size.repeat}
+                         for row in read_rows(made)))
+    return folder, tokenizer, prompts
 
 
 def sample_row(problem, sample, prompt_ids, ids, correct, **more):
     return {"id": f"{problem}", "sample": sample, "prompt_ids": prompt_ids, "completion_ids": ids,
             "logprobs": [-1.0] * len(ids), "finish_reason": "stop",
             "correct": correct, "reward": float(correct), **more}
-
-
-def write_rows(path, rows):
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def read_rows(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 # ---- generate ------------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ import torch.nn.functional as F
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "kernels")]
-import fused_entropy as kernel
 from experiments.suite import Meter
+from fused_entropy import fused_entropy
 from fused_linear_entropy import fused_linear_entropy
 
 GPU = torch.cuda.is_available()
@@ -86,22 +86,21 @@ def liger_linear():
     return lambda hidden, weight, y: (-loss(weight, hidden, y),)
 
 
+PLAIN = {"logits": eager, "linear": eager_linear}
+OURS = {"logits": {"fused_entropy": lambda x, y: fused_entropy(x, y)[:2],
+                   "fused_entropy, in place": lambda x, y: fused_entropy(
+                       x.view_as(x), y, inplace_backward=True)[:2]},
+        "linear": {"fused_linear_entropy": lambda h, w, y: fused_linear_entropy(h, w, y)[:2]}}
 PEERS = {"logits": {"TRL": trl_logits, "Liger, no entropy": liger_logits},
          "linear": {"Liger, no entropy": liger_linear}}
 
 
 def providers(form, compiled):
     """{name: function of the inputs and y, or why there is none}; eager PyTorch comes first."""
-    plain = {"logits": eager, "linear": eager_linear}[form]
-    found = {"torch eager": plain, "torch.compile": "left out"}
+    plain = PLAIN[form]
+    found = {"torch eager": plain, "torch.compile": "left out", **OURS[form]}
     if compiled:
         found["torch.compile"] = torch.compile(plain, dynamic=False)
-    if form == "logits":
-        found["fused_entropy"] = lambda x, y: kernel.fused_entropy(x, y)[:2]
-        found["fused_entropy, in place"] = lambda x, y: kernel.fused_entropy(
-            x.view_as(x), y, inplace_backward=True)[:2]
-    else:
-        found["fused_linear_entropy"] = lambda h, w, y: fused_linear_entropy(h, w, y)[:2]
     for name, peer in PEERS[form].items():
         try:
             found[name] = peer() if GPU else "needs a GPU"
@@ -133,7 +132,7 @@ def errors(form, inputs, y, upstream, results, gradients):
     """Largest errors against fp64 over 64 rows: (results, first gradient)."""
     some = slice(0, 64)
     leaves = [inputs[0][some].double().requires_grad_(), *(one.double() for one in inputs[1:])]
-    wanted = (eager if form == "logits" else eager_linear)(*leaves, y[some])
+    wanted = PLAIN[form](*leaves, y[some])
     grad, = torch.autograd.grad(wanted, leaves[0], [one[some].double() for one in upstream])
 
     def largest(got, want):
@@ -167,10 +166,9 @@ def measure(form, shape, rounds, compiled):
         inputs[1] *= 2 / shape[1]**0.5
     y = torch.randint(vocab, (rows,), device=DEVICE)
     upstream = torch.randn(2, rows, device=DEVICE).unbind()
-    found, usable, times, floors = providers(form, compiled), {}, {}, []
-    for name, function in found.items():
-        if isinstance(function, str):
-            continue
+    found, times, floors = providers(form, compiled), {}, []
+    usable = {name: function for name, function in found.items() if callable(function)}
+    for name, function in [*usable.items()]:
         try:
             for _ in range(2):  # the first one compiles and fills caches
                 leaves = [one.clone().requires_grad_() for one in inputs]
@@ -179,10 +177,10 @@ def measure(form, shape, rounds, compiled):
                                                               meter.so_far)
             error = errors(form, inputs, y, upstream, results, gradients)
             mib = [round(peak / 2**20) for peak in (forward, meter.peak)]
-            found[name] = {"mib": mib, "error": error}
-            usable[name], times[name] = function, []
+            found[name], times[name] = {"mib": mib, "error": error}, []
         except torch.OutOfMemoryError:
             found[name] = "out of memory"
+            del usable[name]
         leaves = results = gradients = None
     for _ in range(rounds):
         for name, function in usable.items():
@@ -211,7 +209,7 @@ def table(form, found):
     unit = "TB/s" if form == "logits" else "TFLOP/s"
     for name, one in found.items():
         if isinstance(one, str):
-            yield f"| {name} | {one} |" + " |" * 5
+            yield f"| {name} | {one} | | | | | |"
             continue
         middle, least, most = one["x_eager"]
         error = ", ".join("-" if value is None else f"{value:.0e}" for value in one["error"])
@@ -222,10 +220,9 @@ def table(form, found):
 
 def main(args):
     torch.set_num_threads(1)
-    logits = [(8192, 151936)] if GPU else [(512, 151936), (2048, 32000)]
-    linear = [(4096, 4096, 131072)] if GPU else [(512, 512, 151936)]
-    shapes = {"logits": logits if args.logits is None else args.logits,
-              "linear": linear if args.linear is None else args.linear}
+    shapes = {"logits": [(8192, 151936)] if GPU else [(512, 151936), (2048, 32000)],
+              "linear": [(4096, 4096, 131072)] if GPU else [(512, 512, 151936)]}
+    shapes |= {form: vars(args)[form] for form in shapes if vars(args)[form] is not None}
     machine = torch.cuda.get_device_name() if GPU else torch.backends.cpu.get_cpu_capability()
     report = {"machine": machine, "torch": torch.__version__, "dtype": str(DTYPE),
               "rounds": args.rounds}

@@ -117,28 +117,17 @@ def load(folder):
     return table
 
 
-def with_base(table):
-    """The table, with every run's path beginning at the base of its seed, if that is there; the
-    path of grpo-longer is that of GRPO and one checkpoint more."""
-    paths = {}
-    for (regime, split, arm, lr), runs in table.items():
+def panels_of(table):
+    """{(regime, split): {(arm, lr): {seed: points}}}, arms as in LABELS. Every run's path begins at
+    the base of its seed, without which it is left out; that of grpo-longer is GRPO's and one
+    checkpoint more."""
+    order, panels = [*LABELS, *NEIGHBOURS], {}
+    for key in sorted(table, key=lambda key: (order.index(key[2]), -float(key[3]))):
+        regime, split, arm, lr = key
         bases = table.get((regime, split, "base", "0"), {})
         shorter = table.get((regime, split, "grpo", lr), {}) if arm == "grpo-longer" else {}
-        paths[regime, split, arm, lr] = {
-            seed: {**bases[seed], **shorter.get(seed, {}), **points}
-            for seed, points in runs.items() if seed in bases}
-    return paths
-
-
-def panels_of(paths):
-    """{(regime, split): {(arm, lr): {seed: points}}}, without empty ones; arms as in LABELS."""
-    order, panels = [*LABELS, *NEIGHBOURS], {}
-
-    def place(item):
-        _, _, arm, lr = item[0]
-        return order.index(arm), -float(lr)
-
-    for (regime, split, arm, lr), runs in sorted(paths.items(), key=place):
+        runs = {seed: {**bases[seed], **shorter.get(seed, {}), **points}
+                for seed, points in table[key].items() if seed in bases}
         if runs:
             panels.setdefault((regime, split), {})[arm, lr] = runs
     return dict(sorted(panels.items(), reverse=True))  # weak, strong, pre-trained, fixed
@@ -354,7 +343,7 @@ def main(argv=None):
     parser.add_argument("--folder", default=HERE,
                         help="folder of all of these files (default: experiments)")
     args = parser.parse_args(argv)
-    panels = panels_of(with_base(load(args.folder)))
+    panels = panels_of(load(args.folder))
     if not panels:
         sys.exit(f"{args.folder}/results.csv: no run together with the base of its seed")
     if args.tables:

@@ -234,7 +234,7 @@ def flags_of(setting, number):
     return f"{flags} {more}" if first and number >= int(first) else flags
 
 
-def train_round(folder, number, before, after, label, setting, device):
+def train_round(folder, label, setting, device, number, before, after):
     """Problems, rollouts, verdicts and one train.py: the model of a round from the one before."""
     seed, (sampling, training) = label.seed, DEVICES[device]
     scored = sampled(f"{folder}/train-{number:03d}", before, draw_of(label, number),
@@ -251,21 +251,19 @@ def one_run(name, label, setting, checkpoints, split, problems, n, device):
     import torch  # slow: not for those who ask for --help
     folder = f"runs/{name}"
     sample = f"--n {n} {SAMPLING} --seed {10_000 + label.seed} {DEVICES[device][0]}"
-    splits = {split: f"--n {problems} --split {split} --seed 1"}
+    splits, flags = {split: f"--n {problems} --split {split} --seed 1"}, setting
     if label.regime == "fixed":
         splits["train"] = draw_of(label, 1)
-    where = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-             "setting": setting}
+    machine = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     with inside(folder):
         if "FILE" in setting:
-            setting = setting.replace("FILE", rehearsal_of(label, device))
-
-        def train(number, before, after):
-            train_round(folder, number, before, after, label, setting, device)
+            flags = setting.replace("FILE", rehearsal_of(label, device))
+        train = functools.partial(train_round, folder, label, flags, device)
 
         def measure_splits(number, model):
             return [measure(f"{folder}/eval-{number:03d}-{which}", model, number, which, draw,
-                            sample, **where) for which, draw in splits.items()]
+                            sample, device=machine, setting=setting)
+                    for which, draw in splits.items()]
 
         return follow(folder, MODELS[label.regime], checkpoints, train, measure_splits)
 
@@ -328,19 +326,17 @@ def setting_of(folder, regime, arm):
 
 
 def tuning_jobs(args, pairs):
-    """What is missing of the candidates, GRPO's at all learning rates, others' at the best.
-
-    pairs: [(base, arm)]"""
+    """What is missing of the candidates of pairs (base, arm), GRPO's at all learning rates, others'
+    at the best."""
     table = read_csv(f"{args.tables}/frontier_tuning.csv")
     done, jobs = {(label_of(row), row["setting"]) for row in table}, []
     for (base, arm), seed in itertools.product(pairs, TUNING_SEEDS):
         rates = RATES if arm == "grpo" else rates_of(args.tables, base)[:1]
         for (i, setting), lr in itertools.product(enumerate(CANDIDATES[arm]), rates):
-            label = Label(base, arm, lr, seed)
-            if (label, setting) not in done:
-                name = f"frontier/tune-{'-'.join(map(str, label))}-{i}"
-                run_of = (name, label, setting, (TUNING_ROUNDS,), "tune", 200, 128, args.device)
-                jobs.append(((label, setting), run_of))
+            key = (Label(base, arm, lr, seed), setting)
+            name = f"frontier/tune-{'-'.join(map(str, key[0]))}-{i}"
+            if key not in done:
+                jobs.append((key, (name, *key, (TUNING_ROUNDS,), "tune", 200, 128, args.device)))
     return jobs
 
 
@@ -435,11 +431,11 @@ def one_by_one(keep, folder, key, figures):
 
 def compare(differences, folder, label, figures):
     """Print by how much a repeated run differs from results.csv, and add that to `differences`."""
+    results, points = ([row for row in read_csv(f"{folder}/{name}.csv") if label_of(row) == label]
+                       for name in ("results", "checkpoints"))
     stored = {(int(row["round"]), row["split"], row["k"]): float(row["pass_at_k"])
-              for row in read_csv(f"{folder}/results.csv") if label_of(row) == label}
-    made_by = {row["commit"] for row in read_csv(f"{folder}/checkpoints.csv")
-               if label_of(row) == label}
-    name = " ".join(map(str, label))
+              for row in results}
+    made_by, name = {row["commit"] for row in points}, " ".join(map(str, label))
     if not stored:
         sys.exit(f"{name}: not in results.csv; run it without --check first")
     worst = max(abs(stored[figure["round"], figure["split"], k] - value)

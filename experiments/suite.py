@@ -43,6 +43,17 @@ def write_csv(path, rows):
     os.replace(path + ".partial", path)
 
 
+def read_rows(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_rows(path, rows):
+    with open(path + ".partial", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(path + ".partial", path)
+
+
 # ---- Inside a run ------------------------------------------------------------------------------
 @contextlib.contextmanager
 def inside(folder):
@@ -109,16 +120,12 @@ def measure(stem, model, number, split, draw, sample, **more):
                    "coverage": report["solution_coverage"], "distinct": report["distinct"],
                    "completion_len": report["completion_len"]}
         if number:
-            with open(f"{model}/metrics.jsonl") as file:
-                updates = [json.loads(line) for line in file]
+            updates = read_rows(f"{model}/metrics.jsonl")
             figures["entropy"] = statistics.fmean(line["entropy"] for line in updates[-4:])
             figures["train_s"] = sum(line["tokens"] / line["tokens_per_s"] for line in updates)
-        with open(path + ".partial", "w") as file:
-            json.dump(figures, file)
-        os.replace(path + ".partial", path)
+        write_rows(path, [figures])
         discard(scored, output)
-    with open(path) as file:
-        return json.load(file)
+    return read_rows(path)[0]
 
 
 def follow(folder, base, checkpoints, train_round, measure_round):

@@ -201,7 +201,7 @@ ALIASES = {"the base itself": "base", "uniform entropy bonus": "uniform bonus",
 def test_the_readmes_table_has_the_end_points_of_its_arms():
     """Cell by cell, in percent, rounded as the README rounds: 'mean ± half' of Pass@1 and Pass@256
     after the last round, from the weak and from the strong base."""
-    panels = figures.panels_of(figures.with_base(figures.load(HERE)))
+    panels = figures.panels_of(figures.load(HERE))
     arms = {label: arm for arm, label in figures.LABELS.items()}
     text, = (text for text in sections(f"{suite.ROOT}/README.md") if text.startswith("Results"))
     lines = [line for line in text.splitlines() if line[:1] == "|" and "±" in line]

@@ -1,6 +1,5 @@
 """experiments/smollm2.py: its problems, and the whole course at toy size with an embedded model in
 place of SmolLM2. The real one runs where the script has put its packages; nothing is downloaded."""
-import json
 import os
 import subprocess
 import sys
@@ -13,16 +12,11 @@ from experiments import frontier, smollm2, suite
 ROOT = suite.ROOT
 
 
-def read(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def test_problems_show_solved_ones_and_hold_none_of_them(tmp_path):
     for numbers, (_, solved) in smollm2.TASKS.items():
         path = str(tmp_path / f"{numbers}.jsonl")
-        smollm2.problems(numbers, 50, 3)(path)
-        rows = read(path)
+        smollm2.draw(numbers, 50, 3, "train", path)
+        rows = suite.read_rows(path)
         known = [(sorted(given), target) for given, target, _ in solved]
         assert len(rows) == 50
         assert not [row for row in rows if (sorted(row["numbers"]), row["target"]) in known]
@@ -133,7 +127,7 @@ def test_smallest(tmp_path, monkeypatch):
     label = smollm2.Label("pre-trained", "ds-token", "1e-5", 1)
     figure, = smollm2.one_run("r", label, smollm2.GAMMAS[0], (1,), "test", (4, 4),
                               smollm2.SMALLEST)
-    metrics = read("runs/r/round-001/metrics.jsonl")
+    metrics = suite.read_rows("runs/r/round-001/metrics.jsonl")
     assert len(metrics) == 2 and all(0 < line["logprob_gap"] < 1e-4 for line in metrics)
     assert all(line["grad_norm"] > 0 for line in metrics), "smoothing has a gradient everywhere"
     assert figure["round"] == 1 and set(figure["pass_at_k"]) == {"1", "2", "4"}
