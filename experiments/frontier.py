@@ -14,8 +14,8 @@ for each seed). A round is 192 problems x 16 samples and 4 updates. At four of a
 the policy is sampled on 300 held-out problems, 256 times each; in the fixed regime on its own
 training problems, too (split "train"). So that a learning rate is not mistaken for a method, GRPO,
 DS-GRPO and each of them with rehearsal are run at a second one. The neighbours run ten rounds from
-the weak base with two seeds; the FINALISTS, the best two of them by the rule below, run the full
-course from both bases.
+the weak base with two seeds; the FINALISTS, the best two of them by the rule below, run twenty from
+both bases, evaluated after ten and twenty.
 
 Rehearsal arms first sample the base on 1,500 training problems: 32 times each, then those with at
 most one right answer as many times in all (fixed: 250 times on their 192). That is 96,000 rollouts,
@@ -122,7 +122,7 @@ EVEN = tuple(f"{arm}-even" for arm in ("rehearsal", "grpo-rehearsal", "ds-rehear
 ARMS = (*CANDIDATES, *PARTS, *EVEN)
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo", "maxrl", "rs", "ucpo")
-FINALISTS = ()
+FINALISTS = ("focal", "rs")
 # What the READMEs compare.
 CONTRASTS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
              "ds-rehearsal")
@@ -141,7 +141,7 @@ REGIMES = {**dict.fromkeys(NEIGHBOURS, ("weak-base",)), **dict.fromkeys(EVEN, ("
            **dict.fromkeys((*FINALISTS, *SAMPLES, "grpo-rehearsal-longer"), BOTH)}
 ROUNDS = {"base": (0,), "grpo-longer": (51,), "grpo-rehearsal-longer": (*CHECKPOINTS, 35, 51),
           **dict.fromkeys((*NEIGHBOURS, *SAMPLES, *EVEN, "rehearsal"), CHECKPOINTS[:2]),
-          **dict.fromkeys(FINALISTS, CHECKPOINTS)}
+          **dict.fromkeys(FINALISTS, CHECKPOINTS[1::2])}
 # The others run at the best rate alone.
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
 
