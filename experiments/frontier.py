@@ -122,7 +122,7 @@ EVEN = tuple(f"{arm}-even" for arm in ("rehearsal", "grpo-rehearsal", "ds-rehear
 ARMS = (*CANDIDATES, *PARTS, *EVEN)
 NEIGHBOURS = ("passk", "cispo", "w-reinforce", "focal", "unlikeliness", "boundary", "unsolved",
               "oreal", "drpo", "maxrl", "rs", "ucpo")
-FINALISTS = ("focal", "rs")
+FINALISTS = ("focal", "drpo")
 # What the READMEs compare.
 CONTRASTS = ("base", "grpo", "ds-token", "entropy-bonus", "rehearsal", "grpo-rehearsal",
              "ds-rehearsal")

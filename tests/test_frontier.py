@@ -147,13 +147,13 @@ def test_an_arm_has_its_rates_rounds_and_seeds(study, regime, arm, lr, seeds, ro
 
 
 def test_a_finalist_replaces_its_shorter_runs(runs, monkeypatch):
-    chosen = ("--regimes", "weak-base", "strong-base", "--arms", "rs")
+    chosen = ("--regimes", "weak-base", "strong-base", "--arms", "ucpo")
     runs(*chosen)
-    monkeypatch.setitem(frontier.REGIMES, "rs", frontier.BOTH)
-    monkeypatch.setitem(frontier.ROUNDS, "rs", frontier.CHECKPOINTS)
-    monkeypatch.setitem(frontier.SEEDS["weak-base", 1], "rs", 5)
+    monkeypatch.setitem(frontier.REGIMES, "ucpo", frontier.BOTH)
+    monkeypatch.setitem(frontier.ROUNDS, "ucpo", frontier.CHECKPOINTS)
+    monkeypatch.setitem(frontier.SEEDS["weak-base", 1], "ucpo", 5)
     long = [key for key, _ in runs(*chosen) if isinstance(key, frontier.Label)]
-    assert sorted(long) == [(base, "rs", "1e-4", seed)
+    assert sorted(long) == [(base, "ucpo", "1e-4", seed)
                             for base, seeds in (("strong-base", 3), ("weak-base", 5))
                             for seed in range(1, seeds + 1)]
     assert runs(*chosen) == []
