@@ -7,16 +7,13 @@
 
 TRL is no dependency: install it into an environment of its own; without it the tests are skipped.
 """
-import json
-import os
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train
+from conftest import forced, load
+from test_train import RIVALS, distance, run, write
 
-ARMS = os.path.join(os.path.dirname(os.path.abspath(train.__file__)), "experiments", "arms.py")
 GROUPS, N = 4, 4
 GAMMA_P, GAMMA_N = 0.3, 0.1
 DS = f"--method ds-grpo --gamma-p {GAMMA_P} --gamma-n {GAMMA_N}"
@@ -38,7 +35,7 @@ CASES = {
     "ds-reward": (f"{DS} --smooth-level reward", {}, "policy"),
     "ds-reward masked": (f"{DS} --smooth-level reward --truncated mask", MASK, "policy"),
     # its epsilon_high is the largest rho, not what is above 1
-    "cispo": (f"--method {ARMS}:cispo", {"loss_type": "cispo", "epsilon_high": 1.25}, "other"),
+    "cispo": (f"--method {RIVALS}:cispo", {"loss_type": "cispo", "epsilon_high": 1.25}, "other"),
 }
 
 
@@ -58,8 +55,7 @@ def make_rows(policy, eos):
             correct = (sample * (2 * group + 1)) % N == 1 or group == GROUPS - 1
             completion = ids(1, 12) + [eos] * (not truncated)
             with torch.no_grad():
-                logits = policy(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1]
-            logp = logits.log_softmax(-1)[range(len(completion)), completion]
+                logp = forced(policy, prompt, completion, 1)[range(len(completion)), completion]
             rows.append({"id": f"g{group}", "sample": sample, "prompt_ids": prompt,
                          "completion_ids": completion, "logprobs": logp.tolist(),
                          "finish_reason": "length" if truncated else "stop",
@@ -70,43 +66,18 @@ def make_rows(policy, eos):
 def for_trl(flags, rows):
     """What a case adds to TRL's own objective: (the reward of each row, what is added to its
     advantage at each token or None)."""
-    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
-    gammas = [-GAMMA_P if row["correct"] else GAMMA_N for row in rows]
-    means = [sum(row["logprobs"]) / len(row["logprobs"]) for row in rows]
+    rewards = [row["reward"] for row in rows]
+    terms = [[(-GAMMA_P if row["correct"] else GAMMA_N) * logp for logp in row["logprobs"]]
+             for row in rows]
+    means = [sum(of_row) / len(of_row) for of_row in terms]
     if "cispo" in flags:  # GRPO's advantage with the population's standard deviation
-        std = rewards.view(GROUPS, N).std(1, correction=0).repeat_interleave(N)
-        return (rewards / (std + 1e-6)).tolist(), None
+        std = torch.tensor(rewards).double().view(GROUPS, N).std(1, correction=0)
+        return (torch.tensor(rewards) / (std + 1e-6).repeat_interleave(N)).tolist(), None
     if "reward" in flags:
-        return [float(reward) + gamma * mean
-                for reward, gamma, mean in zip(rewards, gammas, means)], None
+        return [reward + mean for reward, mean in zip(rewards, means)], None
     if "mean" in flags:
-        return rewards.tolist(), [[gamma * mean] * len(row["logprobs"])
-                                  for row, gamma, mean in zip(rows, gammas, means)]
-    if "ds-grpo" in flags:
-        return rewards.tolist(), [[gamma * logp for logp in row["logprobs"]]
-                                  for row, gamma in zip(rows, gammas)]
-    return rewards.tolist(), None
-
-
-def load(folder):
-    from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                attn_implementation="eager")
-
-
-def our_gradient(tmp_path, model, flags):
-    """{weight: gradient} of train.py's one update, and its metrics. After the first step AdamW's
-    first moment is a tenth of the gradient."""
-    out = str(tmp_path / "out")
-    train.main(train.parse_args([
-        "--model", model, "--rollouts", str(tmp_path / "scored.jsonl"), "--out", out,
-        "--temperature", "1", "--updates", "1", "--max-grad-norm", "1e9", "--device", "cpu",
-        *flags.split()]))
-    moments = load_file(f"{out}/optimizer.safetensors")
-    with open(f"{out}/metrics.jsonl") as file:
-        metrics = json.load(file)
-    return {name.removesuffix(".exp_avg"): 10 * moment for name, moment in moments.items()
-            if name.endswith(".exp_avg")}, metrics
+        terms = [[mean] * len(of_row) for mean, of_row in zip(means, terms)]
+    return rewards, terms if "ds-grpo" in flags else None
 
 
 def log_probs_of_the_rows(job, module, updates, label):
@@ -116,8 +87,8 @@ def log_probs_of_the_rows(job, module, updates, label):
 
 
 def trl_gradient(tmp_path, model, other, rows, flags, sampler, settings):
-    """{weight: gradient} of GRPOTrainer's first step on the same rollouts; its reference model is
-    `other`."""
+    """{weight.exp_avg: gradient} of GRPOTrainer's first step on the same rollouts; its reference
+    model is `other`."""
     import trl
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
@@ -135,7 +106,7 @@ def trl_gradient(tmp_path, model, other, rows, flags, sampler, settings):
 
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-            gradients.update((name, weight.grad.clone())
+            gradients.update((f"{name}.exp_avg", weight.grad.clone())
                              for name, weight in model.named_parameters())
 
     class WithOurAdvantage(trl.GRPOTrainer):
@@ -188,18 +159,16 @@ def test_gradient_of_one_update_is_trls(name, tiny_model, tmp_path, monkeypatch)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.save_pretrained(other)
     rows = make_rows(policies[sampler], tokenizer.eos_token_id)
-    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if sampler == "other":
         monkeypatch.setattr(train, "log_probs", log_probs_of_the_rows)
     reference = f" --ref-model {other}" if "kl" in flags else ""
-    ours, metrics = our_gradient(tmp_path, tiny_model, flags + reference)
+    ours = run(tiny_model, write(tmp_path / "scored.jsonl", rows, None), tmp_path / "out",
+               "--temperature", 1, "--max-grad-norm", 1e9, "--device", "cpu",
+               *(flags + reference).split())
     theirs = trl_gradient(tmp_path, tiny_model, other, rows, flags, sampler, settings)
-    assert (metrics["clip_high_frac"] > 0) == (sampler == "other")
-    assert (metrics["clip_low_frac"] > 0) == (sampler == "other" and name != "cispo")
-    assert ours.keys() == theirs.keys()
-    one, two = (torch.cat([gradient[key].flatten().double() for key in sorted(ours)])
-                for gradient in (ours, theirs))
-    assert two.norm() > 1e-3
-    relative = float((one - two).norm() / two.norm())
+    clipped = (ours.metrics[0]["clip_high_frac"] > 0, ours.metrics[0]["clip_low_frac"] > 0)
+    assert clipped == (sampler == "other", sampler == "other" and name != "cispo")
+    assert torch.cat([one.flatten() for one in theirs.values()]).norm() > 1e-3
+    relative = distance(ours.gradient, theirs)
     print(f"{name}: relative difference {relative:.1e}")
     assert relative < 1e-5
