@@ -1,6 +1,5 @@
 """The stages on a GPU beside the same stages on the CPU: the same rows and updates in fp32, most
 rows in bf16. Skipped where there is no GPU."""
-import json
 import os
 import subprocess
 import sys
@@ -8,6 +7,8 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from conftest import read
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -19,11 +20,6 @@ def call(*command):
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def rows_of(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +53,7 @@ def scored(rollouts):
     ("bf16", [], 0.1, 0.7)])
 def test_samples_are_those_of_the_cpu(rollouts, name, flags, tolerance, least):
     """Most rows have the same tokens; log-probs of those agree."""
-    pairs = list(zip(*map(rows_of, (rollouts("cpu", "cpu"), rollouts(name, "cuda", *flags))),
+    pairs = list(zip(*map(read, (rollouts("cpu", "cpu"), rollouts(name, "cuda", *flags))),
                      strict=True))
     same = [(a, b) for a, b in pairs if a["completion_ids"] == b["completion_ids"]]
     assert len(same) >= least * len(pairs)
@@ -65,21 +61,17 @@ def test_samples_are_those_of_the_cpu(rollouts, name, flags, tolerance, least):
         assert a["logprobs"] == pytest.approx(b["logprobs"], abs=tolerance)
 
 
-METHODS = {
-    "ds-token": "--gamma-p 0.3 --gamma-n 0.03",
-    "entropy": "--method grpo --entropy-coef-correct 0.2 --entropy-coef-wrong -0.01",
-    "kl": f"--method grpo --kl-coef 0.05 --ref-model {MODEL}",
-    "checkpointed": "--checkpoint-activations --gamma-p 0.3"}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_an_update_is_that_of_the_cpu(scored, tmp_path, name):
+@pytest.mark.parametrize("method", [
+    "--gamma-p 0.3 --gamma-n 0.03", "--checkpoint-activations --gamma-p 0.3",
+    "--method grpo --entropy-coef-correct 0.2 --entropy-coef-wrong -0.01",
+    f"--method grpo --kl-coef 0.05 --ref-model {MODEL}"])
+def test_an_update_is_that_of_the_cpu(scored, tmp_path, method):
     lines, weights = [], []
     for device in "cpu", "cuda":
         out = tmp_path / device
         call("train.py", "--model", MODEL, "--rollouts", scored, "--out", out, "--device", device,
-             *FP32, "--updates", 2, "--lr", 1e-4, *METHODS[name].split())
-        lines.append(rows_of(out / "metrics.jsonl"))
+             *FP32, "--updates", 2, "--lr", 1e-4, *method.split())
+        lines.append(read(out / "metrics.jsonl"))
         weights.append(load_file(out / "model.safetensors"))
     for ours, theirs in zip(*lines, strict=True):
         assert max(ours["logprob_gap_max"], theirs["logprob_gap_max"]) < 1e-2  # 2: lr moved them
@@ -97,7 +89,7 @@ def test_two_rounds_in_bf16(rollouts, tmp_path):
         out, verdicts = tmp_path / f"round-{number}", tmp_path / f"scored-{number}.jsonl"
         call("score.py", path, "--out", verdicts)
         call("train.py", "--model", model, "--rollouts", verdicts, "--out", out, "--lr", 1e-4)
-        metrics = rows_of(out / "metrics.jsonl")[-1]
+        metrics = read(out / "metrics.jsonl")[-1]
         assert metrics["logprob_gap"] < 0.02 and metrics["ratio_max"] == pytest.approx(1)
         model, path = out, tmp_path / f"rollouts-{number}.jsonl"
         call("generate.py", "--model", model, "--prompts", rollouts("fp32", "cuda", *FP32).parent

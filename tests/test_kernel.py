@@ -25,6 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 V = 211
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+has_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton here")
 
 
 @pytest.fixture(params=["torch", "triton"] if kernel.triton else ["torch"])
@@ -83,8 +84,7 @@ def error(got, want):
 
 
 def check(results, x, y, temperature, upstream):
-    """The four results are the closed form's; nothing but the log-prob of a masked target is -inf.
-    """
+    """The four results are the closed form's; only the log-prob of a masked target is -inf."""
     wanted = closed_form(x, y, temperature, upstream)
     masked = wanted[0] < -1e29
     assert torch.equal(results[0] == -float("inf"), masked)
@@ -188,8 +188,7 @@ def test_a_row_does_not_depend_on_its_company(backend, monkeypatch):
     x, y, upstream = draw(3, vocab)
     want = run(x, y, 0.7, upstream, backend)
     torch.set_num_threads(2)
-    chunks = (vocab, 2 * vocab, 2**20) if backend == "torch" else (2**20,)  # CHUNK is PyTorch's
-    for chunk in chunks:
+    for chunk in (vocab, 2 * vocab, 2**20) if backend == "torch" else (2**20,):  # PyTorch's
         monkeypatch.setattr(kernel, "CHUNK", chunk)
         for rows in (slice(0, 1), slice(1, 3), slice(0, 3)):
             got = run(x[rows], y[rows], 0.7, upstream[:, rows], backend)
@@ -228,16 +227,8 @@ def test_in_place(backend, dtype, rows):
         torch.autograd.grad(results, leaf, upstream)
 
 
-def test_in_place_refuses_what_it_would_break():
-    y = torch.zeros(3, dtype=torch.long)
-    leaf = torch.zeros(3, 5, requires_grad=True)
-    shared = (torch.zeros(5, requires_grad=True) * 1).expand(3, 5)
-    for x, message in (leaf, "leaf"), (shared, "share memory"):
-        with pytest.raises(ValueError, match=message):
-            fused_entropy(x, y, inplace_backward=True, backend="torch")
-
-
-X, Y = torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)
+X, Y, LEAF = torch.zeros(3, 5), torch.zeros(3, dtype=torch.long), torch.zeros(3, 5).requires_grad_()
+IN_PLACE = {"inplace_backward": True, "backend": "torch"}  # refuses what it would break
 
 
 @pytest.mark.parametrize("x, y, settings, message", [
@@ -245,7 +236,8 @@ X, Y = torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)
     (torch.tensor(1.0), torch.tensor(1), {}, "needed"), (X.long(), Y, {}, "needed"),
     (X, torch.zeros(3), {}, "integer"), (X, Y.bool(), {}, "integer"),
     (X, Y, {"temperature": 0}, "temperature"), (X, Y, {"temperature": math.nan}, "temperature"),
-    (X, Y, {"backend": "cuda"}, "backend")])
+    (X, Y, {"backend": "cuda"}, "backend"), (LEAF, Y, IN_PLACE, "leaf"),
+    ((LEAF[0] * 1).expand(3, 5), Y, IN_PLACE, "share memory")])
 def test_wrong_inputs(x, y, settings, message):
     with pytest.raises(ValueError, match=message):
         fused_entropy(x, y, **settings)
@@ -316,18 +308,14 @@ def test_torch_compile(backend):
     assert error(again, eager.double()) < 1e-6
 
 
-@pytest.mark.skipif(not kernel.triton, reason="test_triton_through_the_interpreter runs this one")
+@pytest.mark.skipif(not kernel.triton, reason="test_triton_through_the_interpreter runs this")
 def test_triton_kernels_truly_run(monkeypatch):
     """Fails if the PyTorch path answers in Triton's place, or if the interpreter does not run the
     kernels."""
     launched, launch = [], kernel.launch
-
-    def noted(*args, **more):
-        launched.append(args[0])
-        return launch(*args, **more)
-
     monkeypatch.setattr(kernel, "softmax_chunks", None)
-    monkeypatch.setattr(kernel, "launch", noted)
+    monkeypatch.setattr(kernel, "launch", lambda one, *args, **more: (
+        launched.append(one) or launch(one, *args, **more)))
     x, y, upstream = draw(4, 90)
     check(run(x, y, 0.7, upstream, "triton"), x, y, 0.7, upstream)
     assert launched == [kernel.forward_kernel, kernel.backward_kernel]
@@ -337,16 +325,54 @@ def test_triton_kernels_truly_run(monkeypatch):
         fused_entropy(x, y, backend="torch")
 
 
+def python(*command, **environment):
+    """What Python prints in a process of its own with these variables; None: without it."""
+    environment = {name: value for name, value in {**os.environ, **environment}.items() if value}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@has_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_triton_through_the_interpreter():
-    if not importlib.util.find_spec("triton"):
-        pytest.skip("Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton",
-               "tests/test_kernel.py", "tests/test_linear_kernel.py"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
-                          capture_output=True, text=True)
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and passed and int(passed[1]) >= 40, done.stdout + done.stderr
+    shown = python("-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", "tests/test_kernel.py",
+                   "tests/test_linear_kernel.py", TRITON_INTERPRET="1")
+    assert int(re.search(r"(\d+) passed", shown)[1]) >= 40, shown
+
+
+COMPILE = """
+import itertools
+import sys
+import torch
+
+torch.cuda.is_available = lambda: True  # so that the kernels are defined
+sys.path.append("kernels")
+import fused_entropy
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+kernels = fused_entropy.forward_kernel, fused_entropy.backward_kernel
+constants = {"scale": 1.4426950408889634, "BLOCK": fused_entropy.BLOCK}
+for capability, logits, kernel in itertools.product((80, 90), ("*bf16", "*fp32"), kernels):
+    pointers = {"y_ptr": "*i64", "x_ptr": logits, "grad_ptr": logits}
+    signature = {name: pointers.get(name, "*fp32") if name.endswith("_ptr") else "i64"
+                 for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                              options={"num_warps": 4})
+    print(capability, logits, kernel.__name__, len(compiled.asm["cubin"]))
+"""
+
+
+@has_triton
+def test_the_kernels_compile_for_ampere_and_hopper(tmp_path):
+    """On a machine without a GPU, so that a release of Triton that breaks them is seen."""
+    shown = python("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET=None)
+    sizes = [int(line.split()[-1]) for line in shown.splitlines()]
+    assert len(sizes) == 8 and min(sizes) > 1000
 
 
 NAMES = """
@@ -355,7 +381,7 @@ from kernels.fused_entropy import fused_entropy
 from kernels.fused_linear_entropy import fused_linear_entropy
 for name in [name for name in sys.modules if name.partition(".")[0] == "kernels"]:
     del sys.modules[name]
-sys.path.append({package!r})
+sys.path.append(sys.argv[1])
 import kernels
 assert kernels.get_kernel() == "Hugging Face"
 sys.path.append("kernels")
@@ -371,10 +397,7 @@ def test_names(tmp_path):
     wins `import kernels`, and this folder still serves. On a CPU no import costs Triton's."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(): return 'Hugging Face'\n")
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", NAMES.format(package=str(tmp_path))], cwd=ROOT,
-                          env={**env, "PYTHONPATH": ROOT}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python("-c", NAMES, str(tmp_path), TRITON_INTERPRET=None, PYTHONPATH=ROOT)
 
 
 @on_gpu

@@ -9,19 +9,17 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from test_kernel import DEVICE, INTERPRETED, Watch, kernel, repeatable  # noqa: F401  a fixture
+from test_kernel import (DEVICE, INTERPRETED, Watch, backend, error,  # noqa: F401  two fixtures
+                         repeatable)
 import fused_linear_entropy as linear
 from fused_linear_entropy import fused_linear_entropy
 
 ROWS, WIDTH, VOCAB = 7, 16, 150
 
 
-@pytest.fixture(params=["torch", "triton"] if kernel.triton else ["torch"])
-def backend(request, monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCK", 64)
-    monkeypatch.setattr(kernel, "CHUNK", VOCAB)
-    monkeypatch.setattr(linear, "CHUNK", {DEVICE: 2 * VOCAB})  # four chunks, the last one short
-    return request.param
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch):
+    monkeypatch.setattr(linear, "CHUNK", {DEVICE: 3 * VOCAB})  # three, the last one short
 
 
 def draw(rows=ROWS, width=WIDTH, vocab=VOCAB, dtype=torch.float32):
@@ -33,8 +31,7 @@ def draw(rows=ROWS, width=WIDTH, vocab=VOCAB, dtype=torch.float32):
 
 
 def plain(hidden, weight, y, temperature=1.0, bias=None, softcap=None, scale=1.0):
-    """The same in eager PyTorch, in the precision of the inputs, after the logits in at least
-    fp32."""
+    """The same in eager PyTorch, in the inputs' precision, after the logits in at least fp32."""
     logits = F.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -53,33 +50,27 @@ def loss(results):
     return (logp * up + entropy * up.cos() + 0.3 * lse * up.sin()).sum()
 
 
-def error(got, want):
-    return ((got.double() - want.double()).abs() / want.double().abs().clamp(min=1)).max().item()
-
-
 HEADS = {"plain": {}, "bias": {"bias": True}, "cap": {"softcap": 5.0}, "scale": {"scale": 0.25},
          "all": {"bias": True, "softcap": 5.0, "scale": 2.0}}
 
 
 @pytest.mark.parametrize("form, temperature", [*((form, 0.7) for form in HEADS), ("plain", 1.0)])
 def test_results_and_gradients(backend, form, temperature):
-    """fp32 against fp64, through four chunks, with ignored rows."""
+    """fp32 against fp64, through all chunks, with ignored rows."""
     hidden, weight, y = draw()
     y[3] = y[5] = -1
-    more = dict(HEADS[form])
-    leaves = [hidden, weight]
-    if more.pop("bias", False):
-        more["bias"] = torch.randn(VOCAB, device=DEVICE, requires_grad=True)
-        leaves.append(more["bias"])
-    got = fused_linear_entropy(hidden, weight, y, temperature, backend=backend, **more)
-    got_grads = torch.autograd.grad(loss(got), leaves)
-    wide = [one.detach().double().requires_grad_() for one in leaves]
-    more |= {"bias": wide[2]} if len(wide) == 3 else {}
-    want = plain(wide[0], wide[1], y, temperature, **more)
-    want_grads = torch.autograd.grad(loss(want), wide)
+    leaves, head = {"hidden": hidden, "weight": weight}, dict(HEADS[form])
+    if head.pop("bias", False):
+        leaves["bias"] = torch.randn(VOCAB, device=DEVICE, requires_grad=True)
+    wide = {name: one.detach().double().requires_grad_() for name, one in leaves.items()}
+    got = fused_linear_entropy(**leaves, targets=y, temperature=temperature, backend=backend,
+                               **head)
+    want = plain(**wide, y=y, temperature=temperature, **head)
+    got_grads, want_grads = (torch.autograd.grad(loss(results), of.values())
+                             for results, of in ((got, leaves), (want, wide)))
     for one, other in zip(got, want):  # fp32 products are good to about 1e-6 of logits of size 15
         assert one.dtype == torch.float32 and error(one, other) < 1e-5
-    for one, other, leaf in zip(got_grads, want_grads, leaves):
+    for one, other, leaf in zip(got_grads, want_grads, leaves.values()):
         assert one.dtype == leaf.dtype and one.shape == leaf.shape
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()
     assert (got_grads[0][[3, 5]] == 0).all()
@@ -90,12 +81,9 @@ def test_gradcheck(backend):
     y[1] = -1
     bias = torch.randn(20, dtype=torch.float64, device=DEVICE, requires_grad=True)
     linear.CHUNK = {DEVICE: 40}
-
-    def function(hidden, weight, bias):
-        return fused_linear_entropy(hidden, weight, y, 0.7, bias, softcap=3.0, scale=1.5,
-                                    backend=backend)
-
-    assert torch.autograd.gradcheck(function, (hidden, weight, bias), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda hidden, weight, bias: fused_linear_entropy(
+        hidden, weight, y, 0.7, bias, softcap=3.0, scale=1.5, backend=backend),
+        (hidden, weight, bias), fast_mode=True)
 
 
 def test_leading_dimensions(backend):
@@ -136,39 +124,36 @@ def test_products(backend, frozen, products):
 
 def test_the_logits_are_never_whole(monkeypatch):
     """No memory grows with rows x vocab: the largest is one chunk, or the weight's own gradient."""
-    hidden, weight, y = draw(rows=400)
     monkeypatch.setattr(linear, "CHUNK", {DEVICE: 30 * VOCAB})
     with Watch() as watch:
-        loss(fused_linear_entropy(hidden, weight, y, backend="torch")).backward()
+        loss(fused_linear_entropy(*draw(rows=400), backend="torch")).backward()
     assert watch.largest <= 2 * 30 * VOCAB * 4  # of the logits' 400 rows
 
 
 def test_autocast(backend):
     """hidden bf16, weight fp32: results fp32, gradients in their leaves' types and as good as those
     of eager PyTorch."""
-    hidden, weight, y = draw(dtype=torch.float32)
+    hidden, weight, y = draw()
     narrow = hidden.detach().bfloat16().requires_grad_()
+    exact = [one.detach().bfloat16().double().requires_grad_() for one in (narrow, weight)]
     with torch.autocast(DEVICE, torch.bfloat16):
         got = fused_linear_entropy(narrow, weight, y, 0.7, backend=backend)
         usual = plain(narrow, weight, y, 0.7)
-    got_grads = torch.autograd.grad(loss(got), (narrow, weight))
-    usual_grads = torch.autograd.grad(loss(usual), (narrow, weight))
-    dtypes = [torch.float32] * 3 + [torch.bfloat16, torch.float32]
-    assert [one.dtype for one in (*got, *got_grads)] == dtypes
-    exact = [one.detach().bfloat16().double().requires_grad_() for one in (narrow, weight)]
     want = plain(*exact, y, 0.7)
-    want_grads = torch.autograd.grad(loss(want), exact)
+    got, usual, want = ((*results, *torch.autograd.grad(loss(results), leaves))
+                        for results, leaves in (
+                            (got, (narrow, weight)), (usual, (narrow, weight)), (want, exact)))
+    assert [one.dtype for one in got] == [torch.float32] * 3 + [torch.bfloat16, torch.float32]
     factor = 3 if INTERPRETED else 1.5  # the interpreter truncates bf16 where the GPU rounds
-    for one, other, best in zip((*got, *got_grads), (*usual, *usual_grads), (*want, *want_grads)):
+    for one, other, best in zip(got, usual, want):
         assert (one - best).abs().max() <= factor * (other - best).abs().max() + 1e-6
 
 
 def test_the_weight_gradient_is_summed_in_fp32(monkeypatch):
     """One row a chunk: 128 additions in bf16 would be off by 2 %. Each product is still rounded
     once, on a CPU."""
-    rows, vocab = 128, 40
-    hidden = torch.ones(rows, 4, dtype=torch.bfloat16, device=DEVICE)
-    weight = torch.zeros(vocab, 4, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    rows, vocab, like = 128, 40, {"dtype": torch.bfloat16, "device": DEVICE}
+    hidden, weight = torch.ones(rows, 4, **like), torch.zeros(vocab, 4, **like, requires_grad=True)
     monkeypatch.setattr(linear, "CHUNK", {DEVICE: vocab})
     logp = fused_linear_entropy(hidden, weight, torch.full((rows,), 3, device=DEVICE))[0]
     grad, = torch.autograd.grad(logp.sum(), weight)
@@ -219,7 +204,7 @@ class Model(torch.nn.Module):
 def test_inside_a_wrapped_module(wrapper, tmp_path, monkeypatch):
     """DDP's hooks see the tied weight's gradient; under FSDP2 the head gets the weight that its
     hooks have gathered."""
-    monkeypatch.setattr(linear, "CHUNK", {"cpu": 2 * VOCAB})
+    monkeypatch.setitem(linear.CHUNK, "cpu", 2 * VOCAB)
     ids = torch.randint(VOCAB, (2, 8))
     y = torch.cat([ids[:, 1:], torch.full((2, 1), -1)], 1)
     model = Model()
@@ -228,10 +213,8 @@ def test_inside_a_wrapped_module(wrapper, tmp_path, monkeypatch):
     model.zero_grad()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        if wrapper == "ddp":
-            wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        else:
-            wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        wrapped = (torch.nn.parallel.DistributedDataParallel(model) if wrapper == "ddp" else
+                   fully_shard(model, mesh=init_device_mesh("cpu", (1,))))
         loss(wrapped(ids, y)).backward()
         for one, other in zip(wrapped.parameters(), want):
             grad = one.grad.full_tensor() if wrapper == "fsdp2" else one.grad
