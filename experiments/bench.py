@@ -3,7 +3,7 @@
     python experiments/bench.py --out experiments/bench_cpu.json
     python experiments/bench.py --only generate update --sizes 0.5b     # on a GPU, in bf16
 
-    generate   generate.py; `model.generate` on padded batches, at the best of three batch sizes
+    generate   generate.py; `model.generate` on padded batches, at three batch sizes
     score      score.py on maths answers; a loop over Math-Verify
     update     train.py; a GRPO update in plain PyTorch: padded rows, logits of all tokens, eager
                log_softmax and entropy
@@ -35,8 +35,8 @@ PARTS = ("generate", "score", "update", "evaluate")
 
 
 # prompts; samples a prompt; times that a prompt, some 13 tokens, is repeated; new tokens; batch
-# sizes that model.generate may choose from; shape of a random Qwen2: vocabulary, hidden size,
-# layers, heads, key and value heads, intermediate size; none: the embedded model
+# sizes of model.generate; shape of a random Qwen2: vocabulary, hidden size, layers, heads, key and
+# value heads, intermediate size; none: the embedded model
 Size = collections.namedtuple("Size", "prompts n repeat new_tokens batches shape", defaults=[()])
 SIZES = {
     "toy": Size(2, 4, 1, 4, (2, 4, 8), (64, 32, 2, 2, 1, 64)),  # for tests
@@ -197,15 +197,9 @@ def bench_generate(bench, name):
             made += sum(one.index(end) + 1 if end in one else len(one) for one in new)
         return made
 
-    def seconds(batch_size):
-        with Meter(bench.device) as meter:
-            made = padded(batch_size, meter, 0)
-        return meter.seconds / made
-
-    best = min(size.batches, key=seconds)
-    bench.measure(f"generate/{name}", "tokens", {
-        "generate.py": ours,
-        f"model.generate, batch {best}": functools.partial(padded, best)})
+    bench.measure(f"generate/{name}", "tokens", {"generate.py": ours, **{
+        f"model.generate, batch {batch}": functools.partial(padded, batch)
+        for batch in size.batches}})
 
 
 # ---- score ---------------------------------------------------------------------------------------

@@ -60,12 +60,6 @@ def request(vllm, args, identity, sample, ends, stops):
         skip_special_tokens=False, seed=int.from_bytes(key[:6], "little"))
 
 
-def logprobs_of(output, temperature):
-    """The log-prob of each token of a CompletionOutput of vLLM's; 0 when greedy."""
-    steps = zip(output.token_ids, output.logprobs)
-    return [step[token].logprob if temperature else 0.0 for token, step in steps]
-
-
 def main(args):
     try:
         import vllm
@@ -104,9 +98,10 @@ def main(args):
             output, = answer.outputs
             if output.finish_reason not in ("stop", "length"):
                 fail(f"vLLM ended a row of {identity!r} with {output.finish_reason!r}")
-            lines.append(generate.json_row(
-                item, list(output.token_ids), logprobs_of(output, args.temperature),
-                output.finish_reason, work))
+            ids = list(output.token_ids)
+            logprobs = [step[token].logprob if args.temperature else 0.0  # 0 when greedy
+                        for token, step in zip(ids, output.logprobs)]
+            lines.append(generate.json_row(item, ids, logprobs, output.finish_reason, work))
         return lines
 
     # 3. The chunks, then all of them in the problems' order.

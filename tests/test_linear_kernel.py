@@ -1,4 +1,4 @@
-"""kernels/fused_linear_entropy.py against the plain way: F.linear, then the closed form, in fp64.
+"""kernels/fused_linear_entropy.py against the plain way: F.linear, then log_softmax, in fp64.
 
 The Triton half runs on a GPU, or in the process that test_kernel.py starts for the interpreter.
 """
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import test_kernel
 from test_kernel import (DEVICE, INTERPRETED, Watch, backend, error,  # noqa: F401  two fixtures
                          repeatable)
 import fused_linear_entropy as linear
@@ -35,12 +36,8 @@ def plain(hidden, weight, y, temperature=1.0, bias=None, softcap=None, scale=1.0
     logits = F.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale / temperature
-    logps, lse = logits.log_softmax(-1), logits.logsumexp(-1)
-    entropy = -(logps.exp() * logps).sum(-1)
-    keep = y >= 0
-    logp = logps.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return logp * keep, entropy * keep, lse * keep
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+    return [one * (y >= 0) for one in test_kernel.plain(logits, y.clamp(min=0), temperature)]
 
 
 def loss(results):
