@@ -40,23 +40,28 @@ def fake(name, label, setting, checkpoints, split, problems, n, device):
     return figures
 
 
+def one_by_one(done, limit=10**6):
+    """Stands in for suite.run: in this process, killed after so many runs; done: [(key, arguments,
+    --jobs)]."""
+    def run(one_run, todo, keep, jobs):
+        for key, arguments in todo:
+            if len(done) == limit:
+                raise KeyboardInterrupt
+            keep(key, one_run(*arguments))
+            done.append((key, arguments, jobs))
+    return run
+
+
 class Runs:
-    """Calls of experiments/frontier.py on fake runs, with its tables in a folder; each returns
-    what was done, [(key, arguments)]."""
+    """Calls of experiments/frontier.py on fake runs, with its tables in a folder; each returns what
+    was done."""
     def __init__(self, folder, patch):
         self.folder, self.patch = folder, patch
 
     def __call__(self, *flags, limit=10**6, one_run=fake):
         done = []
-
-        def sequential(_, todo, keep, at_once):
-            self.jobs = at_once
-            for key, arguments in todo:
-                if len(done) == limit:
-                    raise KeyboardInterrupt
-                keep(key, one_run(*arguments))
-                done.append((key, arguments))
-        self.patch.setattr(frontier, "run", sequential)
+        self.patch.setattr(frontier, "run", one_by_one(done, limit))
+        self.patch.setattr(frontier, "one_run", one_run)
         with pytest.raises(SystemExit) as end:
             frontier.main(frontier.parse_args(["--tables", str(self.folder), *flags]))
         self.code = end.value.code
@@ -77,7 +82,7 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frontier, "reported_jobs", lambda args: [])
-        tuning = [arguments for _, arguments in Runs(folder, patch)()]
+        tuning = [arguments for _, arguments, _ in Runs(folder, patch)()]
     jobs = frontier.reported_jobs(frontier.parse_args(["--tables", str(folder)]))
     return tuning, dict(jobs)
 
@@ -130,15 +135,13 @@ def test_the_rule_chooses(study):
 
 @pytest.mark.parametrize("regime, arm, lr, seeds, rounds", [
     # 1e-4 is the best for GRPO's Pass@1, 2e-4 the second best, which few arms alone have
-    ("strong-base", "grpo", "1e-4", 5, (5, 10, 15, 20)),
-    ("strong-base", "grpo", "2e-4", 5, (10, 20)),
-    ("weak-base", "ds-rehearsal", "2e-4", 3, (10, 20)),
-    ("strong-base", "rehearsal-samples", "1e-4", 5, (5, 10)),
+    ("strong-base", "grpo", "1e-4", 5, (5, 10, 15, 20)), ("fixed", "grpo", "2e-4", 0, ()),
+    ("strong-base", "grpo", "2e-4", 5, (10, 20)), ("fixed", "ds-token", "1e-4", 3, (10, 20)),
+    ("weak-base", "ds-rehearsal", "2e-4", 3, (10, 20)), ("strong-base", "base", "0", 10, (0,)),
+    ("weak-base", "cispo", "1e-4", 2, (5, 10)), ("strong-base", "cispo", "1e-4", 0, ()),
     ("weak-base", "grpo-longer", "1e-4", 3, (51,)),
-    ("strong-base", "grpo-rehearsal-longer", "1e-4", 5, (5, 10, 15, 20, 35, 51)),
-    ("fixed", "ds-token", "1e-4", 3, (10, 20)), ("fixed", "grpo", "2e-4", 0, ()),
-    ("strong-base", "base", "0", 10, (0,)), ("weak-base", "cispo", "1e-4", 2, (5, 10)),
-    ("strong-base", "cispo", "1e-4", 0, ())])
+    ("strong-base", "rehearsal-samples", "1e-4", 5, (5, 10)),
+    ("strong-base", "grpo-rehearsal-longer", "1e-4", 5, (5, 10, 15, 20, 35, 51))])
 def test_an_arm_has_its_rates_rounds_and_seeds(study, regime, arm, lr, seeds, rounds):
     found = {label.seed: tuple(arguments[3]) for label, arguments in study[1].items()
              if label[:3] == (regime, arm, lr)}
@@ -152,7 +155,7 @@ def test_a_finalist_replaces_its_shorter_runs(runs, monkeypatch):
     monkeypatch.setitem(frontier.REGIMES, "ucpo", frontier.BOTH)
     monkeypatch.setitem(frontier.ROUNDS, "ucpo", frontier.CHECKPOINTS)
     monkeypatch.setitem(frontier.SEEDS["weak-base", 1], "ucpo", 5)
-    long = [key for key, _ in runs(*chosen) if isinstance(key, frontier.Label)]
+    long = [key for key, *_ in runs(*chosen) if isinstance(key, frontier.Label)]
     assert sorted(long) == [(base, "ucpo", "1e-4", seed)
                             for base, seeds in (("strong-base", 3), ("weak-base", 5))
                             for seed in range(1, seeds + 1)]
@@ -193,7 +196,7 @@ def test_half_of_what_is_rehearsed_is_of_hard_problems(tmp_path, monkeypatch):
 def test_it_carries_on_where_it_was_stopped(runs, tmp_path):
     flags = ("--regimes", "weak-base", "--arms", "grpo", "base", "ds-token", "ds-positive", "rs")
     names = ("frontier_tuning.csv", "checkpoints.csv", "results.csv")
-    whole = [key for key, _ in runs(*flags)]
+    whole = [key for key, *_ in runs(*flags)]
     tables = {name: (tmp_path / name).read_text() for name in names}
     results, points = runs.rows("results.csv"), runs.rows("checkpoints.csv")
     assert list(results[0]) == ["regime", "arm", "lr", "seed", "round", "split", "k", "pass_at_k"]
@@ -203,13 +206,13 @@ def test_it_carries_on_where_it_was_stopped(runs, tmp_path):
     assert runs(*flags) == []
     # Killed between its two tables: done again, without double rows
     suite.write_csv(f"{tmp_path}/results.csv", [row for row in results if row["arm"] != "base"])
-    assert {key.arm for key, _ in runs(*flags)} == {"base"}
+    assert {key.arm for key, *_ in runs(*flags)} == {"base"}
     assert sorted(map(str, runs.rows("checkpoints.csv"))) == sorted(map(str, points))
     for name in names:
         (tmp_path / name).unlink()
     for limit in (2, 17, 10**6):
         try:
-            assert [key for key, _ in runs(*flags, limit=limit)] == whole
+            assert [key for key, *_ in runs(*flags, limit=limit)] == whole
         except KeyboardInterrupt:
             whole = whole[limit:]
     assert tables == {name: (tmp_path / name).read_text() for name in names}
@@ -220,8 +223,7 @@ def test_it_lists_and_checks(runs, tmp_path, capsys):
     assert runs("--list", *weak) == [] and "depends on these" in runs.code
     assert "learning rate: 6 runs left" in capsys.readouterr().out
     chosen = (*weak, "--arms", "grpo", "--rates", "1", "--seeds", "1")
-    runs(*chosen, "--jobs", "3")
-    assert runs.jobs == 3
+    assert runs(*chosen, "--jobs", "3")[-1][2] == 3
     runs(*chosen, "2", "--list")
     assert ("reported: 1 runs left\n  weak-base grpo 1e-4 2 --method grpo\n"
             in capsys.readouterr().out)
@@ -241,15 +243,11 @@ def test_it_lists_and_checks(runs, tmp_path, capsys):
     runs(*chosen[:-1], "9", "--check")
     assert "not in results.csv" in runs.code
     assert (tmp_path / "results.csv").read_text() == before
-
-
-@pytest.mark.parametrize("flags, message", [
-    ("--until 8", "belongs to --check"),
-    ("--regimes strong-base --arms cispo", "none of these --arms is run")])
-def test_wrong_flags(capsys, flags, message):
-    with pytest.raises(SystemExit):
-        frontier.parse_args(flags.split())
-    assert message in capsys.readouterr().err
+    for wrong, message in (("--until 8", "belongs to --check"), (
+            "--regimes strong-base --arms cispo", "none of these --arms is run")):
+        with pytest.raises(SystemExit):
+            frontier.parse_args(wrong.split())
+        assert message in capsys.readouterr().err
 
 
 def test_tables_are_written_by_one_at_a_time(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from data import countdown
 from experiments import frontier, smollm2, suite
+from test_frontier import one_by_one
 
 ROOT = suite.ROOT
 
@@ -42,19 +43,12 @@ def course(tmp_path, monkeypatch):
 
     def main(*flags, limit=10**6):
         done = []
-
-        def sequential(one_run, jobs, keep, _):
-            for key, arguments in jobs:
-                keep(key, one_run(*arguments))
-                done.append(arguments[0])
-                if len(done) == limit:
-                    raise KeyboardInterrupt
         for module in (smollm2, frontier):
-            monkeypatch.setattr(module, "run", sequential)
+            monkeypatch.setattr(module, "run", one_by_one(done, limit))
         model = os.path.join(ROOT, "data", "tiny-countdown")
         smollm2.main(smollm2.parse_args(["--smallest", "--model", model, "--seeds", "1",
                                          "--tables", str(tmp_path / "tables"), *flags]))
-        return done
+        return [arguments[0] for _, arguments, _ in done]
     return main
 
 
@@ -71,6 +65,9 @@ def test_the_whole_course_at_toy_size(course, tmp_path, monkeypatch, capsys):
     assert "tuning: 1 runs left\n  pre-trained ds-token 1e-5 101" in capsys.readouterr().out
     assert course(*arms) == ["smollm2/tune-2", "smollm2/base-0-1",
                              "smollm2/grpo-rehearsal-1e-5-1"]
+    log = (tmp_path / "runs/smollm2/grpo-rehearsal-1e-5-1/log.txt").read_text()
+    train, = (line for line in log.splitlines() if line.startswith("+ train"))
+    assert "--model runs/smollm2/base" in train and "--lr 1e-5 --seed 1" in train
     capsys.readouterr()
     course("--list", "--seeds", "1", "2", "--arms", "grpo", "base")
     left = capsys.readouterr().out.partition("reported: 5 runs left\n")[2].splitlines()
@@ -88,28 +85,20 @@ def test_the_whole_course_at_toy_size(course, tmp_path, monkeypatch, capsys):
     assert "need --tables of their own" in capsys.readouterr().err
 
 
-def test_a_run_begins_at_the_base_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(suite, "ROOT", str(tmp_path))
+def test_a_stopped_run_goes_on_and_keeps_its_last_model_alone(tmp_path):
     trained = []
 
-    def stage(name, command):
-        flags = dict(zip(command.split()[:-1], command.split()[1:]))
-        trained.append((flags["--model"], flags["--out"], flags["--lr"], flags["--seed"]))
-        for path in (flags["--out"], flags["--out"] + ".meta.json"):
-            os.makedirs(path) if not path.endswith("json") else open(path, "w").close()
-    monkeypatch.setattr(smollm2, "stage", stage)
-    monkeypatch.setattr(smollm2, "sampled", lambda *_: "scored.jsonl")
-    monkeypatch.setattr(smollm2, "discard", lambda *_: None)
-    monkeypatch.setattr(smollm2, "measure", lambda *_, **__: "figures")
-    label = smollm2.Label("pre-trained", "grpo", "5e-6", 7)
-    monkeypatch.chdir(tmp_path)
+    def train_round(number, before, after):
+        trained.append((number, os.path.basename(before)))
+        os.makedirs(after)
+        open(f"{after}.meta.json", "w").close()
+
     for last in (1, 3):
-        figures = smollm2.one_run("r", label, "--method grpo", (1, last), "test", (4, 4),
-                                  smollm2.SMALLEST)
-    assert figures == ["figures"] * 2
-    folders = ["runs/smollm2/base", *(f"runs/r/round-{number:03d}" for number in (1, 2, 3))]
-    assert trained == [(before, after, "5e-6", "7") for before, after in zip(folders, folders[1:])]
-    assert sorted(os.listdir("runs/r")) == ["log.txt", "round-003", "round-003.meta.json"]
+        figures = suite.follow(str(tmp_path), "base", (1, last), train_round,
+                               lambda number, model: [(number, os.path.basename(model))])
+    assert figures == [(1, "round-001"), (3, "round-003")]
+    assert trained == [(1, "base"), (2, "round-001"), (3, "round-002")]
+    assert sorted(os.listdir(tmp_path)) == ["round-003", "round-003.meta.json"]
 
 
 @pytest.mark.slow
