@@ -147,6 +147,7 @@ def follow(folder, base, checkpoints, train_round, measure_round):
     return figures
 
 
+# ---- Time and memory ---------------------------------------------------------------------------
 class Meter:
     """What a `with` block takes: .seconds, and .peak, the most bytes beyond those held before. On a
     GPU wall time and PyTorch's memory, else CPU time and memory of the process (Linux)."""
