@@ -645,22 +645,27 @@ def test_ratio_is_one_in_bf16_autocast(model, rollouts, tmp_path):
 
 def test_no_more_passes_than_are_needed(model, rollouts, tmp_path, monkeypatch):
     """pi_old of the first update is its own forward pass; that of later ones is computed before any
-    step. The budget of a micro-batch is kept; recomputed activations take another pass."""
+    step. The budget of a micro-batch is kept; recomputed activations take another pass; by default
+    a prompt is computed once for its rollouts."""
     calls, layers, forward, layer = [], [], train.forward, modeling_qwen2.Qwen2MLP.forward
     monkeypatch.setattr(train, "forward",
                         lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args))
     monkeypatch.setattr(modeling_qwen2.Qwen2MLP, "forward",
-                        lambda *args: layers.append(1) or layer(*args))
+                        lambda self, x: layers.append(x[..., 0].numel()) or layer(self, x))
     for number, (flags, expected) in enumerate([
-            ([], [True]), (["--checkpoint-activations"], [True]),
-            (["--smooth-level", "reward"], [True]), (["--updates", 3], [False] * 2 + [True] * 3),
-            (["--micro-batch-tokens", 1], [True] * 27)]):
+            (["--micro-batch-tokens", 1], [True] * 27), (["--checkpoint-activations"], [True]),
+            (["--updates", 3], [False] * 2 + [True] * 3), (["--smooth-level", "reward"], [True]),
+            ([], [True])]):
         calls.clear()
         layers.clear()
         run(model, rollouts, tmp_path / f"out{number}", "--no-share-prompts", *flags)
         assert calls == expected
         # in each of two layers; the check of the head takes two passes
         assert len(layers) == 2 * (2 + len(calls) + ("--checkpoint-activations" in flags))
+    repeated = sum(layers)  # positions
+    layers.clear()
+    run(model, rollouts, tmp_path / "shared")
+    assert sum(layers) < 0.8 * repeated
 
 
 def test_empty_completions_and_the_length_limit(model, tmp_path):
