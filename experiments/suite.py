@@ -221,7 +221,7 @@ def run(one_run, todo, keep, jobs):
             try:
                 keep(label, future.result())
             except BaseException:  # what has not begun is not begun any more
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
                 raise
             shutil.rmtree(os.path.join(ROOT, "runs", name))  # its figures are kept
             left = (time.monotonic() - began) / done * (len(todo) - done)
