@@ -64,7 +64,7 @@ CANDIDATES = {"base": [""], "grpo": ["--method grpo"], "ds-token": GAMMAS,
 FULL = {"base_rounds": 12, "base_problems": 24, "problems": 32, "n": 16, "rounds": (4, 8, 12, 16),
         "test": (100, 128), "tune_rounds": 4, "tune": (40, 64), "rehearse": (256, 64)}
 SMALLEST = {"base_rounds": 1, "base_problems": 3, "problems": 3, "n": 4, "rounds": (1,),
-            "test": (4, 4), "tune_rounds": 1, "tune": (4, 4), "rehearse": (8, 4)}
+            "test": (4, 4), "tune_rounds": 1, "tune": (4, 4), "rehearse": (64, 8)}
 
 
 def parse_args(argv=None):
@@ -83,6 +83,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.tables == HERE and (args.smallest or args.model):
         parser.error("--smallest and --model need --tables of their own")
+    args.folder = "smollm2-toy" if args.smallest or args.model else "smollm2"  # in runs/
     return args
 
 
@@ -149,7 +150,7 @@ def train_round(folder, label, setting, numbers, count, n, number, before, after
 
 
 def make_base(name, start, sizes):
-    """The model after GRPO on two numbers, once and for all: FOLDER/base."""
+    """The model after GRPO on two numbers, once and for all: the folder `base` beside the run's."""
     folder, label = f"runs/{name}", Label(REGIME, "base", RATE, 0)
     with inside(folder):
         train = functools.partial(train_round, folder, label, "--method grpo", 2,
@@ -159,12 +160,13 @@ def make_base(name, start, sizes):
         # The runs begin with a fresh optimizer.
         shutil.copytree(after, f"{folder}-base.partial",
                         ignore=shutil.ignore_patterns("optimizer*", "trainer_state*", "metrics*"))
-        os.rename(f"{folder}-base.partial", f"{FOLDER}/base")
+        os.rename(f"{folder}-base.partial", f"{os.path.dirname(folder)}/base")
 
 
 def one_run(name, label, setting, checkpoints, split, held_out, sizes):
     """Train from the base on three numbers, and measure at the checkpoints: a list of figures."""
-    folder, base, (count, n), flags = f"runs/{name}", f"{FOLDER}/base", held_out, setting
+    folder, (count, n), flags = f"runs/{name}", held_out, setting
+    base = f"{os.path.dirname(folder)}/base"
     with inside(folder):
         if "FILE" in setting:
             (count_of, n_of), seed = sizes["rehearse"], label.seed * 1000
@@ -191,7 +193,7 @@ def tuning_jobs(args, sizes):
     done = {(label_of(row), row["setting"]) for row in rows}
     keys = [(Label(REGIME, arm, RATE, TUNING_SEED), setting)
             for arm in ("grpo", "ds-token") for setting in CANDIDATES[arm]]
-    return [(key, (f"smollm2/tune-{i}", *key, (sizes["tune_rounds"],), "tune", sizes["tune"],
+    return [(key, (f"{args.folder}/tune-{i}", *key, (sizes["tune_rounds"],), "tune", sizes["tune"],
                    sizes)) for i, key in enumerate(keys) if key not in done]
 
 
@@ -212,7 +214,7 @@ def reported_jobs(args, sizes):
     for seed, (arm, lr) in itertools.product(args.seeds, arms):
         label, rounds = Label(REGIME, arm, lr, seed), (0,) if arm == "base" else sizes["rounds"]
         if (label, rounds[-1]) not in done:
-            name = f"smollm2/{'-'.join(map(str, label[1:]))}"
+            name = f"{args.folder}/{'-'.join(map(str, label[1:]))}"
             jobs.append((label, (name, label, chosen(args.tables, arm), rounds, "test",
                                  sizes["test"], sizes)))
     return jobs
@@ -222,13 +224,13 @@ def main(args):
     sizes = SMALLEST if args.smallest else FULL
     os.makedirs(f"{ROOT}/{FOLDER}", exist_ok=True)
     os.makedirs(args.tables, exist_ok=True)
-    if not args.list and not os.path.isdir(f"{ROOT}/{FOLDER}/base"):
+    if not args.list and not os.path.isdir(f"{ROOT}/runs/{args.folder}/base"):
         start, packages = f"{ROOT}/{FOLDER}/start", f"{ROOT}/{FOLDER}/packages"
         if not args.model and not os.path.isdir(start):
             install(packages)
             convert(packages, start)
-        run(make_base, [("base", ("smollm2/making", shlex.quote(args.model or start), sizes))],
-            lambda *_: None, 1)
+        run(make_base, [("base", (f"{args.folder}/making", shlex.quote(args.model or start),
+                                  sizes))], lambda *_: None, 1)
     phase(args, "tuning", one_run, tuning_jobs(args, sizes), keep_tuning)
     phase(args, "reported", one_run, reported_jobs(args, sizes), keep_result)
 

@@ -75,7 +75,7 @@ def test_one_file_per_stage():
 
 
 @pytest.mark.parametrize("name, limit", [
-    ("train.py", 900), ("generate.py", 525), ("evaluate.py", 560), ("score.py", 225),
+    ("train.py", 900), ("generate.py", 520), ("evaluate.py", 550), ("score.py", 220),
     ("run.sh", 250)])
 def test_a_stage_fits_a_sitting(name, limit):
     assert lines_of([ROOT / name]) <= limit
@@ -88,9 +88,9 @@ def test_sizes():
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 80, f"{name_of(path)}: {node.name}"
     shell = [ROOT / "run.sh", *(ROOT / "experiments").glob("*.sh")]
-    assert lines_of([*SOURCES, *shell]) <= 9200
-    assert lines_of((ROOT / "experiments").glob("*.py")) <= 2500
-    assert lines_of(TESTS) <= 10800
+    assert lines_of([*SOURCES, *shell]) <= 8900
+    assert lines_of((ROOT / "experiments").glob("*.py")) <= 2300
+    assert lines_of(TESTS) <= 9500
 
 
 def test_run_sh_holds_no_python():

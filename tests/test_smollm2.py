@@ -57,17 +57,17 @@ def test_the_whole_course_at_toy_size(course, tmp_path, monkeypatch, capsys):
     tables, arms = str(tmp_path / "tables"), ("--arms", "base", "grpo-rehearsal")
     with pytest.raises(KeyboardInterrupt):
         course(*arms, limit=3)
-    assert os.listdir(tmp_path / "runs/smollm2/base")
+    assert os.listdir(tmp_path / "runs/smollm2-toy/base")
     # GRPO and one DS-GRPO, at k = 1, 2 and 4
     assert len(suite.read_csv(f"{tables}/frontier_tuning.csv")) == 2 * 3
     with pytest.raises(SystemExit, match="what follows depends on these"):
         course("--list")
     assert "tuning: 1 runs left\n  pre-trained ds-token 1e-5 101" in capsys.readouterr().out
-    assert course(*arms) == ["smollm2/tune-2", "smollm2/base-0-1",
-                             "smollm2/grpo-rehearsal-1e-5-1"]
-    log = (tmp_path / "runs/smollm2/grpo-rehearsal-1e-5-1/log.txt").read_text()
+    assert course(*arms) == ["smollm2-toy/tune-2", "smollm2-toy/base-0-1",
+                             "smollm2-toy/grpo-rehearsal-1e-5-1"]
+    log = (tmp_path / "runs/smollm2-toy/grpo-rehearsal-1e-5-1/log.txt").read_text()
     train, = (line for line in log.splitlines() if line.startswith("+ train"))
-    assert "--model runs/smollm2/base" in train and "--lr 1e-5 --seed 1" in train
+    assert "--model runs/smollm2-toy/base" in train and "--lr 1e-5 --seed 1" in train
     capsys.readouterr()
     course("--list", "--seeds", "1", "2", "--arms", "grpo", "base")
     left = capsys.readouterr().out.partition("reported: 5 runs left\n")[2].splitlines()
@@ -114,9 +114,9 @@ def test_smallest(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", code, packages], check=True,
                    env={**os.environ, "PYTHONPATH": ROOT})
     label = smollm2.Label("pre-trained", "ds-token", "1e-5", 1)
-    figure, = smollm2.one_run("r", label, smollm2.GAMMAS[0], (1,), "test", (4, 4),
+    figure, = smollm2.one_run("smollm2/r", label, smollm2.GAMMAS[0], (1,), "test", (4, 4),
                               smollm2.SMALLEST)
-    metrics = suite.read_rows("runs/r/round-001/metrics.jsonl")
-    assert len(metrics) == 2 and all(0 < line["logprob_gap"] < 1e-4 for line in metrics)
+    metrics = suite.read_rows("runs/smollm2/r/round-001/metrics.jsonl")
+    assert len(metrics) == 2 and all(0 < line["logprob_gap"] < 0.1 for line in metrics)
     assert all(line["grad_norm"] > 0 for line in metrics), "smoothing has a gradient everywhere"
     assert figure["round"] == 1 and set(figure["pass_at_k"]) == {"1", "2", "4"}
