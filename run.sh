@@ -216,8 +216,9 @@ check_flags() {
 }
 
 demonstration() {  # two runs side by side, then three curves
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a core each; and equal bits everywhere
   for run in "GRPO --method grpo" "demo --rehearse 1000"; do
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} bash "$0" --name $run --rounds 5 --eval-problems 0 >&3 &
+    bash "$0" --name $run --rounds 5 --eval-problems 0 >&3 &
   done
   wait -n && wait -n || { wait; die "a run ended early, see above; the same command goes on"; }
   main --name demo --rehearse 1000 --rounds 5 --against GRPO --eval-problems 80 --eval-n 256
