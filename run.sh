@@ -193,8 +193,10 @@ check_flags() {
     die "--method and --against: no two curves may have one name, nor one be named base"
   [[ -z "$against" || "$against" != "$name" && "$(last_round "runs/$against")" -gt 0 ]] ||
     die "--against: no round in runs/$against, or it is this run itself"
-  [ "$model$method$train" != data/weak-countdownds-grpo ] || train="--gamma-p 3.0 --gamma-n 0.1"
-  [ "$model$method$train" != data/tiny-countdownds-grpo ] || train="--gamma-p 0.3 --gamma-n 0.03"
+  [[ "$train" = *-gamma* || "$train" = *-level* ]] || case $model$method in  # tuned, level token
+    data/weak-countdownds-grpo) train="--gamma-p 3.0 --gamma-n 0.1${train:+ $train}" ;;
+    data/tiny-countdownds-grpo) train="--gamma-p 0.3 --gamma-n 0.03${train:+ $train}" ;;
+  esac
   [[ -d "$model" || "$model" =~ ^[^/.][^/]*/[^/]+$ && ! -d "${model%/*}" ]] ||
     die "--model $model: no such model folder (a Hub id is written owner/name)"
   [[ "$model" =~ ^data/(weak|tiny)-countdown$ || "$given" = *"--lr "* && "$given" = *-tokens* ]] ||
@@ -217,9 +219,8 @@ check_flags() {
 
 demonstration() {  # two runs side by side, then three curves
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a core each; and equal bits everywhere
-  for run in "GRPO --method grpo" "demo --rehearse 1000"; do
-    bash "$0" --name $run --rounds 5 --eval-problems 0 >&3 &
-  done
+  bash "$0" --name GRPO --method grpo --rounds 5 --eval-problems 0 >&3 &
+  bash "$0" --name demo --rehearse 1000 --rounds 5 --eval-problems 0 >&3 &
   wait -n && wait -n || { wait; die "a run ended early, see above; the same command goes on"; }
   main --name demo --rehearse 1000 --rounds 5 --against GRPO --eval-problems 80 --eval-n 256
 }
