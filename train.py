@@ -273,8 +273,8 @@ def ds_grpo(batch, gamma_p, gamma_n, smooth_level="token", adv_norm="std"):
     token     A_i,t = A_i -+ gamma log pi_old(y_i,t)      the authors' code, Aug 2025
     sum       A_i,t = A_i -+ gamma S_i                    Eq. 6 as printed
     mean      A_i,t = A_i -+ gamma S_i / |y_i|
-    share     A_i,t = A_i -+ gamma S_i / |y_i|^2          ... Oct and Nov 2025
-    reward    r'_i = r_i -+ gamma S_i / |y_i|;  A_i,t = r'_i - mean(r')          ... its last version
+    share     A_i,t = A_i -+ gamma S_i / |y_i|^2          ..., Oct and Nov 2025
+    reward    r'_i = r_i -+ gamma S_i / |y_i|;  A_i,t = r'_i - mean(r')         ..., last version
     """
     gamma = torch.where(batch.correct, -gamma_p, gamma_n)  # bonus if correct, penalty if not
     if smooth_level == "reward":

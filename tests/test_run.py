@@ -218,11 +218,11 @@ def test_quoted_flags_are_split_as_by_a_shell_and_not_expanded(mock):
     settings = (mock.folder / "runs/demo/settings").read_text().splitlines()
     assert "generate=" + text.replace("\n", "\\n") in settings and len(settings) == 16
     assert "train=--gamma-p 3.0 --gamma-n 0.1" in settings  # of the embedded model
-    for more, expected in (("--lr 1", "--gamma-p 3.0 --gamma-n 0.1 --lr 1"),
-                           ("--gamma-p 2", "--gamma-p 2"),  # a gamma belongs to its level
-                           ("--smooth-level mean", "--smooth-level mean")):
-        mock.run(*QUICK, "--name", more, "--train", more)
-        assert f"train={expected}" in (mock.folder / "runs" / more / "settings").read_text()
+    for name, more, expected in (("a", "--clip-low 0", "--gamma-p 3.0 --gamma-n 0.1 --clip-low 0"),
+                                 ("b", "--gamma-p 2", "--gamma-p 2"),  # it belongs to its level
+                                 ("c", "--smooth-level mean", "--smooth-level mean")):
+        mock.run(*QUICK, "--name", name, "--train", more)
+        assert f"train={expected}\n" in (mock.folder / "runs" / name / "settings").read_text()
 
 
 # ---- The loop ------------------------------------------------------------------------------------
