@@ -366,7 +366,7 @@ def print_table(report):
 
 # ---- The figures ---------------------------------------------------------------------------------
 # Okabe and Ito's colours, which the colour-blind can tell apart
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LITERAL = {"parse_math": False, "usetex": False}  # of texts with a name: `$` and `\` are letters
 
 
