@@ -42,6 +42,8 @@ def toy(commands):
 
 
 def test_toy_changes_values_alone_and_every_recipe_has_commands():
+    with open(__file__, encoding="utf-8") as file:  # the slow tests below know them by name
+        assert set(re.findall(r'run\(loop, "(.*?)"', file.read())) < recipes().keys()
     assert len(recipes()) == 12
     for commands in recipes().values():
         flags = re.compile(r"(?<!\S)\"?(--[a-z-]+)")
@@ -127,7 +129,7 @@ def test_what_is_rehearsed(loop):
 
 @slow
 def test_objectives_that_change_on_the_way(loop):
-    run(loop, "Rehearsal with a smaller weight later")
+    run(loop, "Rehearsal with a smaller coefficient later")
     assert [report(loop, f"far/00{number}/policy.meta.json")["flags"]["rehearse_coef"]
             for number in (1, 2)] == [1.0, 0.3]
     run(loop, "Negative rollouts first")
