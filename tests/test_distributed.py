@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM
 
 import train
 from conftest import refusal, set_rank
-from test_train import (VERDICTS, Round, arguments, distance, fp64, make_model, make_rows,  # noqa: F401
-                        model, rollouts, run, same_round, write)
+from test_train import (  # noqa: F401  fixtures among them
+    VERDICTS, Round, arguments, distance, fp64, make_model, make_rows, model, rollouts, run,
+    same_round, write)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RANKS = f"""

@@ -9,9 +9,9 @@ import pytest
 
 import train
 from experiments import arms
-from test_train import (LENGTHS, RIVALS, VERDICTS, Oracle, advantage, arguments, distance,  # noqa: F401
-                        fp64, make_rows, mean_of, model, refused, rollouts, run, sampled_means,
-                        same_round, std_of, write)
+from test_train import (  # noqa: F401  fixtures among them
+    LENGTHS, RIVALS, VERDICTS, Oracle, advantage, arguments, distance, fp64, make_rows,
+    mean_of, model, refused, rollouts, run, sampled_means, same_round, std_of, write)
 
 OWN = '''def concise(batch, penalty=0.1):
     """Dr. GRPO's advantage, of r - penalty * (length / the longest of the group)."""

@@ -5,8 +5,9 @@ import random
 import pytest
 
 from data.rollouts import draw_answers, load_answers, load_rollouts
-from test_train import (LENGTHS, T, VERDICTS, VOCAB, make_rows, mean_of, model, refused,  # noqa: F401
-                        rollouts, row_of, run, write)
+from test_train import (  # noqa: F401  fixtures among them
+    LENGTHS, T, VERDICTS, VOCAB, make_rows, mean_of, model, refused, rollouts, row_of, run,
+    write)
 
 
 def test_rows_of_an_id_are_a_group_wherever_they_stand(model, rollouts, tmp_path):
