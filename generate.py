@@ -23,8 +23,9 @@ and OUT.meta.json, which says how it was made. data/files.py holds the types of 
 How it works, in the order of the code:
   1. one token a row and step is drawn (`draw`) by inverse CDF from one uniform number that depends
      on (seed, id, sample, step) alone (`uniforms`);
-  2. in a batch each prompt is computed once (`sample`); its samples share its key-value cache, or
-     get copies of it (--attention); finished rows are dropped;
+  2. a prompt, and what several of its samples begin with, is computed once (`sample`);
+     samples share the prompt's key-value cache, or get copies of it (--attention); finished rows
+     are dropped;
   3. prompts become token ids (`encode`); end-of-text ids and --stop end a completion;
   4. all (problem, sample), sorted by prompt length, are cut into chunks of at most
      --max-batch-tokens (data/chunks.py), of which a restart loses one at most; rank r of W takes
@@ -126,7 +127,7 @@ from data.models import (OF_TRAINING, check_model, device_and_dtype, example_cha
 
 # By its own folder: `kernels` is also a package of Hugging Face, and both may be installed.
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
-from shared_prompt import (attention_of, check_sampler, choose_attention, pad_left,
+from shared_prompt import (attention_of, branch, check_sampler, choose_attention, extend, pad_left,
                            shared_attention, spread, with_cache)
 
 transformers.utils.logging.disable_progress_bar()
@@ -201,55 +202,48 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
     logits = with_cache(model, cache, input_ids=ids, attention_mask=mask, position_ids=positions,
                         logits_to_keep=1).logits[:, -1]
 
-    # 2. Its cache and last logits once per sample.
-    owner = torch.as_tensor(owner, device=device)
-    shared = attention_of(model) == "shared"
-    spread(cache, owner, padding, args.max_new_tokens - 1, shared)
-    logits, positions = logits[owner], positions[owner, -1:]
-    mask = None if mask is None or shared else mask[owner]
+    # 2. The batch holds histories: a prompt and some tokens after it. Rows of one history share it.
+    shared, rows = attention_of(model) == "shared", len(owner)
+    spread(cache, padding, rows, args.max_new_tokens - 1, shared)
+    history = torch.as_tensor(owner, device=device)  # (alive,) of each row, its place in the batch
+    mask, positions = None if shared else mask, positions[:, -1:]
 
-    # 3. What is stored of all rows; and which rows are in the batch.
-    rows = len(owner)
+    # 3. What is stored of all rows; and which rows go on.
     uniform = torch.as_tensor(uniform, device=device)
     ends = torch.tensor(ends, dtype=torch.long, device=device)
     tokens = torch.zeros(rows, args.max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(rows, args.max_new_tokens, device=device)
     lengths = torch.full((rows,), args.max_new_tokens, device=device)
     stops = torch.zeros(rows, dtype=torch.bool, device=device)
-    alive = torch.arange(rows, device=device)  # (batch,) their places among all rows
-    done = torch.zeros(rows, dtype=torch.bool, device=device)  # (batch,)
+    alive = torch.arange(rows, device=device)  # (alive,) their places among all rows
     # A token is at least a byte of text, but for special ones, of which there may be some.
     tail = 8 + 4 * max(map(len, args.stop), default=0)
 
     for step in range(args.max_new_tokens):
         # 4. A token a row.
-        token, logp = draw(logits, uniform[alive, step], args.temperature, args.top_p, args.top_k)
+        token, logp = draw(logits[history], uniform[alive, step], args.temperature, args.top_p,
+                           args.top_k)
         tokens[alive, step], logprobs[alive, step] = token, logp
 
-        # 5. Which rows end with it?
+        # 5. Rows that end with it leave.
         ended = torch.isin(token, ends)
         if stopped:
             recent = tokens[alive, max(0, step - tail):step + 1].tolist()
             ended |= torch.tensor([stopped(row) for row in recent], device=device)
-        ended &= ~done
         lengths[alive[ended]] = step + 1
         stops[alive[ended]] = True
-        done |= ended
-        left = len(done) - int(done.sum())
-        if not left or step + 1 == args.max_new_tokens:
+        alive, token, history = alive[~ended], token[~ended], history[~ended]
+        if not len(alive) or step + 1 == args.max_new_tokens:
             break
 
-        # 6. They leave the batch: its last rows take their places.
-        if left < len(done):
-            keep = torch.arange(left, device=device)
-            keep[done[:left]] = left + (~done[left:]).nonzero().squeeze(-1)
-            alive, token, positions, done = alive[keep], token[keep], positions[keep], done[keep]
-            cache.batch_select_indices(keep)
-            mask = mask if mask is None else mask[keep]
+        # 6. The histories of the others.
+        parent, token, history = branch(history, token, logits.shape[-1])
+        extend(cache, parent)
 
         # 7. The logits of the next token.
-        positions = positions + 1
-        mask = mask if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+        positions = positions[parent] + 1
+        if mask is not None:
+            mask = torch.cat([mask[parent], mask.new_ones(len(parent), 1)], -1)
         logits = with_cache(model, cache, input_ids=token[:, None], attention_mask=mask,
                             position_ids=positions, logits_to_keep=1).logits[:, -1]
     return tokens.cpu(), logprobs.cpu(), lengths.tolist(), stops.tolist()

@@ -4,11 +4,11 @@ The n completions of a prompt begin with the same tokens, so a transformer would
 for those tokens n times. Here it is computed once. The completions need only its key-value cache,
 in two places:
 
-the sampler (generate.py)   runs the prompts once and calls `spread`. `RoomyLayer` copies each
-    prompt's keys and values to its samples, for attention as transformers picks it. `SharedLayer`
-    keeps them once, beside the few tokens that each row has sampled itself, and
-    `shared_attention` lets all samples of a prompt attend to them in one matrix product.
-    `choose_attention` decides between the two and tries before it trusts.
+the sampler (generate.py)   runs the prompts once and calls `spread`. Where samples part, `extend`
+    gives each its row of the cache. `RoomyLayer` copies the prompt's keys and values, too, for
+    attention as transformers picks it. `SharedLayer` keeps them once, beside the few tokens of each
+    row's own, and `shared_attention` lets all rows of a prompt attend to them in one matrix
+    product. `choose_attention` decides between the two and tries before it trusts.
 
 the trainer (train.py)      `shared_hidden` runs the distinct prompts, repeats their caches to the
     rows, and runs the completions on top. The cache is part of autograd's graph, so that the
@@ -16,7 +16,8 @@ the trainer (train.py)      `shared_hidden` runs the distinct prompts, repeats t
     models whose cache cannot be repeated: prompt and completion in one row.
 
 Prompts are padded on the left (`pad_left`), so that all of them end at the same place, where the
-completions begin. Rows are samples; `owner` (rows,) is the index of each row's prompt.
+completions begin. Rows are samples, in the sampler those that have parted; `owner` (rows,) is the
+index of each row's prompt.
 """
 import copy
 import functools
@@ -92,76 +93,72 @@ class RoomyLayer(DynamicLayer):
     length, d) are views of the part of `room` that is filled.
     """
 
-    def spread(self, owner, padding, spare):
-        """Repeat the prompts' keys and values for their samples.
+    def spread(self, padding, rows, spare):
+        """Make room for `rows` rows of `spare` tokens more; the prompts are the first of them.
 
-        owner: (rows,), ascending; padding: (prompts,); spare: tokens to come.
+        padding: (prompts,).
         """
         prompt, length = (self.keys, self.values), self.keys.shape[-2]
-        self.make_room(len(owner), length + spare)
+        self.make_room(rows, length + spare)
         for room, old in zip(self.room, prompt):
-            room[:, :, :length] = old[owner]
-        self.view(length)
+            room[:len(old), :, :length] = old
+        self.view(len(padding), length)
 
     def make_room(self, rows, length):
         self.room = [old.new_empty(rows, old.shape[1], length, old.shape[-1])
                      for old in (self.keys, self.values)]
 
-    def view(self, length):
-        self.keys, self.values = (room[:, :, :length] for room in self.room)
+    def view(self, rows, length):
+        self.keys, self.values = (room[:rows, :, :length] for room in self.room)
 
     def update(self, key_states, value_states, *args, **kwargs):
         """transformers' name: append the states (rows, kv heads, new, d), return all of them."""
-        start = self.keys.shape[-2]
+        rows, start = len(key_states), self.keys.shape[-2]
         end = start + key_states.shape[-2]
         for room, states in zip(self.room, (key_states, value_states)):
-            room[:, :, start:end] = states
-        self.view(end)
+            room[:rows, :, start:end] = states
+        self.view(rows, end)
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        """Keep the rows `indices` (kept,), and copy only those whose index is not their place.
+        """Row i goes on from row indices[i]: a copy, where that is not its place.
 
-        None of these may be the source of another one.
+        None of these places may be the source of another row.
         """
         places = torch.arange(len(indices), device=indices.device)
-        moved = (indices != places).nonzero().squeeze(-1)
-        for tensor in (self.keys, self.values):
-            tensor[moved] = tensor[indices[moved]]
-        self.room = [room[:len(indices)] for room in self.room]
-        self.view(self.keys.shape[-2])
+        moved, length = (indices != places).nonzero().squeeze(-1), self.keys.shape[-2]
+        for room in self.room:
+            room[moved, :, :length] = room[indices[moved], :, :length]
+        self.view(len(indices), length)
 
 
 class SharedLayer(RoomyLayer):
     """The same without copies of the prompts.
 
     `prompt` holds their keys and values once, each (prompts x kv heads, length, d), and `room` the
-    rows' own tokens. The queries of a prompt's samples are put side by side into slots, so that one
+    rows' own tokens. The queries of a prompt's rows are put side by side into slots, so that one
     matrix product serves all of them; `slots` (rows, kv heads) says where each row's queries go.
     """
 
-    def spread(self, owner, padding, spare):
-        _, heads, length, _ = self.keys.shape
-        device = owner.device
-        rows = torch.arange(len(owner), device=device)
-        place = rows - torch.searchsorted(owner, owner)  # of a row among those of its prompt
-        self.most = int(place.max()) + 1
-        block = owner[:, None] * heads + torch.arange(heads, device=device)  # (rows, kv heads)
-        self.slots = block * self.most + place[:, None]
-        padded = torch.arange(length, device=device) < padding[:, None]  # (prompts, length)
-        self.padding = padded[owner, None, None]  # (rows, 1, 1, length)
+    def spread(self, padding, rows, spare):
+        length = self.keys.shape[-2]
+        self.padded = torch.arange(length, device=padding.device) < padding[:, None]
         self.prompt = self.keys.flatten(0, 1), self.values.flatten(0, 1)
-        self.make_room(len(owner), spare)
-        self.view(0)
+        self.make_room(rows, spare)
+        self.view(len(padding), 0)
+
+    def seat(self, owner, place, most):
+        """owner, place: (rows,) each row's prompt, and its place among the `most` or fewer rows of
+        that prompt."""
+        heads = self.keys.shape[1]
+        block = owner[:, None] * heads + torch.arange(heads, device=owner.device)  # per kv head
+        self.slots, self.most = block * most + place[:, None], most
+        self.padding = self.padded[owner, None, None]  # (rows, 1, 1, length)
 
     def make_room(self, rows, length):
         """In memory the tokens come first: a step writes one block; what none reaches is free."""
         self.room = [old.new_empty(length, rows, old.shape[1], old.shape[-1]).permute(1, 2, 0, 3)
                      for old in (self.keys, self.values)]
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.slots, self.padding = self.slots[indices], self.padding[indices]
 
     def product(self, states, prompt):
         """Each row's states times a matrix of its prompt, as one batched product.
@@ -198,14 +195,44 @@ class SharedLayer(RoomyLayer):
         return self.product(of_prompt, values) + of_own
 
 
-def spread(cache, owner, padding, spare, shared):
+def spread(cache, padding, rows, spare, shared):
     """Turn the cache of a pass over the prompts into that of their samples (see RoomyLayer)."""
+    cache.owner = torch.arange(len(padding), device=padding.device)
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             set_layer_class(layer, SharedLayer if shared else RoomyLayer)
-            layer.spread(owner, padding, spare)
-        else:  # a sliding window is short: transformers' own way
-            layer.batch_select_indices(owner)
+            layer.spread(padding, rows, spare)
+
+
+def branch(history, token, vocab):
+    """The histories that go on: distinct pairs of a history, by its place, and its next token.
+
+    history, token: (alive,). Returns the place of each one's parent and its last token, both
+    (histories,), and (alive,) each row's history. In the batch the first child of a parent takes
+    its place, where that is left, and the others fill the gaps.
+    """
+    pairs, row = torch.unique(history * vocab + token, return_inverse=True)  # in order
+    parent, places = pairs // vocab, torch.arange(len(pairs), device=pairs.device)
+    stays = (parent.diff(prepend=parent.new_full((1,), -1)) > 0) & (parent < len(pairs))
+    place = places.clone()
+    place[stays] = parent[stays]
+    place[~stays] = places[~torch.isin(places, parent[stays])]
+    order = place.argsort()
+    return parent[order], pairs[order] % vocab, place[row]
+
+
+def extend(cache, parent):
+    """Let row i of the cache go on from row parent[i]; parent: (rows,), see RoomyLayer."""
+    cache.batch_select_indices(parent)
+    cache.owner = owner = cache.owner[parent]  # (rows,) index of each row's prompt
+    ordered, order = owner.sort(stable=True)
+    ranks = torch.arange(len(owner), device=owner.device) - torch.searchsorted(ordered, ordered)
+    place = torch.empty_like(owner)  # (rows,) of each among those of its prompt
+    place[order] = ranks
+    shared = [layer for layer in cache.layers if type(layer) is SharedLayer]
+    most = int(place.max()) + 1 if shared else 0
+    for layer in shared:
+        layer.seat(owner, place, most)
 
 
 # ---- The sampler: attention ----------------------------------------------------------------------

@@ -26,7 +26,8 @@ from transformers.cache_utils import DynamicCache
 import generate
 from conftest import byte_level_bpe, forced, load, meta_of, read, refusal, stage, write
 from data.files import claim
-from shared_prompt import RoomyLayer, attention_of, cache_keyword, set_layer_class, with_cache
+from shared_prompt import (
+    RoomyLayer, attention_of, branch, cache_keyword, set_layer_class, with_cache)
 
 ROOT = os.path.dirname(os.path.abspath(generate.__file__))
 WEIGHTS = "model.safetensors"
@@ -208,9 +209,23 @@ def test_prompts_are_computed_once_finished_rows_dropped_and_no_logits_kept(
     longest = max(len(row["prompt_ids"]) for row in rows)
     assert shapes[0] == (12, longest) and shapes[1][1] == 1 and len(shapes) == 24
     assert len(seen) == 3 + 24  # the steps on trial, and all
-    ended = [sum(len(row["completion_ids"]) <= step for row in rows) for step in range(1, 24)]
-    assert [shape[0] for shape in shapes[1:]] == [96 - count for count in ended]
-    assert 0 < ended[0] < ended[-1]
+    going = [[(row["id"], *row["completion_ids"][:step]) for row in rows
+              if len(row["completion_ids"]) > step] for step in range(1, 24)]
+    assert [shape[0] for shape in shapes[1:]] == [len(set(histories)) for histories in going]
+    assert len(set(going[0])) < len(going[0]) < 96  # some share a history, some have ended
+    assert 0 < len(set(going[9])) == len(going[9])  # and all have parted
+
+
+def test_a_history_keeps_its_place_or_fills_a_gap():
+    """Seven rows of four histories, of which the third has ended and the first two part."""
+    history, token = (torch.tensor(values) for values in ([0, 0, 1, 1, 1, 3, 3],
+                                                          [5, 4, 6, 6, 2, 9, 9]))
+    parent, last, row = branch(history, token, 10)
+    assert parent.tolist()[0] == 0 and parent.tolist()[1] == 1 and parent.tolist()[3] == 3
+    assert parent[row].tolist() == history.tolist() and last[row].tolist() == token.tolist()
+    assert len(parent) == len(set(zip(history.tolist(), token.tolist()))) == 5
+    parent, last, row = branch(torch.tensor([3, 2]), torch.tensor([1, 1]), 10)
+    assert sorted(parent.tolist()) == [2, 3] and parent[row].tolist() == [3, 2]
 
 
 def test_every_row_has_a_stream_of_its_own(tiny_model, prompts, base, tmp_path):

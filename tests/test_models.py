@@ -135,7 +135,7 @@ def check_policy(policy, prompts, completions):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sampled_logprobs_equal_a_plain_pass(name, attention, monkeypatch):
     """To 1e-5, with padded prompts longer and shorter than the sliding window, several ends, rows
-    dropped when they end, and both ways of SharedLayer."""
+    that share tokens and part, rows dropped when they end, and both ways of SharedLayer."""
     monkeypatch.setattr(shared_prompt, "SHORT", 80)  # up to ten tokens of the row's own
     model, rng = build(name), np.random.default_rng(1)
     if attention == "shared" and name in NOT_SHARED:
@@ -148,8 +148,10 @@ def test_sampled_logprobs_equal_a_plain_pass(name, attention, monkeypatch):
     prompts = [rng.integers(6, 64, length).tolist() for length in (3, 20, 9, 8)]
     owner = [0, 0, 1, 1, 1, 2, 3, 3]
     args = argparse.Namespace(max_new_tokens=20, temperature=0.7, top_p=1.0, top_k=0, stop=[])
-    tokens, logprobs, lengths, stops = generate.sample(model, prompts, owner, rng.random((8, 20)),
-                                                       [0, 5], None, args)
+    uniform = rng.random((8, 20))
+    uniform[1, :6], uniform[2:4, :3] = uniform[0, :6], uniform[4, :3]  # these part late
+    tokens, logprobs, lengths, stops = generate.sample(model, prompts, owner, uniform, [0, 5],
+                                                       None, args)
     assert any(stops) and max(lengths) == 20  # some were dropped, some went on
     model.set_attn_implementation(build(name).config._attn_implementation)
     for row, length in enumerate(lengths):
