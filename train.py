@@ -217,7 +217,8 @@ from data.rollouts import (check_ids, draw_answers, load_answers, load_rollouts,
 # By its own folder: `kernels` is also a package of Hugging Face, and both may be installed.
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernels"))
 from fused_linear_entropy import choose_backend, fused_linear_entropy
-from shared_prompt import attention_of, repeated_hidden, shared_hidden, shares_prompts
+from shared_prompt import (
+    attention_of, distinct_rows, repeated_hidden, shared_hidden, shares_prompts)
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is an error here
@@ -459,12 +460,18 @@ class Policy(torch.nn.Module):
 
     def forward(self, prompts, completions):
         """prompts, completions: ids, a row each -> logp, entropy (tokens,) fp32, row after row."""
-        hidden_of = shared_hidden if self.share else repeated_hidden
+        hidden_of, places = repeated_hidden, None
+        if self.share:
+            hidden_of = shared_hidden
+            prompts, completions, places = distinct_rows(prompts, completions)
         hidden = hidden_of(self.model, prompts, completions)
         targets = torch.as_tensor(np.concatenate(completions), device=hidden.device)
         logp, entropy, _ = fused_linear_entropy(
             hidden, self.head.weight, targets, self.temperature, bias=self.head.bias,
             softcap=self.cap, scale=self.scale)
+        if places is not None:
+            places = torch.as_tensor(places, device=hidden.device)
+            logp, entropy = logp.index_select(0, places), entropy.index_select(0, places)
         return logp, entropy
 
     @torch.no_grad()

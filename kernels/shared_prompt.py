@@ -318,6 +318,27 @@ def check_sampler(model, prompts, tokens, logprobs):
 
 
 # ---- The trainer: hidden states of the completion tokens -----------------------------------------
+def distinct_rows(prompts, completions):
+    """Rows with one prompt and one completion once, where that leaves at most half of them.
+
+    A policy of low entropy gives the same short answer again and again. Rows of a group share one
+    list as their prompt. Returns the rows' prompts, their completions and, for the tokens of all
+    rows, (tokens,) their places among those of the distinct ones; None if no row is left out.
+    """
+    rows = {}  # the distinct ones, and where the tokens of each begin
+    places, end = [], 0
+    for prompt, completion in zip(prompts, completions):
+        key = id(prompt), completion.tobytes()
+        if key not in rows:
+            rows[key] = prompt, completion, end
+            end += len(completion)
+        places.append(rows[key][2] + np.arange(len(completion)))
+    if 2 * len(rows) > len(prompts):
+        return prompts, completions, None
+    prompts, completions, _ = zip(*rows.values())
+    return prompts, completions, np.concatenate(places)
+
+
 def repeated_hidden(model, prompts, completions):
     """Hidden states (tokens, hidden) that predict each completion token, row after row.
 

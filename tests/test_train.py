@@ -668,6 +668,27 @@ def test_no_more_passes_than_are_needed(model, rollouts, tmp_path, monkeypatch):
     assert sum(layers) < 0.8 * repeated
 
 
+def test_what_a_group_samples_again_and_again_is_computed_once(model, tmp_path, monkeypatch, fp64):
+    """Three of a group's four completions are alike: half of the rows are left out, and it is the
+    oracle's update. Where fewer are alike, all are computed."""
+    rows = make_rows(model)
+    for row in rows:
+        if row["sample"] in (1, 2):
+            first = rows[rows.index(row) - row["sample"]]
+            for key in ("completion_ids", "logprobs"):
+                row[key] = first[key]
+    counts, hidden_of = [], train.shared_hidden
+    monkeypatch.setattr(train, "shared_hidden", lambda model, prompts, completions: counts.append(
+        len(completions)) or hidden_of(model, prompts, completions))
+    flags = ["--updates", 2, "--lr", 0.03]
+    found = run(model, write(tmp_path / "rows.jsonl", rows), tmp_path / "out", *flags)
+    same_round(found, Oracle(model).round(rows, *flags))
+    alike = max(counts)
+    counts.clear()
+    run(model, write(tmp_path / "others.jsonl", make_rows(model)), tmp_path / "others", *flags)
+    assert alike == max(counts) / 2
+
+
 def test_empty_completions_and_the_length_limit(model, tmp_path):
     """Updates without any token, with one, and at the model's 64 positions."""
     lengths = [[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1], [58, 59, 1, 0]]
