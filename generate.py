@@ -161,23 +161,29 @@ def nucleus(probs, top_p, top_k):
     return torch.zeros_like(probs).scatter_(-1, index, ordered)
 
 
-def draw(logits, uniform, temperature, top_p=1.0, top_k=0):
+def draw(logits, history, uniform, temperature, top_p=1.0, top_k=0):
     """One token a row by inverse CDF.
 
-    logits: (rows, vocab), uniform: (rows,) fp64 -> ids (rows,), log-probs (rows,) fp32.
+    logits: (histories, vocab); history, uniform (fp64): (rows,) -> ids (rows,), log-probs (rows,)
+    fp32.
     """
     if temperature == 0:  # the limit T -> 0: certain, log-prob 0 (and NaN stays NaN)
-        return logits.argmax(-1), 0 * logits.amax(-1).float()
+        return logits.argmax(-1)[history], 0 * logits.amax(-1).float()[history]
     logp = torch.log_softmax(logits.float() / temperature, dim=-1)
     probs = logp.exp()
     if top_p < 1 or top_k:
         probs = nucleus(probs, top_p, top_k)
     # fp64: over 152k tokens sums in fp32 drift by more than small probabilities.
     cdf = probs.cumsum(-1, dtype=torch.float64)
-    # The first token with cdf > u, which is never one of probability zero.
-    ids = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-    ids = ids.clamp_(max=logits.shape[-1] - 1)
-    return ids, logp.gather(-1, ids[:, None]).squeeze(-1)
+    # By bisection the first token with cdf > u, which is never one of probability zero.
+    uniform, last = uniform * cdf[history, -1], logits.shape[-1] - 1
+    ids, high = torch.zeros_like(history), torch.full_like(history, last)
+    for _ in range(1 + last.bit_length()):
+        middle = (ids + high) // 2
+        beyond = cdf[history, middle] > uniform
+        ids, high = torch.where(beyond, ids, middle + 1), torch.where(beyond, middle, high)
+    ids = ids.clamp_(max=last)
+    return ids, logp[history, ids]
 
 
 # ---- Sampling a batch ----------------------------------------------------------------------------
@@ -221,7 +227,7 @@ def sample(model, prompts, owner, uniform, ends, stopped, args):
 
     for step in range(args.max_new_tokens):
         # 4. A token a row.
-        token, logp = draw(logits[history], uniform[alive, step], args.temperature, args.top_p,
+        token, logp = draw(logits, history, uniform[alive, step], args.temperature, args.top_p,
                            args.top_k)
         tokens[alive, step], logprobs[alive, step] = token, logp
 

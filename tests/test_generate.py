@@ -301,10 +301,11 @@ def test_draws_are_the_inverse_of_the_cut_distribution(temperature, top_p, top_k
     logits = torch.randn(20, 16, generator=torch.Generator().manual_seed(3)) * 2
     logits[:, 5] = -math.inf
     full = torch.softmax(logits.double() / temperature, -1)
-    for row, probs in zip(logits, full):
+    for place, probs in enumerate(full):
         share = torch.tensor(cut_by_loop(probs.tolist(), top_p, top_k), dtype=torch.float64)
         share /= share.sum()
-        ids, logp = generate.draw(row.expand(len(grid), -1), grid, temperature, top_p, top_k)
+        history = torch.full((len(grid),), place)
+        ids, logp = generate.draw(logits, history, grid, temperature, top_p, top_k)
         count = torch.bincount(ids, minlength=16)
         assert (count - share * len(grid)).abs().max() < 1.1 and (count[share == 0] == 0).all()
         assert (ids.diff() >= 0).all()  # inverse CDF
@@ -317,7 +318,7 @@ def test_draws_are_the_inverse_of_the_cut_distribution(temperature, top_p, top_k
 @pytest.mark.parametrize("flags", [(1.0, 1.0, 0), (0.7, 0.999999, 0), (1.3, 1.0, 2)])
 def test_the_ends_of_the_unit_interval_draw_no_impossible_token(logits, flags):
     uniform = torch.tensor([0.0, 2.0 ** -53, 0.5, 1 - 2.0 ** -53], dtype=torch.float64)
-    ids, logp = generate.draw(torch.tensor([logits]).expand(4, -1), uniform, *flags)
+    ids, logp = generate.draw(torch.tensor([logits]), torch.zeros(4, dtype=int), uniform, *flags)
     assert set(ids.tolist()) <= {1, 3} and torch.isfinite(logp).all()
 
 
@@ -325,7 +326,7 @@ def test_a_large_vocabulary_loses_no_token_to_rounding():
     """The middle of a token's interval draws that token, from the first to the last of 150,000."""
     tokens = torch.tensor([0, 1, 40_000, 80_000, 120_000, 149_998, 149_999])
     middle = (tokens.double() + 0.5) / 150_000
-    ids, logp = generate.draw(torch.zeros(1, 150_000).expand(7, -1), middle, 1.0)
+    ids, logp = generate.draw(torch.zeros(1, 150_000), torch.zeros(7, dtype=int), middle, 1.0)
     assert ids.tolist() == tokens.tolist()
     assert torch.allclose(logp, torch.tensor(-math.log(150_000)))
 
