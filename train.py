@@ -460,19 +460,15 @@ class Policy(torch.nn.Module):
 
     def forward(self, prompts, completions):
         """prompts, completions: ids, a row each -> logp, entropy (tokens,) fp32, row after row."""
-        hidden_of, places = repeated_hidden, None
-        if self.share:
-            hidden_of = shared_hidden
-            prompts, completions, places = distinct_rows(prompts, completions)
+        prompts, completions, places = distinct_rows(prompts, completions)
+        hidden_of = shared_hidden if self.share else repeated_hidden
         hidden = hidden_of(self.model, prompts, completions)
         targets = torch.as_tensor(np.concatenate(completions), device=hidden.device)
         logp, entropy, _ = fused_linear_entropy(
             hidden, self.head.weight, targets, self.temperature, bias=self.head.bias,
             softcap=self.cap, scale=self.scale)
-        if places is not None:
-            places = torch.as_tensor(places, device=hidden.device)
-            logp, entropy = logp.index_select(0, places), entropy.index_select(0, places)
-        return logp, entropy
+        places = torch.as_tensor(places, device=hidden.device)
+        return logp.index_select(0, places), entropy.index_select(0, places)
 
     @torch.no_grad()
     def check(self, name, rows=()):

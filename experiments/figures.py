@@ -42,11 +42,9 @@ LABELS = {
     "ds-entropy": "differential entropy", "entropy-bonus": "uniform bonus",
     "entropy-penalty": "uniform penalty", "grpo-longer": "GRPO, 51 rounds",
     "rehearsal": "rehearsal alone", "rehearsal-samples": "rehearsal alone, by samples",
-    "grpo-rehearsal": "GRPO + rehearsal",
-    "grpo-rehearsal-samples": "GRPO + rehearsal, by samples",
-    "ds-rehearsal": "DS-GRPO + rehearsal",
+    "grpo-rehearsal": "GRPO + rehearsal", "grpo-rehearsal-samples": "GRPO + rehearsal, by samples",
+    "ds-rehearsal": "DS-GRPO + rehearsal", "grpo-rehearsal-longer": "GRPO + rehearsal, less later",
     "ds-entropy-rehearsal": "differential entropy + rehearsal",
-    "grpo-rehearsal-longer": "GRPO + rehearsal, less later",
     "rehearsal-even": "rehearsal alone, even", "grpo-rehearsal-even": "GRPO + rehearsal, even",
     "ds-rehearsal-even": "DS-GRPO + rehearsal, even"}
 # The figure's lines: an arm, its colour and by how many points its name stands above its end.

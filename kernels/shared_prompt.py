@@ -225,10 +225,7 @@ def extend(cache, parent):
     """Let row i of the cache go on from row parent[i]; parent: (rows,), see RoomyLayer."""
     cache.batch_select_indices(parent)
     cache.owner = owner = cache.owner[parent]  # (rows,) index of each row's prompt
-    ordered, order = owner.sort(stable=True)
-    ranks = torch.arange(len(owner), device=owner.device) - torch.searchsorted(ordered, ordered)
-    place = torch.empty_like(owner)  # (rows,) of each among those of its prompt
-    place[order] = ranks
+    place = (owner == owner[:, None]).tril(-1).sum(-1)  # (rows,) among those of its prompt
     shared = [layer for layer in cache.layers if type(layer) is SharedLayer]
     most = int(place.max()) + 1 if shared else 0
     for layer in shared:
@@ -322,19 +319,19 @@ def distinct_rows(prompts, completions):
     """Rows with one prompt and one completion once, where that leaves at most half of them.
 
     A policy of low entropy gives the same short answer again and again. Rows of a group share one
-    list as their prompt. Returns the rows' prompts, their completions and, for the tokens of all
-    rows, (tokens,) their places among those of the distinct ones; None if no row is left out.
+    list as their prompt. Returns the prompts and completions of the rows that are left, and the
+    places of all rows' tokens among theirs, (tokens,).
     """
     rows = {}  # the distinct ones, and where the tokens of each begin
     places, end = [], 0
     for prompt, completion in zip(prompts, completions):
-        key = id(prompt), completion.tobytes()
+        key = id(prompt), np.asarray(completion).tobytes()
         if key not in rows:
             rows[key] = prompt, completion, end
             end += len(completion)
         places.append(rows[key][2] + np.arange(len(completion)))
     if 2 * len(rows) > len(prompts):
-        return prompts, completions, None
+        return prompts, completions, np.arange(sum(map(len, completions)))
     prompts, completions, _ = zip(*rows.values())
     return prompts, completions, np.concatenate(places)
 
