@@ -3,7 +3,6 @@ experiments/frontier.py and experiments/smollm2.py leave.
 
     python experiments/figures.py             # frontier.png, and the summary as frontier.md
     python experiments/figures.py --tables    # print every table, the summary first
-    python experiments/figures.py --folder FOLDER
 
 A run is a path: the base, then its checkpoints, each with its Pass@1 and another measure (Pass@k at
 a larger k, or the coverage of solutions). Only checkpoints with a higher Pass@1 than all before
@@ -208,13 +207,13 @@ def paired(runs, others):
 
 # ---- Tables ------------------------------------------------------------------------------------
 def table(head, rows):
-    """Print rows of cells under a head, in Markdown; nothing without a row."""
+    """Print rows of cells under a head, in Markdown, without empty columns; nothing without a row.
+    """
     if rows:
-        print()
-        for cells in (head, *rows):
+        head, *rows = zip(*(column for column in zip(head, *rows) if any(column[1:])))
+        print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+        for cells in rows:
             print("| " + " | ".join(map(str, cells)) + " |")
-            if cells is head:
-                print("|" + "---|" * len(head))
 
 
 def signed(cells):
@@ -276,7 +275,7 @@ def summary(panels):
     """The pairs ALONG, BY_ROUND and WEIGHTINGS, a column a panel; empty where not measured."""
     tables = [(["gap in Pass@k at the largest k"], ALONG, [(None, "largest")])]
     for pairs, numbers, measures in (
-            (BY_ROUND, (5, 10, 20), ("1", "64", "largest")),
+            (BY_ROUND, (5, 10, 20, 8, 16), ("1", "64", "largest")),
             (WEIGHTINGS, (5, 10), ("1", "16", "64", "largest", "entropy", "distinct"))):
         tables += [([f"after {number} rounds", "k"], pairs, [(number, k) for k in measures])
                    for number in numbers]
@@ -325,6 +324,7 @@ def draw(panels, path):
         axis.annotate("base", tuple(star.values()), (0, 9), textcoords="offset points",
                       ha="center")
         axis.margins(0.12, 0.1)
+        axis.set_xlim(right=axis.get_xlim()[1] + 0.3 * np.ptp(axis.get_xlim()))  # for the names
         axis.set(title=TITLES[regime], xlabel="Pass@1: right at the first try",
                  ylabel=f"Pass@{ks[1]}: solved within {ks[1]} tries")
         axis.grid(color="#e6e6e6")

@@ -52,7 +52,7 @@ TASKS = {
 BF16 = "--device cpu --dtype bfloat16"
 SAMPLING = f"--temperature 1 --max-new-tokens 16 --stop '\n' {BF16}"
 RATE, HALF = "1e-5", "5e-6"
-REHEARSE = "--rehearse FILE --rehearse-weight samples --rehearse-coef 1.0 --rehearse-n 32"
+REHEARSE = "--rehearse FILE --rehearse-weight samples --rehearse-coef 1.0 --rehearse-n 16"
 GAMMAS = [f"--method ds-grpo --smooth-level token --gamma-p 0.3 --gamma-n {n}"
           for n in (0.03, 0.003, 0)]
 # What is run at the best rate; GRPO at half of it, too.
