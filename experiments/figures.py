@@ -305,8 +305,8 @@ def mean_path(runs, star):
 
 
 def draw(panels, path):
-    """Pass@1 against Pass@k at the largest k: a line an arm of LINES, of at least two seeds, with
-    its name at its end; checkpoints are dots, the base is a star."""
+    """Pass@1 against Pass@k at the largest k: a line an arm of LINES with its name at its end;
+    checkpoints are dots, the base is a star."""
     panels = {key: panels[key] for key in panels if key[0] in TITLES}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.1),
                                 layout="constrained", squeeze=False)
@@ -315,7 +315,7 @@ def draw(panels, path):
         star = {k: np.mean([run[0][k] for run in runs_of["base", "0"].values()]) for k in ks}
         for arm, (colour, above) in LINES.items():
             runs = runs_at(runs_of, arm)
-            if len(runs) > 1:
+            if runs:
                 x, y = mean_path(runs, star)
                 axis.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.8)
                 axis.annotate(LABELS[arm], (x[-1], y[-1]), (8, above), color=colour, va="center",

@@ -192,6 +192,17 @@ def test_the_readmes_say_what_figures_py_prints():
         assert set(ends.findall(text)) - set(ends.findall(tables)) == set()
 
 
+def test_the_table_of_the_pre_trained_model():
+    """After 8, 12 and 16 rounds Pass@1, then Pass@128; the seeds in a cell in their order."""
+    runs_of = figures.panels_of(figures.load(HERE))["pre-trained", "test"]
+    text, = (text for text in sections(f"{HERE}/README.md") if text.startswith("On a pre-trained"))
+    for arm in ("grpo", "grpo/2", "ds-token", "grpo-rehearsal"):
+        runs = figures.runs_at(runs_of, arm).values()
+        cells = ["; ".join(f"{points[after][k]:.{digits}f}" for points in runs)
+                 for k, digits in (("1", 3), ("128", 2)) for after in (8, 12, 16)]
+        assert f"| {figures.LABELS[arm]} | {' | '.join(cells)} |" in text
+
+
 ALIASES = {"the base itself": "base", "uniform entropy bonus": "uniform bonus",
            "GRPO at half the rate": "GRPO, half the rate",
            "GRPO + rehearsal, `run.sh --rehearse-coef 1.0,0.3@11`; 51 rounds":

@@ -669,8 +669,7 @@ def test_no_more_passes_than_are_needed(model, rollouts, tmp_path, monkeypatch):
 
 
 def test_what_a_group_samples_again_and_again_is_computed_once(model, tmp_path, monkeypatch, fp64):
-    """Three of a group's four completions are alike: half of the rows are left out, and it is the
-    oracle's update. Where fewer are alike, all are computed."""
+    """Three of a group's four are alike: half are left out, and it is the oracle's update."""
     rows, counts, hidden_of = make_rows(model), [], train.shared_hidden
     for i in range(0, len(rows), 4):
         for key in ("completion_ids", "logprobs"):
