@@ -23,9 +23,8 @@ and OUT.meta.json, which says how it was made. data/files.py holds the types of 
 How it works, in the order of the code:
   1. one token a row and step is drawn (`draw`) by inverse CDF from one uniform number that depends
      on (seed, id, sample, step) alone (`uniforms`);
-  2. a prompt, and what several of its samples begin with, is computed once (`sample`);
-     samples share the prompt's key-value cache, or get copies of it (--attention); finished rows
-     are dropped;
+  2. a prompt, and what several samples begin with, is computed once (`sample`); samples share the
+     prompt's key-value cache, or get copies of it (--attention); finished rows are dropped;
   3. prompts become token ids (`encode`); end-of-text ids and --stop end a completion;
   4. all (problem, sample), sorted by prompt length, are cut into chunks of at most
      --max-batch-tokens (data/chunks.py), of which a restart loses one at most; rank r of W takes
@@ -164,8 +163,7 @@ def nucleus(probs, top_p, top_k):
 def draw(logits, history, uniform, temperature, top_p=1.0, top_k=0):
     """One token a row by inverse CDF.
 
-    logits: (histories, vocab); history, uniform (fp64): (rows,) -> ids (rows,), log-probs (rows,)
-    fp32.
+    logits: (histories, vocab); history, uniform (fp64): (rows,) -> ids, log-probs (fp32): (rows,).
     """
     if temperature == 0:  # the limit T -> 0: certain, log-prob 0 (and NaN stays NaN)
         return logits.argmax(-1)[history], 0 * logits.amax(-1).float()[history]

@@ -207,8 +207,7 @@ def paired(runs, others):
 
 # ---- Tables ------------------------------------------------------------------------------------
 def table(head, rows):
-    """Print rows of cells under a head, in Markdown, without empty columns; nothing without a row.
-    """
+    """Print rows of cells under a head, in Markdown: no empty column, nothing without a row."""
     if rows:
         head, *rows = zip(*(column for column in zip(head, *rows) if any(column[1:])))
         print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))

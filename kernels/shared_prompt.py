@@ -146,6 +146,7 @@ class SharedLayer(RoomyLayer):
         self.prompt = self.keys.flatten(0, 1), self.values.flatten(0, 1)
         self.make_room(rows, spare)
         self.view(len(padding), 0)
+        self.seat(torch.arange(len(padding), device=padding.device), torch.zeros_like(padding), 1)
 
     def seat(self, owner, place, most):
         """owner, place: (rows,) each row's prompt, and its place among the `most` or fewer rows of
@@ -214,22 +215,24 @@ def branch(history, token, vocab):
     pairs, row = torch.unique(history * vocab + token, return_inverse=True)  # in order
     parent, places = pairs // vocab, torch.arange(len(pairs), device=pairs.device)
     stays = (parent.diff(prepend=parent.new_full((1,), -1)) > 0) & (parent < len(pairs))
-    place = places.clone()
-    place[stays] = parent[stays]
+    place = parent.clone()
     place[~stays] = places[~torch.isin(places, parent[stays])]
     order = place.argsort()
     return parent[order], pairs[order] % vocab, place[row]
 
 
 def extend(cache, parent):
-    """Let row i of the cache go on from row parent[i]; parent: (rows,), see RoomyLayer."""
+    """Let row i of the cache go on from row parent[i], if any moves or leaves; see RoomyLayer."""
+    if torch.equal(parent, torch.arange(len(cache.owner), device=parent.device)):
+        return
     cache.batch_select_indices(parent)
     cache.owner = owner = cache.owner[parent]  # (rows,) index of each row's prompt
-    place = (owner == owner[:, None]).tril(-1).sum(-1)  # (rows,) among those of its prompt
-    shared = [layer for layer in cache.layers if type(layer) is SharedLayer]
-    most = int(place.max()) + 1 if shared else 0
-    for layer in shared:
-        layer.seat(owner, place, most)
+    if type(cache.layers[0]) is SharedLayer:  # then all are
+        order = owner.argsort(stable=True)
+        place = order.argsort() - torch.searchsorted(owner[order], owner)  # as `seat` takes it
+        most = int(place.max()) + 1
+        for layer in cache.layers:
+            layer.seat(owner, place, most)
 
 
 # ---- The sampler: attention ----------------------------------------------------------------------
