@@ -129,8 +129,7 @@ prune() {  # ROUND: keep the K rounds up to it
 claim_folder() {  # a run's folder belongs to one set of flags
   settings=$(for flag in model method seed prompts prompts_per_round n temperature max_new_tokens \
       updates lr rehearse rehearse_coef sampler generate train countdown; do
-    echo "$flag=${!flag//$'\n'/\\n}"
-  done)
+    echo "$flag=${!flag//$'\n'/\\n}"; done)
   other=$(grep -vxFf <(echo "$settings") "$dir/settings" 2> /dev/null | tr '\n' ' ') || true
   [ -z "$other" ] || die "$dir was begun with other flags (${other% }); delete it or change --name"
   mkdir -p "$dir"; [ -s "$dir/settings" ] || write "$dir/settings" <<< "$settings"
@@ -218,11 +217,12 @@ check_flags() {
 }
 
 demonstration() {  # two runs side by side, then three curves
+  local recipe=(--name demo --rehearse 1000 --train "--rehearse-n 256" --rounds 5)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a core each; and equal bits everywhere
   bash "$0" --name GRPO --method grpo --rounds 5 --eval-problems 0 >&3 &
-  bash "$0" --name demo --rehearse 1000 --rounds 5 --eval-problems 0 >&3 &
+  bash "$0" "${recipe[@]}" --eval-problems 0 >&3 &
   wait -n && wait -n || { wait; die "a run ended early, see above; the same command goes on"; }
-  main --name demo --rehearse 1000 --rounds 5 --against GRPO --eval-problems 80 --eval-n 256
+  main "${recipe[@]}" --against GRPO --eval-problems 80 --eval-n 256
 }
 
 main() {

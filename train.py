@@ -26,7 +26,8 @@ right or all wrong, where GRPO's A_i is 0. `--method FILE.py:NAME` takes another
 file: `Batch` says what it gets, and experiments/arms.py holds rivals from the literature.
 
 log pi_old of all rows is computed before the first step; that of the first update is its own
-forward pass, at no extra cost. Each prompt is computed once for all its rollouts.
+forward pass, at no extra cost. Each prompt is computed once for all its rollouts. GRPO's dead
+groups take no backward pass.
 """
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
 import importlib.util
 import inspect
 import json
@@ -199,6 +201,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the heavy imports: --help and a wrong flag answer at once
+    gc.disable()  # until `run`: looking through what they make takes an eighth of a start
 
 # ---- Imports -------------------------------------------------------------------------------------
 import numpy as np
@@ -378,6 +381,16 @@ def token_losses(job, micro, logp, entropy, row, metrics):
     return loss
 
 
+def split_dead(job, members):
+    """The members that learn, and those in GRPO's dead groups, whose loss has no gradient."""
+    args, reward = job.args, job.verdicts.reward
+    more = args.kl_coef, args.entropy_coef, args.entropy_coef_correct, args.entropy_coef_wrong
+    if args.method != "grpo" or any(more):
+        return members, []
+    dead = (reward == reward[:, :1]).all(1).tolist()  # a group each
+    return tuple([i for i in members if dead[job.rows[i].group] == one] for one in (False, True))
+
+
 def update_step(job, members, step, optimizer_step):
     """One optimizer step on the rows `members`; its line of metrics (a dict).
 
@@ -388,14 +401,15 @@ def update_step(job, members, step, optimizer_step):
     tokens = sum(len(job.rows[i].completion) for i in members if job.rows[i].used)
     answers = draw_answers(job.answers, args.rehearse_n or len(members), (args.seed, step))
     answer_tokens = sum(len(row.completion) for row in answers)
-    work = [(job.rows, micro, tokens) for micro in job.plan(job.rows, members)]
-    if answers:
-        plan = job.plan(answers, range(len(answers)))
-        work += [(answers, micro, answer_tokens) for micro in plan]
+    live, dead = split_dead(job, members)
+    parts = [(job.rows, dead, None)] if dead else []  # for the metrics alone
+    parts += [(job.rows, live, tokens)]
+    parts += [(answers, range(len(answers)), answer_tokens)] if answers else []
+    work = [(rows, micro, count) for rows, part, count in parts for micro in job.plan(rows, part)]
     metrics = Metrics()
     for number, (rows, micro, count) in enumerate(work):
-        last = number == len(work) - 1
-        with contextlib.nullcontext() if last else job.no_sync():
+        last, learns = number == len(work) - 1, count is not None
+        with contextlib.nullcontext() if last else job.no_sync(), torch.set_grad_enabled(learns):
             logp, entropy, row = forward(job.module, rows, micro, job.device, job.dtype)
             if not micro:
                 loss = 0 * logp
@@ -407,8 +421,8 @@ def update_step(job, members, step, optimizer_step):
                 metrics.add(rehearsed=-logp.detach())
             else:
                 loss = token_losses(job, micro, logp, entropy, row, metrics)
-            # DDP takes the mean over ranks; the loss is one sum over all.
-            (loss.sum() * job.world / max(count, 1)).backward()
+            if learns:  # DDP takes the mean over ranks; the loss is one sum over all.
+                (loss.sum() * job.world / max(count, 1)).backward()
     metrics.reduce(job.device, job.world)
 
     # 2. A step that is not finite is refused.
@@ -501,11 +515,8 @@ class Policy(torch.nn.Module):
 
 
 def checkpoint_activations(model):
-    """Recompute activations in the backward pass.
-
-    transformers wants training mode for the layers that do; dropout and noise stay off, so that
-    rho starts at 1.
-    """
+    """Recompute activations in the backward pass. transformers wants training mode for the layers
+    that do; dropout and noise stay off, so that rho starts at 1."""
     enable = getattr(model, "activation_checkpointing_enable", None)
     enable = enable or model.gradient_checkpointing_enable  # the name before transformers 5.24
     enable({"use_reentrant": False})
@@ -562,21 +573,17 @@ class Metrics:
         if args.tis_cap:
             optional |= {"tis_mean": mean["tis"], "tis_capped_frac": mean["tis_capped"]}
         return {
-            "step": step,
-            "loss": mean["loss"],
-            "reward": reward.mean().item(),
-            "pass@1": correct.float().mean().item(),
+            "step": step, "loss": mean["loss"],
+            "reward": reward.mean().item(), "pass@1": correct.float().mean().item(),
             "pass@n": correct.any(1).float().mean().item(),
             "entropy": mean["entropy"],
             "entropy_correct": sums["entropy_correct"] / sums["right"] if sums["right"] else None,
             "entropy_wrong": (sums["entropy"] - sums["entropy_correct"]) / wrong if wrong else None,
-            "nll": mean["nll"],
-            "logprob_gap": mean["gap"], "logprob_gap_max": self.peaks["gap"],
+            "nll": mean["nll"], "logprob_gap": mean["gap"], "logprob_gap_max": self.peaks["gap"],
             "ratio_max": self.peaks["ratio"],
             "clip_low_frac": mean["low"], "clip_high_frac": mean["high"], "approx_kl": mean["kl"],
             "grad_norm": norm, "lr": lr,
-            "adv_std": max(mean["adv2"] - mean["adv"] ** 2, 0) ** 0.5,
-            "smooth_abs": mean["smooth"],
+            "adv_std": max(mean["adv2"] - mean["adv"] ** 2, 0) ** 0.5, "smooth_abs": mean["smooth"],
             "dead_groups": (reward == reward[:, :1]).all(1).float().mean().item(),
             "completion_len": sum(len(row.completion) for row in rows) / len(rows),
             "truncated_frac": sum(row.truncated for row in rows) / len(rows),
@@ -586,10 +593,7 @@ class Metrics:
 
 
 def print_round(out, lines, n):
-    """The means over the updates of a round in one line; on stderr, what should be raised.
-
-    lines: dicts of metrics.jsonl, of this round alone.
-    """
+    """Print the means over this round's lines of metrics.jsonl; on stderr, what to raise."""
     mean = {key: sum(line[key] for line in lines) / len(lines)
             for key in ("pass@1", "pass@n", "entropy", "completion_len", "truncated_frac")}
     print(f"Pass@1 {mean['pass@1']:.3f}  Pass@{n} {mean['pass@n']:.3f}  "

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -195,10 +196,14 @@ class Parser(argparse.ArgumentParser):
 def run(main, args):
     """Call main(args); a full disk or a missing file ends it with one line."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names may hold bytes that are not UTF-8
+    gc.freeze()  # what the imports made stays
+    gc.enable()
     try:
         main(args)
     except OSError as error:
         fail(f"{error.filename or args.out or 'stdout'}: {error.strerror or error}")
+    finally:
+        gc.unfreeze()  # or modules by nanobind report leaks
 
 
 def rank_and_world():

@@ -31,14 +31,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = dict(nargs="*", metavar="SHAPE", type=lambda text: tuple(map(int, text.split("x"))))
-    parser.add_argument("--logits", **shape,
-                        help="ROWSxVOCAB (default 512x151936 2048x32000, GPU 8192x151936)")
-    parser.add_argument("--linear", **shape,
-                        help="ROWSxHIDDENxVOCAB (default 512x512x151936, GPU 4096x4096x131072)")
-    parser.add_argument("--no-compile", action="store_true",
-                        help="leave torch.compile out: it compiles for a minute")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
-    parser.add_argument("--out", help="JSON file to write (default: the table alone)")
+    add = parser.add_argument
+    add("--logits", **shape, help="ROWSxVOCAB (default 512x151936 2048x32000, GPU 8192x151936)")
+    add("--linear", **shape,
+        help="ROWSxHIDDENxVOCAB (default 512x512x151936, GPU 4096x4096x131072)")
+    add("--no-compile", action="store_true",
+        help="leave torch.compile out: it compiles for a minute")
+    add("--rounds", type=int, default=5, help="timed rounds (default 5)")
+    add("--out", help="JSON file to write (default: the table alone)")
     return parser.parse_args(argv)
 
 

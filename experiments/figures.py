@@ -335,10 +335,9 @@ def draw(panels, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true",
-                        help="print every table in Markdown, and write nothing")
-    parser.add_argument("--folder", default=HERE,
-                        help="folder of all of these files (default: experiments)")
+    add = parser.add_argument
+    add("--tables", action="store_true", help="print every table in Markdown, and write nothing")
+    add("--folder", default=HERE, help="folder of all of these files (default: experiments)")
     args = parser.parse_args(argv)
     panels = panels_of(load(args.folder))
     if not panels:

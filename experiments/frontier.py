@@ -60,11 +60,11 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
+from data.files import software
 from experiments.suite import (
     discard, follow, inside, measure, read_csv, run, sampled, stage, verified, write_csv)
 
@@ -147,32 +147,30 @@ ROUNDS = {"base": (0,), "grpo-longer": (51,), "grpo-rehearsal-longer": (*CHECKPO
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
 
 Label = collections.namedtuple("Label", "regime arm lr seed")
+COMMIT = str(software()["git"])[:7]
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--regimes", nargs="+", choices=MODELS, default=list(MODELS),
-                        help="only these regimes (default: all)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS),
-                        help="only these arms (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int,
-                        help="these seeds (default: as many as the table SEEDS in this file says, "
-                        "1..3 for what it does not name)")
-    parser.add_argument("--rates", nargs="+", type=int, choices=(1, 2), default=[1, 2],
-                        help="the best learning rate, the second best or both (default: both)")
-    parser.add_argument("--jobs", type=int, default=2,
-                        help="runs side by side, one core each (default %(default)s)")
-    parser.add_argument("--device", choices=DEVICES, default="cpu",
-                        help="where models are sampled and trained (default %(default)s)")
-    parser.add_argument("--tables", type=os.path.abspath, default=HERE,
-                        help="folder of the tables (default: experiments)")
-    parser.add_argument("--list", action="store_true", help="only print what is left")
-    parser.add_argument("--check", action="store_true",
-                        help="run what was chosen again and compare it with results.csv instead of "
-                        "adding to it; exit 1 if any differs")
-    parser.add_argument("--until", type=int,
-                        help="with --check: the last round that is repeated (default: all are)")
+    add = parser.add_argument
+    add("--regimes", nargs="+", choices=MODELS, default=list(MODELS),
+        help="only these regimes (default: all)")
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these (default: all)")
+    add("--seeds", nargs="+", type=int, help="these seeds (default: as many as the table SEEDS in "
+        "this file says, 1..3 for what it does not name)")
+    add("--rates", nargs="+", type=int, choices=(1, 2), default=[1, 2],
+        help="the best learning rate, the second best or both (default: both)")
+    add("--jobs", type=int, default=2, help="runs side by side, one core each (default 2)")
+    add("--device", choices=DEVICES, default="cpu",
+        help="where models are sampled and trained (default %(default)s)")
+    add("--tables", type=os.path.abspath, default=HERE,
+        help="folder of the tables (default: experiments)")
+    add("--list", action="store_true", help="only print what is left")
+    add("--check", action="store_true", help="run what was chosen again and compare it with "
+        "results.csv instead of adding to it; exit 1 if any differs")
+    add("--until", type=int,
+        help="with --check: the last round that is repeated (default: all are)")
     args = parser.parse_args(argv)
     if args.until and not args.check:
         parser.error("--until belongs to --check: a table holds whole runs")
@@ -399,11 +397,6 @@ def keep_tuning(folder, key, figures):
         {**head, "k": k, "pass_at_k": value} for k, value in figures[-1]["pass_at_k"].items()])
 
 
-def commit():
-    git = ["git", "-C", HERE, "rev-parse", "--short=7", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-
-
 def keep_result(folder, label, figures):
     """The checkpoints first: a run is done when results.csv holds it. A longer run takes the place
     of a shorter one."""
@@ -411,7 +404,7 @@ def keep_result(folder, label, figures):
     results, points = [], []
     for figure in figures:
         head = {**label._asdict(), "round": figure["round"], "split": figure["split"]}
-        points.append({**head, **{name: figure[name] for name in columns}, "commit": commit()})
+        points.append({**head, **{name: figure[name] for name in columns}, "commit": COMMIT})
         results += [{**head, "k": k, "pass_at_k": value}
                     for k, value in figure["pass_at_k"].items()]
     for name, rows in (("checkpoints", points), ("results", results)):
@@ -441,7 +434,7 @@ def compare(differences, folder, label, figures):
         sys.exit(f"{name}: not in results.csv; run it without --check first")
     worst = max(abs(stored[figure["round"], figure["split"], k] - value)
                 for figure in figures for k, value in figure["pass_at_k"].items())
-    print(f"{name}: " + (f"Pass@k differs by up to {worst:.4f} (this is commit {commit()}, the "
+    print(f"{name}: " + (f"Pass@k differs by up to {worst:.4f} (this is commit {COMMIT}, the "
                          f"table's is {', '.join(made_by)})" if worst else "equal"))
     differences.append(worst)
 

@@ -283,11 +283,8 @@ def choose_attention(model, attention):
 
 
 def attends_to_its_cache(model):
-    """Does every layer attend to the tensors in its cache? Tries it on one token.
-
-    Some architectures derive their keys and values from them. Leaves the model with
-    `shared_attention`.
-    """
+    """Does every layer attend to the tensors in its cache? Some architectures derive their keys and
+    values from them. Tries it on one token; leaves the model with `shared_attention`."""
     model.set_attn_implementation("shared")
     shared_attention.cache = cache = DynamicCache(config=model.config)
     shared_attention.plain = 0

@@ -646,7 +646,7 @@ def test_ratio_is_one_in_bf16_autocast(model, rollouts, tmp_path):
 def test_no_more_passes_than_are_needed(model, rollouts, tmp_path, monkeypatch):
     """pi_old of the first update is its own forward pass; that of later ones is computed before any
     step. The budget of a micro-batch is kept; recomputed activations take another pass; by default
-    a prompt is computed once for its rollouts."""
+    a prompt is computed once for its rollouts. GRPO's dead groups take no backward pass."""
     calls, layers, forward, layer = [], [], train.forward, modeling_qwen2.Qwen2MLP.forward
     monkeypatch.setattr(train, "forward",
                         lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args))
@@ -655,7 +655,8 @@ def test_no_more_passes_than_are_needed(model, rollouts, tmp_path, monkeypatch):
     for number, (flags, expected) in enumerate([
             (["--micro-batch-tokens", 1], [True] * 27), (["--checkpoint-activations"], [True]),
             (["--updates", 3], [False] * 2 + [True] * 3), (["--smooth-level", "reward"], [True]),
-            ([], [True])]):
+            (["--method", "grpo"], [False, True]),
+            (["--method", "grpo", "--entropy-coef-wrong", 1], [True]), ([], [True])]):
         calls.clear()
         layers.clear()
         run(model, rollouts, tmp_path / f"out{number}", "--no-share-prompts", *flags)
@@ -682,12 +683,19 @@ def test_what_a_group_samples_again_and_again_is_computed_once(model, tmp_path, 
     assert 14 in counts and counts[-1] == max(counts) == 27  # of 28 one is empty
 
 
+def test_an_update_of_dead_groups_alone(model, tmp_path, fp64):
+    """GRPO learns nothing from it; its metrics are there."""
+    rows, flags = make_rows(model, VERDICTS[1:3], LENGTHS[1:3]), ["--method", "grpo"]
+    path = write(tmp_path / "rows.jsonl", rows)
+    same_round(run(model, path, tmp_path / "out", *flags), Oracle(model).round(rows, *flags))
+
+
 def test_empty_completions_and_the_length_limit(model, tmp_path):
     """Updates without any token, with one, and at the model's 64 positions."""
     lengths = [[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1], [58, 59, 1, 0]]
     path = write(tmp_path / "rows.jsonl", make_rows(model, [VERDICTS[0]] * 4, lengths, cut=()))
     for number, flags in enumerate([[], ["--smooth-level", "mean"], ["--smooth-level", "reward"],
-                                    ["--no-share-prompts"]]):
+                                    ["--no-share-prompts"], ["--method", "grpo"]]):
         found = run(model, path, tmp_path / f"out{number}", *flags, "--updates", 4)
         assert sorted(line["tokens"] for line in found.metrics) == [0, 1, 4, 118]
 
