@@ -333,8 +333,22 @@ class Job:
     module: torch.nn.Module  # the policy under DDP or FSDP2, whose forward is called
     no_sync: typing.Callable  # the context of the passes before an update's last
     optimizer: torch.optim.Optimizer
-    old_logp: dict = None  # row -> (tokens,) log pi_old, of the updates after the first
+    old_logp: dict = None  # row -> (tokens,) log pi_old; None in the first update, where it is pi
     ref_logp: dict = None  # row -> (tokens,) log-probs of --ref-model
+
+
+def plan_members(job, members):
+    """This rank's micro-batches of some rows, as (rows, whether they have a gradient): GRPO's loss
+    has none in a dead group, which counts in the metrics alone."""
+    args, reward = job.args, job.verdicts.reward
+    more = args.kl_coef, args.entropy_coef, args.entropy_coef_correct, args.entropy_coef_wrong
+    learns = (reward != reward[:, :1]).any(1).tolist()  # a group each
+    if args.method != "grpo" or any(more):
+        learns = [True] * len(learns)
+    parts = [(one, [i for i in members if learns[job.rows[i].group] == one])
+             for one in (False, True)]
+    return [(micro, one) for one, part in parts if one or part
+            for micro in job.plan(job.rows, part)]
 
 
 @torch.no_grad()
@@ -342,7 +356,7 @@ def log_probs(job, module, updates, label):
     """{row: (tokens,) log-probs under `module`} of this rank's rows of some updates."""
     logprobs = {}
     for members in tqdm(updates, label, disable=None if job.rank == 0 else True):
-        for micro in job.plan(job.rows, members):
+        for micro, _ in plan_members(job, members):
             logp, _, _ = forward(module, job.rows, micro, job.device, job.dtype)
             if micro:
                 lengths = [len(job.rows[i].completion) for i in micro]
@@ -353,8 +367,8 @@ def log_probs(job, module, updates, label):
 def token_losses(job, micro, logp, entropy, row, metrics):
     """The loss of every completion token of a micro-batch, (tokens,), before it is normalised."""
     args = job.args
-    first_update = micro[0] not in job.old_logp  # where pi is pi_old
-    old = logp.detach() if first_update else torch.cat([job.old_logp[i] for i in micro])
+    first = job.old_logp is None
+    old = logp.detach() if first else torch.cat([job.old_logp[i] for i in micro])
     batch = dataclasses.replace(job.verdicts, old_logp=old, row=row)
     advantage = job.advantage(batch)
     loss, low, high = job.loss(logp, batch, advantage)
@@ -381,16 +395,6 @@ def token_losses(job, micro, logp, entropy, row, metrics):
     return loss
 
 
-def split_dead(job, members):
-    """The members that learn, and those in GRPO's dead groups, whose loss has no gradient."""
-    args, reward = job.args, job.verdicts.reward
-    more = args.kl_coef, args.entropy_coef, args.entropy_coef_correct, args.entropy_coef_wrong
-    if args.method != "grpo" or any(more):
-        return members, []
-    dead = (reward == reward[:, :1]).all(1).tolist()  # a group each
-    return tuple([i for i in members if dead[job.rows[i].group] == one] for one in (False, True))
-
-
 def update_step(job, members, step, optimizer_step):
     """One optimizer step on the rows `members`; its line of metrics (a dict).
 
@@ -401,14 +405,13 @@ def update_step(job, members, step, optimizer_step):
     tokens = sum(len(job.rows[i].completion) for i in members if job.rows[i].used)
     answers = draw_answers(job.answers, args.rehearse_n or len(members), (args.seed, step))
     answer_tokens = sum(len(row.completion) for row in answers)
-    live, dead = split_dead(job, members)
-    parts = [(job.rows, dead, None)] if dead else []  # for the metrics alone
-    parts += [(job.rows, live, tokens)]
-    parts += [(answers, range(len(answers)), answer_tokens)] if answers else []
-    work = [(rows, micro, count) for rows, part, count in parts for micro in job.plan(rows, part)]
+    work = [(job.rows, micro, learns, tokens) for micro, learns in plan_members(job, members)]
+    if answers:
+        plan = job.plan(answers, range(len(answers)))
+        work += [(answers, micro, True, answer_tokens) for micro in plan]
     metrics = Metrics()
-    for number, (rows, micro, count) in enumerate(work):
-        last, learns = number == len(work) - 1, count is not None
+    for number, (rows, micro, learns, count) in enumerate(work):
+        last = number == len(work) - 1
         with contextlib.nullcontext() if last else job.no_sync(), torch.set_grad_enabled(learns):
             logp, entropy, row = forward(job.module, rows, micro, job.device, job.dtype)
             if not micro:
@@ -870,11 +873,10 @@ def train(args):
     if args.ref_model:
         job.ref_logp = log_probs(job, reference, updates, "reference")
         del reference
-    job.old_logp = log_probs(job, module, updates[1:], "pi_old")
-    done = []
+    old_logp, done = log_probs(job, module, updates[1:], "pi_old"), []
     for members in tqdm(updates, "updates", disable=None if rank == 0 else True):
         done.append(update_step(job, members, step, optimizer_step))
-        step, optimizer_step = step + 1, optimizer_step + 1
+        job.old_logp, step, optimizer_step = old_logp, step + 1, optimizer_step + 1
     lines += [json.dumps(line) + "\n" for line in done]
 
     # 4. The folder.

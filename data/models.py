@@ -175,10 +175,7 @@ def example_chat(tokenizer):
 
 def hidden_ids(tokenizer, ends=()):
     """The tokens that a completion's text leaves out: those that end, pad or begin a text and those
-    that separate turns, but no tags such as <answer> and </answer>.
-
-    ends: ids that end a completion.
-    """
+    that separate turns, but no tags such as <answer> and </answer>. ends: ids that end one."""
     special, chat = special_tokens(tokenizer), example_chat(tokenizer)
     names = {token: token.strip("</>") for token in special if re.fullmatch("<[^<|>]+>", token)}
     tags = {special[token] for token, name in names.items()

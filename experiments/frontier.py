@@ -64,7 +64,6 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from data.files import software
 from experiments.suite import (
     discard, follow, inside, measure, read_csv, run, sampled, stage, verified, write_csv)
 
@@ -147,7 +146,6 @@ ROUNDS = {"base": (0,), "grpo-longer": (51,), "grpo-rehearsal-longer": (*CHECKPO
 TWO_RATES = ("grpo", "ds-token", "grpo-rehearsal", "ds-rehearsal")
 
 Label = collections.namedtuple("Label", "regime arm lr seed")
-COMMIT = str(software()["git"])[:7]
 
 
 def parse_args(argv=None):
@@ -400,11 +398,12 @@ def keep_tuning(folder, key, figures):
 def keep_result(folder, label, figures):
     """The checkpoints first: a run is done when results.csv holds it. A longer run takes the place
     of a shorter one."""
-    columns = ("setting", "coverage", "distinct", "completion_len", "entropy", "train_s", "device")
+    columns = ("setting", "coverage", "distinct", "completion_len", "entropy", "train_s", "device",
+               "commit")
     results, points = [], []
     for figure in figures:
         head = {**label._asdict(), "round": figure["round"], "split": figure["split"]}
-        points.append({**head, **{name: figure[name] for name in columns}, "commit": COMMIT})
+        points.append({**head, **{name: figure[name] for name in columns}})
         results += [{**head, "k": k, "pass_at_k": value}
                     for k, value in figure["pass_at_k"].items()]
     for name, rows in (("checkpoints", points), ("results", results)):
@@ -434,8 +433,9 @@ def compare(differences, folder, label, figures):
         sys.exit(f"{name}: not in results.csv; run it without --check first")
     worst = max(abs(stored[figure["round"], figure["split"], k] - value)
                 for figure in figures for k, value in figure["pass_at_k"].items())
-    print(f"{name}: " + (f"Pass@k differs by up to {worst:.4f} (this is commit {COMMIT}, the "
-                         f"table's is {', '.join(made_by)})" if worst else "equal"))
+    print(f"{name}: " + (f"Pass@k differs by up to {worst:.4f} (this is commit "
+                         f"{figures[0]['commit']}, the table's is {', '.join(made_by)})"
+                         if worst else "equal"))
     differences.append(worst)
 
 

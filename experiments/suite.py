@@ -22,6 +22,8 @@ import statistics
 import sys
 import time
 
+from data.files import software
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -116,6 +118,7 @@ def measure(stem, model, number, split, draw, sample, **more):
         with open(output) as file:
             report = json.load(file)["runs"][0]
         figures = {"round": number, "split": split, **more, "entropy": "", "train_s": 0,
+                   "commit": (software()["git"] or "")[:7],
                    "pass_at_k": {k: cell["value"] for k, cell in report["pass_at_k"].items()},
                    "coverage": report["solution_coverage"], "distinct": report["distinct"],
                    "completion_len": report["completion_len"]}

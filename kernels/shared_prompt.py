@@ -408,10 +408,8 @@ def shares_prompts(model):
 
 
 def repeated_cache(cache, owner):
-    """A copy of the prompts' `cache` for some rows, which leaves `cache` as it is.
-
-    ValueError if it holds more than keys and values: recurrent states may be changed in place.
-    """
+    """A copy of the prompts' `cache` for some rows, which leaves `cache` as it is. ValueError if it
+    holds more than keys and values: recurrent states may be changed in place."""
     for layer in cache.layers:
         if not isinstance(layer, DynamicLayer):
             raise ValueError(f"a {type(layer).__name__} cannot be repeated for several rows")

@@ -46,7 +46,7 @@ RANKS = f"""
     def faulty(*args, **options):
         global calls
         calls += 1
-        if name == "token_losses" and args[0].args.shard:
+        if name == "token_losses" and args[0].args.shard and args[2].requires_grad:
             unsummed.append(all(weight.grad is None for weight in args[0].policy.parameters()))
         if os.environ["RANK"] == rank and calls == int(call):
             if kind == "raise":
@@ -73,7 +73,7 @@ RANKS = f"""
         stage.run(stage.main, args)
         # FSDP2 would keep a whole gradient on every rank until it is summed: only an update's first
         # pass finds none.
-        assert not unsummed or sum(unsummed) == args.updates, unsummed
+        assert not unsummed or 0 < sum(unsummed) <= args.updates, unsummed
     if "PEAKS" in os.environ:  # KiB above what imports took
         with open(f"{{os.environ['PEAKS']}}/{{os.environ['RANK']}}", "w") as file:
             file.write(str(peak() - imports))
@@ -127,8 +127,8 @@ CASES = {  # name: (rows, flags); ALL is the file of those rows
                              "--gamma-p 0.3"),
     "masked, reward": ("all", "--updates 2 --lr 0.03 --micro-batch-tokens 40 --smooth-level reward "
                               "--truncated mask"),
-    "rehearsal": ("all", "--updates 2 --lr 0.03 --micro-batch-tokens 20 --rehearse ALL "
-                         "--rehearse-coef 0.5 --rehearse-n 2"),
+    "dead groups, rehearsal": ("all", "--method grpo --updates 3 --lr 0.03 --rehearse ALL "
+                                      "--micro-batch-tokens 20 --rehearse-coef 0.5 --rehearse-n 2"),
     "uneven": ("uneven", f"{ONE} --micro-batch-tokens 30"),
     "ranks without rows": ("few", ONE),
     "no rows at all": ("few", "--truncated mask --lr 1e-3")}
