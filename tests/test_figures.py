@@ -205,7 +205,7 @@ def test_the_table_of_the_pre_trained_model():
 
 ALIASES = {"the base itself": "base", "uniform entropy bonus": "uniform bonus",
            "GRPO at half the rate": "GRPO, half the rate",
-           "GRPO + rehearsal, `run.sh --rehearse-coef 1.0,0.3@11`; 51 rounds":
+           "GRPO + rehearsal, coefficient 0.3 from round 11 on; 51 rounds":
            "GRPO + rehearsal, less later"}
 
 
