@@ -217,7 +217,7 @@ check_flags() {
 }
 
 demonstration() {  # two runs side by side, then three curves
-  local recipe=(--name demo --rehearse 1000 --train "--rehearse-n 256" --rounds 5)
+  local recipe=(--name demo --rehearse 1000 --train "--rehearse-n 128" --rounds 5)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a core each; and equal bits everywhere
   bash "$0" --name GRPO --method grpo --rounds 5 --eval-problems 0 >&3 &
   bash "$0" "${recipe[@]}" --eval-problems 0 >&3 &
