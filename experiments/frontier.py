@@ -403,7 +403,7 @@ def keep_result(folder, label, figures):
     results, points = [], []
     for figure in figures:
         head = {**label._asdict(), "round": figure["round"], "split": figure["split"]}
-        points.append({**head, **{name: figure[name] for name in columns}})
+        points.append({**head, **{name: figure.get(name, "") for name in columns}})
         results += [{**head, "k": k, "pass_at_k": value}
                     for k, value in figure["pass_at_k"].items()]
     for name, rows in (("checkpoints", points), ("results", results)):
