@@ -434,7 +434,7 @@ def compare(differences, folder, label, figures):
     worst = max(abs(stored[figure["round"], figure["split"], k] - value)
                 for figure in figures for k, value in figure["pass_at_k"].items())
     print(f"{name}: " + (f"Pass@k differs by up to {worst:.4f} (this is commit "
-                         f"{figures[0]['commit']}, the table's is {', '.join(made_by)})"
+                         f"{figures[0].get('commit')}, the table's is {', '.join(made_by)})"
                          if worst else "equal"))
     differences.append(worst)
 

@@ -80,10 +80,11 @@ def for_trl(flags, rows):
     return rewards, terms if "ds-grpo" in flags else None
 
 
-def log_probs_of_the_rows(job, module, updates, label):
-    """Stands in for train.log_probs: pi_old is that of whoever sampled the rows, as in every update
-    but a round's first."""
-    return {i: torch.as_tensor(row.logprobs) for i, row in enumerate(job.rows)}
+def update_of_the_rows(job, *arguments, update_step=train.update_step):
+    """Stands in for train.update_step: pi_old is that of whoever sampled the rows, as in every
+    update but a round's first."""
+    job.old_logp = {i: torch.as_tensor(row.logprobs) for i, row in enumerate(job.rows)}
+    return update_step(job, *arguments)
 
 
 def trl_gradient(tmp_path, model, other, rows, flags, sampler, settings):
@@ -160,7 +161,7 @@ def test_gradient_of_one_update_is_trls(name, tiny_model, tmp_path, monkeypatch)
     tokenizer.save_pretrained(other)
     rows = make_rows(policies[sampler], tokenizer.eos_token_id)
     if sampler == "other":
-        monkeypatch.setattr(train, "log_probs", log_probs_of_the_rows)
+        monkeypatch.setattr(train, "update_step", update_of_the_rows)
     reference = f" --ref-model {other}" if "kl" in flags else ""
     ours = run(tiny_model, write(tmp_path / "scored.jsonl", rows, None), tmp_path / "out",
                "--temperature", 1, "--max-grad-norm", 1e9, "--device", "cpu",
