@@ -326,7 +326,7 @@ class Job:
     rows: list  # of data/rollouts.py: Trajectory
     verdicts: Batch  # of the whole round, without the tokens of a micro-batch
     answers: list  # rows to rehearse, a list a problem
-    plan: typing.Callable  # (rows, members) -> this rank's micro-batches of an update
+    plan: typing.Callable  # (rows, members) -> this rank's micro-batches of them
     advantage: typing.Callable  # as choose_method returns them
     loss: typing.Callable
     policy: Policy

@@ -146,10 +146,10 @@ def item(token):
 
 # ---- Normal forms: one spelling for what means the same ------------------------------------------
 UNICODE = str.maketrans({
-    **FULL_WIDTH, **dict.fromkeys("−–—‐‑﹣", "-"), "×": r"\times ", "·": r"\cdot ", "÷": "/",
-    "±": r"\pm ", "≈": r"\approx ", "½": r"\frac{1}{2}", "’": "'",
-    "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "²": "^2", "³": "^3", "√": r"\sqrt ",
-    "≤": r"\le ", "≥": r"\ge ",
+    **FULL_WIDTH, **dict.fromkeys("−–—‐‑﹣", "-"), "×": r"\times ",
+    "·": r"\cdot ", "÷": "/", "±": r"\pm ", "≈": r"\approx ", "½": r"\frac{1}{2}",
+    "’": "'", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ",
+    "²": "^2", "³": "^3", "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ",
     **dict.fromkeys("≦⩽", r"\le "), **dict.fromkeys("≧⩾", r"\ge "),
     "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
     "∅": r"\emptyset ", "\u00a0": " ", "\u2009": " ", "\u202f": " "})

@@ -398,12 +398,12 @@ def keep_tuning(folder, key, figures):
 def keep_result(folder, label, figures):
     """The checkpoints first: a run is done when results.csv holds it. A longer run takes the place
     of a shorter one."""
-    columns = ("setting", "coverage", "distinct", "completion_len", "entropy", "train_s", "device",
-               "commit")
+    columns = ("setting", "coverage", "distinct", "completion_len", "entropy", "train_s", "device")
     results, points = [], []
     for figure in figures:
         head = {**label._asdict(), "round": figure["round"], "split": figure["split"]}
-        points.append({**head, **{name: figure.get(name, "") for name in columns}})
+        points.append({**head, **{name: figure[name] for name in columns},
+                       "commit": figure.get("commit", "")})  # older runs lack it
         results += [{**head, "k": k, "pass_at_k": value}
                     for k, value in figure["pass_at_k"].items()]
     for name, rows in (("checkpoints", points), ("results", results)):

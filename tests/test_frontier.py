@@ -36,9 +36,8 @@ def fake(name, label, setting, checkpoints, split, problems, n, device):
         passes = {str(k): (first if k == 1 else large) * (1 + number / 100) + label.seed * 1e-6
                   for k in KS if k <= n}
         figures.append({"round": number, "split": split, "pass_at_k": passes, "coverage": 0.5,
-                        "distinct": 2.0, "completion_len": 11.0, "device": device,
-                        "setting": setting, "train_s": number, "entropy": 0.6 if number else "",
-                        "commit": "abc1234"})
+                        "distinct": 2.0, "completion_len": 11.0, "device": device, "commit": "a1",
+                        "setting": setting, "train_s": number, "entropy": 0.6 if number else ""})
     return figures
 
 
@@ -204,7 +203,7 @@ def test_it_carries_on_where_it_was_stopped(runs, tmp_path):
     assert list(results[0]) == ["regime", "arm", "lr", "seed", "round", "split", "k", "pass_at_k"]
     assert {row["round"] for row in results if row["arm"] == "base"} == {"0"}
     assert len(points) == len(results) / len(KS)
-    assert {row["commit"] for row in points} == {"abc1234"}
+    assert {row["commit"] for row in points} == {"a1"}
     assert runs(*flags) == []
     # Killed between its two tables: done again, without double rows
     suite.write_csv(f"{tmp_path}/results.csv", [row for row in results if row["arm"] != "base"])
